@@ -1,0 +1,112 @@
+//! The operators as data. Matrices are row-major; `rows` counts tokens of a microbatch; weights are `[out, in]` as in
+//! PyTorch. "Accumulates" means `+=` on the operand.
+
+use crate::device::View;
+
+/// Shape of causal self-attention over a fused projection: row = token, columns = all query heads, then all key heads,
+/// then all value heads, each `head_dim` wide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct AttentionShape {
+    /// Sequences.
+    pub batch: u32,
+    /// Tokens per sequence.
+    pub seq: u32,
+    /// Query heads.
+    pub heads: u32,
+    /// Key/value heads; each serves `heads / kv_heads` query heads.
+    pub kv_heads: u32,
+    /// Width of a head.
+    pub head_dim: u32,
+}
+
+/// AdamW hyper-parameters of one update (Loshchilov & Hutter 2019, decoupled weight decay).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub lr: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root.
+    pub epsilon: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+    /// 1-based step, for bias correction.
+    pub step: u32,
+    /// Clip the gradient to this global norm (`None`: no clipping); the norm is read from the call's `norm` view.
+    pub clip: Option<f32>,
+}
+
+/// One operator with its operands.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Call {
+    /// `c[m,n] (+)= op(a) * op(b)`; `a` is `[m,k]` (`[k,m]` if transposed), `b` is `[k,n]` (`[n,k]` if transposed).
+    MatMul { a: View, b: View, c: View, m: u32, n: u32, k: u32, transpose_a: bool, transpose_b: bool, accumulate: bool },
+    /// `x[rows,cols] += bias[cols]`.
+    AddBias { x: View, bias: View, rows: u32, cols: u32 },
+    /// `d_bias[cols] += sum over rows of dy`.
+    BiasGradient { dy: View, d_bias: View, rows: u32, cols: u32 },
+    /// RMSNorm (`beta` and mean absent) of each row: `out = (x - mean) * rstd * gamma + beta`. `stats` is `[rows]` (rstd), or
+    /// `[rows, 2]` (mean, rstd) for LayerNorm, which is the case when `beta` is given.
+    Norm { x: View, gamma: View, beta: Option<View>, out: View, stats: View, rows: u32, cols: u32, epsilon: f32 },
+    /// Accumulates the input gradient of [`Call::Norm`] into `dx` (the residual gradient is already there).
+    NormBackwardInput { x: View, gamma: View, stats: View, dy: View, dx: View, rows: u32, cols: u32, layer_norm: bool },
+    /// Accumulates the weight gradients of [`Call::Norm`]; `d_beta` given means LayerNorm.
+    NormBackwardWeight { x: View, stats: View, dy: View, d_gamma: View, d_beta: Option<View>, rows: u32, cols: u32 },
+    /// Rotates queries and keys of a fused projection in place (half-split convention of Hugging Face llama);
+    /// `inverse` rotates back, which is its backward.
+    Rotary { qkv: View, shape: AttentionShape, theta: f32, inverse: bool },
+    /// Causal attention with an online softmax; `lse` is `[batch, heads, seq]`; the score matrix is never kept.
+    Attention { qkv: View, out: View, lse: View, shape: AttentionShape },
+    /// Backward of [`Call::Attention`]: overwrites `d_qkv`; `scratch` holds `attention_scratch(shape)` floats.
+    AttentionBackward { qkv: View, out: View, lse: View, d_out: View, d_qkv: View, scratch: View, shape: AttentionShape },
+    /// `out[rows,cols] = silu(gate) * up` with `gate_up[rows, 2*cols]` holding gate then up.
+    SwiGlu { gate_up: View, out: View, rows: u32, cols: u32 },
+    /// Overwrites `d_gate_up`.
+    SwiGluBackward { gate_up: View, d_out: View, d_gate_up: View, rows: u32, cols: u32 },
+    /// `out = gelu(x)`, tanh approximation.
+    Gelu { x: View, out: View },
+    /// Overwrites `d_x`.
+    GeluBackward { x: View, d_out: View, d_x: View },
+    /// `out[row] = table[token]` (`+ positions[row % seq]`).
+    Embedding { tokens: View, table: View, positions: Option<View>, out: View, rows: u32, cols: u32, seq: u32 },
+    /// Accumulates into `d_table` (and `d_positions`).
+    EmbeddingBackward { tokens: View, d_out: View, d_table: View, d_positions: Option<View>, rows: u32, cols: u32, seq: u32 },
+    /// Output projection and cross-entropy, `chunk` rows at a time so that at most `chunk * vocab` logits exist (in
+    /// `scratch`): writes `lse[rows]`, and the mean loss over rows to `loss[0]`.
+    HeadLoss { x: View, weight: View, targets: View, lse: View, loss: View, scratch: View, rows: u32, cols: u32, vocab: u32, chunk: u32 },
+    /// Recomputes logits by chunk; overwrites `dx` (if given) with, and accumulates into `d_weight` (if given), the gradient
+    /// of `scale * sum of row losses`.
+    HeadBackward {
+        x: View,
+        weight: View,
+        targets: View,
+        lse: View,
+        dx: Option<View>,
+        d_weight: Option<View>,
+        scratch: View,
+        rows: u32,
+        cols: u32,
+        vocab: u32,
+        chunk: u32,
+        scale: f32,
+    },
+    /// `into += x`.
+    Add { x: View, into: View },
+    /// `out = a + b`.
+    Sum { a: View, b: View, out: View },
+    /// `to = from`.
+    Copy { from: View, to: View },
+    /// `x = 0`.
+    Zero { x: View },
+    /// `out[0] += sum of x^2`, accumulated and stored as `f64`.
+    SumSquares { x: View, out: View },
+    /// Updates `parameters` and moments in place and zeroes `gradients`; `norm[0]` (`f64`) is the squared global norm.
+    AdamW { parameters: View, gradients: View, first: View, second: View, norm: View, with: AdamW },
+}
+
+/// Floats of scratch that [`Call::AttentionBackward`] needs: one per query row (the row sums of `d_out * out`).
+pub fn attention_scratch(shape: &AttentionShape) -> usize {
+    shape.batch as usize * shape.heads as usize * shape.seq as usize
+}

@@ -1,0 +1,130 @@
+//! The device trait and memory views.
+
+use crate::call::Call;
+use thiserror::Error;
+
+/// Element types.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DType {
+    F32,
+    F64,
+    U32,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            DType::F32 | DType::U32 => 4,
+            DType::F64 => 8,
+        }
+    }
+}
+
+/// A typed range of device memory: plain data, like a device pointer. Valid while the [`Block`] it came from lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct View {
+    address: u64,
+    len: usize,
+    dtype: DType,
+}
+
+impl View {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Device address of the first element.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.len * self.dtype.bytes()
+    }
+
+    /// Elements `start..start + len` of this view. Panics when out of range: a layout that does not fit is a bug.
+    pub fn slice(&self, start: usize, len: usize) -> View {
+        assert!(start + len <= self.len, "view of {} elements sliced at {start}..{}", self.len, start + len);
+        View { address: self.address + (start * self.dtype.bytes()) as u64, len, dtype: self.dtype }
+    }
+
+    /// Whether two views share a byte.
+    pub fn overlaps(&self, other: &View) -> bool {
+        let end = |v: &View| v.address + v.bytes() as u64;
+        !self.is_empty() && !other.is_empty() && self.address < end(other) && other.address < end(self)
+    }
+}
+
+/// Device memory that its owner frees by dropping it.
+pub trait Block: Send + Sync {
+    /// Address of its first byte.
+    fn address(&self) -> u64;
+    /// Its size.
+    fn bytes(&self) -> usize;
+}
+
+impl dyn Block {
+    /// `len` elements from a byte offset. Panics when out of range or misaligned: a layout that does not fit is a bug.
+    pub fn view(&self, byte_offset: usize, len: usize, dtype: DType) -> View {
+        assert!(byte_offset % dtype.bytes() == 0, "view at byte {byte_offset} is not aligned to {dtype:?}");
+        assert!(
+            byte_offset + len * dtype.bytes() <= self.bytes(),
+            "view of {len} {dtype:?} at byte {byte_offset} exceeds a block of {} bytes",
+            self.bytes()
+        );
+        View { address: self.address() + byte_offset as u64, len, dtype }
+    }
+}
+
+/// A device that allocates memory and runs calls.
+pub trait Device: Send + Sync {
+    /// For people and profiles.
+    fn name(&self) -> String;
+
+    /// Exactly `bytes` bytes, contents unspecified, aligned to 64.
+    fn allocate(&self, bytes: usize) -> Result<Box<dyn Block>, KernelError>;
+
+    /// Runs a call to its end.
+    ///
+    /// # Safety
+    /// Every view of the call comes from a live block of this device, and no other thread writes to what it reads or
+    /// touches what it writes while it runs. (`Program::check` proves that for the ops of a program.) Shapes and
+    /// overlaps within the call are checked here and reported as errors.
+    unsafe fn run(&self, call: &Call) -> Result<(), KernelError>;
+
+    /// Copies from the host.
+    ///
+    /// # Safety
+    /// As for [`Device::run`].
+    unsafe fn upload(&self, from: &[u8], to: View) -> Result<(), KernelError>;
+
+    /// Copies to the host.
+    ///
+    /// # Safety
+    /// As for [`Device::run`].
+    unsafe fn download(&self, from: View, to: &mut [u8]) -> Result<(), KernelError>;
+}
+
+/// Why a device could not do it.
+#[derive(Debug, Error)]
+pub enum KernelError {
+    /// Operands that do not fit together: a bug of the caller, caught before memory is touched.
+    #[error("{call}: {what}")]
+    Shape { call: &'static str, what: String },
+    /// No memory left.
+    #[error("device {device}: cannot allocate {bytes} bytes")]
+    OutOfMemory { device: String, bytes: usize },
+}

@@ -1,0 +1,10 @@
+//! `paceline-kernels`: the numerical operators behind one trait, [`Device`]. It does not know about plans.
+//!
+//! An operator is data: a [`Call`] names its operands as [`View`]s into blocks that a device allocated. So a call can be
+//! checked, timed, recorded, or captured in one place, and a device implements one entry point.
+
+mod call;
+mod device;
+
+pub use call::*;
+pub use device::*;

@@ -1,0 +1,5 @@
+//! `paceline-profiles`: what hardware does, as measured.
+
+mod kernel_key;
+
+pub use kernel_key::*;

@@ -1,0 +1,28 @@
+//! What an op costs. The engine asks; a cost model answers from a profile (or from given times).
+
+use crate::program::{Collective, Group, Op, Program};
+use crate::units::{Nanos, RankId};
+use smallvec::SmallVec;
+
+/// A source of op costs. Implementations are pure: the same question gets the same answer.
+pub trait CostModel: Sync {
+    /// Time on the device of a compute-stream op (per-op overhead included).
+    fn compute(&self, program: &Program, rank: RankId, op: &Op) -> Nanos;
+
+    /// Cost of moving `bytes` between two ranks once both have arrived.
+    fn transfer(&self, program: &Program, from: RankId, to: RankId, bytes: u64) -> Round;
+
+    /// The rounds of a collective over `bytes` (the whole array) once all members have arrived. Each round ends for all
+    /// members together.
+    fn collective(&self, program: &Program, collective: Collective, group: &Group, bytes: u64) -> SmallVec<[Round; 2]>;
+}
+
+/// One exchange: `work` occupies the device of each receiver (zero where hardware moves data beside compute), then
+/// `wire` passes on the link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Round {
+    /// Time on the link.
+    pub wire: Nanos,
+    /// Time on the device of each member that receives.
+    pub work: Nanos,
+}

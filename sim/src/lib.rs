@@ -1,0 +1,14 @@
+//! `paceline-sim`: what a plan costs, before it runs.
+//!
+//! - [`units`]: ids and quantities.
+//! - [`model`]: the arithmetic of a decoder transformer (parameters, FLOPs, bytes, kernel calls).
+//! - [`program`]: the one representation that the simulator predicts and the executor runs.
+//! - [`cost`]: what an op costs, asked by the engine.
+//! - `engine`: the discrete-event interpreter of a program.
+//! - [`trace`]: the timeline and the memory curve, predicted or measured, in one schema.
+
+pub mod cost;
+pub mod model;
+pub mod program;
+pub mod trace;
+pub mod units;

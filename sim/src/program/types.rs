@@ -1,0 +1,352 @@
+//! The data types of a program. No behaviour beyond reading them.
+
+use crate::model::{Layer, ModelConfig};
+use crate::units::*;
+use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
+use std::fmt;
+
+/// The format written into every serialised program.
+pub const PROGRAM_FORMAT: &str = "paceline.program/1";
+
+/// One training step of every rank.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Program {
+    /// [`PROGRAM_FORMAT`].
+    pub format: String,
+    /// What the passes compute.
+    pub workload: Workload,
+    /// Microbatches per replica and step.
+    pub microbatches: u32,
+    /// The devices that ranks run on.
+    pub devices: Vec<Device>,
+    /// Communication groups, by [`GroupId`].
+    pub groups: Vec<Group>,
+    /// Pipeline stages, by [`StageId`].
+    pub stages: Vec<Stage>,
+    /// Ranks, by [`RankId`].
+    pub ranks: Vec<RankProgram>,
+}
+
+/// What the passes of a program compute.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Workload {
+    /// A decoder transformer: passes run its layers.
+    Transformer(TransformerWorkload),
+    /// Passes with given times and sizes only (a schedule under study); it can be simulated, not trained.
+    Abstract,
+}
+
+/// A transformer and the shape of one microbatch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TransformerWorkload {
+    /// The architecture.
+    pub model: ModelConfig,
+    /// Sequences per microbatch.
+    pub micro_batch: u32,
+    /// Tokens per sequence.
+    pub seq: u32,
+    /// Which activations are kept from F to B.
+    pub recompute: Recompute,
+}
+
+/// Which activations F drops and the backward recomputes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recompute {
+    /// Everything the backward needs is kept.
+    #[default]
+    None,
+    /// Cheap, large intermediates (norm outputs, the MLP activation) are rebuilt inside B and W.
+    Selective,
+    /// Only the input of each block is kept; an `R` pass runs its forward again.
+    Full,
+}
+
+/// A physical device.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Device {
+    /// For people, for example `cpu:0`.
+    pub name: String,
+    /// The innermost network group (node, NVLink domain) it belongs to.
+    pub node: u32,
+}
+
+/// Ranks that communicate together.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Group {
+    /// What it is for, for example `dp of stage 2`.
+    pub name: String,
+    /// The members present in the program, in the order that collectives use.
+    pub ranks: Vec<RankId>,
+    /// The true number of members; larger than `ranks.len()` in a representative program.
+    pub size: u32,
+    /// How far it reaches.
+    pub level: NetworkLevel,
+}
+
+/// The slowest level of the network that a group crosses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NetworkLevel {
+    /// Within a fast group (a node).
+    Intra,
+    /// Across fast groups.
+    Inter,
+}
+
+/// A pipeline stage: a contiguous run of layers, cut into units.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Stage {
+    /// Units in forward order: the granularity of gradient buckets, state partition and recomputation.
+    pub units: Vec<Unit>,
+}
+
+/// Consecutive layers whose parameters form one flat buffer and whose passes may be one op.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Unit {
+    /// In forward order; empty in an abstract program.
+    pub layers: Vec<Layer>,
+}
+
+/// One rank's part of the program.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RankProgram {
+    /// The device it runs on.
+    pub device: DeviceId,
+    /// Its place in the rank grid.
+    pub coordinates: Coordinates,
+    /// The stages it holds, in order of chunk.
+    pub stages: Vec<StageId>,
+    /// All buffers it ever holds, by [`BufferId`].
+    pub buffers: Vec<Buffer>,
+    /// Buffers that live through all steps (parameters, gradients, optimizer states).
+    pub persistent: Vec<BufferId>,
+    /// Ops in issue order, by [`OpId`].
+    pub ops: Vec<Op>,
+}
+
+/// The place of a rank in the grid of parallel axes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub struct Coordinates {
+    /// Data-parallel replica.
+    pub data: u32,
+    /// Pipeline rank.
+    pub pipeline: u32,
+}
+
+/// A piece of a rank's memory with one lifetime per step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Buffer {
+    /// What it is accounted as.
+    pub class: MemoryClass,
+    /// Its size.
+    pub bytes: u64,
+    /// What it holds.
+    pub tensor: Tensor,
+}
+
+/// Memory classes: a peak is the sum of its classes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryClass {
+    /// Weights.
+    Parameter,
+    /// Weight gradients.
+    Gradient,
+    /// Optimizer states and master weights.
+    OptimizerState,
+    /// What F keeps for B and W, what B keeps for W, and the running hidden state.
+    Activation,
+    /// Messages from other stages.
+    ReceivedActivation,
+    /// Scratch of collectives.
+    CommScratch,
+    /// Scratch of one compute op.
+    Workspace,
+}
+
+impl MemoryClass {
+    /// Every class, in the order of reports.
+    pub const ALL: [MemoryClass; 7] = [
+        MemoryClass::Parameter,
+        MemoryClass::Gradient,
+        MemoryClass::OptimizerState,
+        MemoryClass::Activation,
+        MemoryClass::ReceivedActivation,
+        MemoryClass::CommScratch,
+        MemoryClass::Workspace,
+    ];
+}
+
+/// What a buffer holds. The executor finds the operands of an op by these names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tensor {
+    /// Weights of a unit, flat.
+    Parameters { stage: StageId, unit: u16 },
+    /// Accumulated weight gradients of a unit, flat, same layout.
+    Gradients { stage: StageId, unit: u16 },
+    /// AdamW moments of this rank's shard of a unit: first, then second moments.
+    Moments { stage: StageId, unit: u16 },
+    /// Token ids of a microbatch (first stage): `u32`.
+    Tokens { microbatch: MicrobatchId },
+    /// Target ids of a microbatch (last stage): `u32`.
+    Targets { microbatch: MicrobatchId },
+    /// The hidden state that enters a stage, received or left by a stage on the same rank.
+    StageInput { stage: StageId, microbatch: MicrobatchId },
+    /// The hidden state that F builds and that leaves the stage.
+    StageOutput { stage: StageId, microbatch: MicrobatchId },
+    /// The gradient that enters a stage's backward from the next stage.
+    OutputGradient { stage: StageId, microbatch: MicrobatchId },
+    /// The gradient that B builds and that leaves for the previous stage.
+    InputGradient { stage: StageId, microbatch: MicrobatchId },
+    /// Block inputs kept by F under full recomputation, all blocks of a unit.
+    Checkpoint { stage: StageId, unit: u16, microbatch: MicrobatchId },
+    /// Activations of a unit needed by B only.
+    SavedForB { stage: StageId, unit: u16, microbatch: MicrobatchId },
+    /// Activations of a unit needed until W (by B too, perhaps).
+    SavedForW { stage: StageId, unit: u16, microbatch: MicrobatchId },
+    /// Output gradients of a unit's matrix products, made by B and needed by W.
+    DeltaForW { stage: StageId, unit: u16, microbatch: MicrobatchId },
+    /// Per-microbatch losses, one `f32` each (last stage).
+    Losses,
+    /// One `f64`: the squared gradient norm, partial and then global.
+    GradientNorm,
+    /// Scratch of the op that allocates it.
+    Workspace { op: u32 },
+}
+
+/// A stream of a rank: ops on one stream run in issue order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Stream(pub u8);
+
+impl Stream {
+    /// The stream of passes and optimizer; every other stream communicates.
+    pub const COMPUTE: Stream = Stream(0);
+    /// The stream of collectives.
+    pub const COLLECTIVE: Stream = Stream(1);
+    /// The first stream for point-to-point edges; lowering numbers one per direction and peer.
+    pub const FIRST_EDGE: u8 = 2;
+}
+
+/// A list of op or buffer ids, inline while short.
+pub type Ids<T> = SmallVec<[T; 4]>;
+
+/// One operation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Op {
+    /// Where it runs.
+    pub stream: Stream,
+    /// What it does.
+    pub kind: OpKind,
+    /// Earlier ops of this rank that must have ended before it starts.
+    #[serde(default, skip_serializing_if = "SmallVec::is_empty")]
+    pub waits: Ids<OpId>,
+    /// Buffers whose life starts when it is issued.
+    #[serde(default, skip_serializing_if = "SmallVec::is_empty")]
+    pub alloc: Ids<BufferId>,
+    /// Buffers that it reads or writes (those it allocates or frees included).
+    #[serde(default, skip_serializing_if = "SmallVec::is_empty")]
+    pub uses: Ids<BufferId>,
+    /// Buffers whose life ends when it has ended.
+    #[serde(default, skip_serializing_if = "SmallVec::is_empty")]
+    pub free: Ids<BufferId>,
+}
+
+/// What an op does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OpKind {
+    /// A pass of a microbatch over units `first..end` of a stage (forward order for F and R, reverse for B, W, BW).
+    Compute { pass: Pass, stage: StageId, microbatch: MicrobatchId, first: u16, end: u16 },
+    /// Sends a buffer to the rank that posts the matching receive.
+    Send { peer: RankId, message: Message, buffer: BufferId },
+    /// Receives into a buffer.
+    Recv { peer: RankId, message: Message, buffer: BufferId },
+    /// A collective over a group, in place on `buffer`.
+    Collective { collective: Collective, group: GroupId, payload: Payload, buffer: BufferId, bytes: u64 },
+    /// Adds the squared norm of this rank's shard of all gradients into [`Tensor::GradientNorm`].
+    GradientNorm,
+    /// Clips by the global norm, updates this rank's shard of a unit with AdamW and zeroes its gradients.
+    Optimizer { stage: StageId, unit: u16 },
+    /// Nothing: a place to wait and to free.
+    Join,
+}
+
+/// A pass of the pipeline. `BW` is the fused backward; PyTorch and DualPipe call it B.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Pass {
+    /// Forward.
+    F,
+    /// Backward for the input.
+    B,
+    /// Backward for the weights.
+    W,
+    /// B and W in one.
+    BW,
+    /// Forward again, to rebuild dropped activations.
+    R,
+}
+
+impl fmt::Display for Pass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Pass::F => "F",
+            Pass::B => "B",
+            Pass::W => "W",
+            Pass::BW => "BW",
+            Pass::R => "R",
+        })
+    }
+}
+
+/// Identifies a message between stages: what it carries and for whom, so that two edges between the same pair of ranks
+/// are never confused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Message {
+    /// Activation (forward) or gradient (backward).
+    pub direction: Direction,
+    /// The stage that receives it.
+    pub stage: StageId,
+    /// The microbatch that it belongs to.
+    pub microbatch: MicrobatchId,
+}
+
+/// Which way a message travels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Direction {
+    /// Activations, to the next stage.
+    Forward,
+    /// Gradients, to the previous stage.
+    Backward,
+}
+
+/// A collective operation (reductions are sums).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Collective {
+    /// Every member ends with the sum.
+    AllReduce,
+    /// Member `i` ends with shard `i` of the sum; the rest of its buffer is unspecified.
+    ReduceScatter,
+    /// Member `i` brings shard `i`; every member ends with all.
+    AllGather,
+}
+
+/// What a collective carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Payload {
+    /// Gradients of a unit.
+    Gradients { stage: StageId, unit: u16 },
+    /// Gradients of the tied embedding matrix, between the stages that hold a copy.
+    TiedEmbedding,
+    /// Parameters of a unit.
+    Parameters { stage: StageId, unit: u16 },
+    /// The squared gradient norm.
+    GradientNorm,
+}
