@@ -7,6 +7,7 @@
 //! - `engine`: the discrete-event interpreter of a program.
 //! - [`trace`]: the timeline and the memory curve, predicted or measured, in one schema.
 
+pub mod compare;
 pub mod cost;
 pub mod model;
 pub mod program;
