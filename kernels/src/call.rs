@@ -60,7 +60,15 @@ pub enum Call {
     /// Causal attention with an online softmax; `lse` is `[batch, heads, seq]`; the score matrix is never kept.
     Attention { qkv: View, out: View, lse: View, shape: AttentionShape },
     /// Backward of [`Call::Attention`]: overwrites `d_qkv`; `scratch` holds `attention_scratch(shape)` floats.
-    AttentionBackward { qkv: View, out: View, lse: View, d_out: View, d_qkv: View, scratch: View, shape: AttentionShape },
+    AttentionBackward {
+        qkv: View,
+        out: View,
+        lse: View,
+        d_out: View,
+        d_qkv: View,
+        scratch: View,
+        shape: AttentionShape,
+    },
     /// `out[rows,cols] = silu(gate) * up` with `gate_up[rows, 2*cols]` holding gate then up.
     SwiGlu { gate_up: View, out: View, rows: u32, cols: u32 },
     /// Overwrites `d_gate_up`.
@@ -72,10 +80,29 @@ pub enum Call {
     /// `out[row] = table[token]` (`+ positions[row % seq]`).
     Embedding { tokens: View, table: View, positions: Option<View>, out: View, rows: u32, cols: u32, seq: u32 },
     /// Accumulates into `d_table` (and `d_positions`).
-    EmbeddingBackward { tokens: View, d_out: View, d_table: View, d_positions: Option<View>, rows: u32, cols: u32, seq: u32 },
+    EmbeddingBackward {
+        tokens: View,
+        d_out: View,
+        d_table: View,
+        d_positions: Option<View>,
+        rows: u32,
+        cols: u32,
+        seq: u32,
+    },
     /// Output projection and cross-entropy, `chunk` rows at a time so that at most `chunk * vocab` logits exist (in
     /// `scratch`): writes `lse[rows]`, and the mean loss over rows to `loss[0]`.
-    HeadLoss { x: View, weight: View, targets: View, lse: View, loss: View, scratch: View, rows: u32, cols: u32, vocab: u32, chunk: u32 },
+    HeadLoss {
+        x: View,
+        weight: View,
+        targets: View,
+        lse: View,
+        loss: View,
+        scratch: View,
+        rows: u32,
+        cols: u32,
+        vocab: u32,
+        chunk: u32,
+    },
     /// Recomputes logits by chunk; overwrites `dx` (if given) with, and accumulates into `d_weight` (if given), the gradient
     /// of `scale * sum of row losses`.
     HeadBackward {

@@ -65,12 +65,7 @@ pub enum CompareError {
     #[error(
         "the traces are of different programs: {rank} does {predicted} at op {op} in the first and {measured} in the second; compare a run with the prediction of the same plan"
     )]
-    Op {
-        rank: RankId,
-        op: usize,
-        predicted: String,
-        measured: String,
-    },
+    Op { rank: RankId, op: usize, predicted: String, measured: String },
 }
 
 impl ClassComparison {
@@ -93,11 +88,7 @@ pub fn op_class(kind: &OpKind) -> String {
         OpKind::Compute { pass, .. } => pass.to_string(),
         OpKind::Send { .. } => "send".into(),
         OpKind::Recv { .. } => "receive".into(),
-        OpKind::Collective {
-            collective,
-            payload,
-            ..
-        } => {
+        OpKind::Collective { collective, payload, .. } => {
             let what = match collective {
                 Collective::AllReduce => "all-reduce",
                 Collective::ReduceScatter => "reduce-scatter",
@@ -123,10 +114,7 @@ pub fn op_class(kind: &OpKind) -> String {
 /// When the traces do not list the same ops.
 pub fn compare(predicted: &Trace, measured: &Trace) -> Result<Comparison, CompareError> {
     if predicted.ranks.len() != measured.ranks.len() {
-        return Err(CompareError::Ranks {
-            predicted: predicted.ranks.len(),
-            measured: measured.ranks.len(),
-        });
+        return Err(CompareError::Ranks { predicted: predicted.ranks.len(), measured: measured.ranks.len() });
     }
     let mut classes: BTreeMap<String, (u64, Nanos, Nanos)> = BTreeMap::new();
     let mut ranks = Vec::with_capacity(predicted.ranks.len());
@@ -134,17 +122,8 @@ pub fn compare(predicted: &Trace, measured: &Trace) -> Result<Comparison, Compar
         let rank = RankId(index as u32);
         if p.events.len() != m.events.len() {
             let op = p.events.len().min(m.events.len());
-            let name = |t: &RankTrace| {
-                t.events
-                    .get(op)
-                    .map_or("nothing".to_string(), |e| op_class(&e.kind))
-            };
-            return Err(CompareError::Op {
-                rank,
-                op,
-                predicted: name(p),
-                measured: name(m),
-            });
+            let name = |t: &RankTrace| t.events.get(op).map_or("nothing".to_string(), |e| op_class(&e.kind));
+            return Err(CompareError::Op { rank, op, predicted: name(p), measured: name(m) });
         }
         for (op, (a, b)) in p.events.iter().zip(&m.events).enumerate() {
             if a.kind != b.kind {
@@ -161,20 +140,10 @@ pub fn compare(predicted: &Trace, measured: &Trace) -> Result<Comparison, Compar
             entry.2 += b.end - b.start;
         }
         let compute = |t: &RankTrace| {
-            let spans = t
-                .events
-                .iter()
-                .filter(|e| matches!(e.kind, OpKind::Compute { .. }));
+            let spans = t.events.iter().filter(|e| matches!(e.kind, OpKind::Compute { .. }));
             spans.map(|e| e.end - e.start).sum::<Nanos>().seconds()
         };
-        let end = |t: &RankTrace| {
-            t.events
-                .iter()
-                .map(|e| e.end)
-                .max()
-                .unwrap_or_default()
-                .seconds()
-        };
+        let end = |t: &RankTrace| t.events.iter().map(|e| e.end).max().unwrap_or_default().seconds();
         ranks.push(RankComparison {
             rank,
             predicted_compute_seconds: compute(p),
@@ -217,13 +186,7 @@ mod tests {
             .enumerate()
             .map(|(i, &(pass, start, end))| Event {
                 op: OpId(i as u32),
-                kind: OpKind::Compute {
-                    pass,
-                    stage: StageId(0),
-                    microbatch: MicrobatchId(0),
-                    first: 0,
-                    end: 1,
-                },
+                kind: OpKind::Compute { pass, stage: StageId(0), microbatch: MicrobatchId(0), first: 0, end: 1 },
                 stream: Stream::COMPUTE,
                 ready: Nanos(start),
                 start: Nanos(start),
@@ -235,22 +198,13 @@ mod tests {
             format: TRACE_FORMAT.into(),
             origin,
             makespan: Nanos(spans.last().map_or(0, |s| s.2)),
-            ranks: vec![RankTrace {
-                events,
-                memory: vec![],
-                peak_bytes: peak,
-                peak_by_class: BTreeMap::new(),
-            }],
+            ranks: vec![RankTrace { events, memory: vec![], peak_bytes: peak, peak_by_class: BTreeMap::new() }],
         }
     }
 
     #[test]
     fn sums_by_class_and_rank() {
-        let p = trace(
-            Origin::Predicted,
-            &[(Pass::F, 0, 10), (Pass::BW, 10, 30)],
-            7,
-        );
+        let p = trace(Origin::Predicted, &[(Pass::F, 0, 10), (Pass::BW, 10, 30)], 7);
         let m = trace(Origin::Measured, &[(Pass::F, 0, 20), (Pass::BW, 25, 50)], 7);
         let c = compare(&p, &m).unwrap();
         let by_name = |n: &str| c.classes.iter().find(|x| x.class == n).unwrap();
@@ -258,24 +212,15 @@ mod tests {
         assert!((by_name("BW").measured_seconds - 25e-9).abs() < 1e-18);
         assert!((c.error() - (30.0 / 50.0 - 1.0)).abs() < 1e-12);
         assert!((c.ranks[0].measured_compute_seconds - 45e-9).abs() < 1e-18);
-        assert_eq!(
-            c.ranks[0].predicted_peak_bytes,
-            c.ranks[0].measured_peak_bytes
-        );
+        assert_eq!(c.ranks[0].predicted_peak_bytes, c.ranks[0].measured_peak_bytes);
     }
 
     #[test]
     fn other_programs_are_refused() {
         let p = trace(Origin::Predicted, &[(Pass::F, 0, 10)], 0);
         let m = trace(Origin::Measured, &[(Pass::BW, 0, 10)], 0);
-        assert!(matches!(
-            compare(&p, &m),
-            Err(CompareError::Op { op: 0, .. })
-        ));
+        assert!(matches!(compare(&p, &m), Err(CompareError::Op { op: 0, .. })));
         let short = trace(Origin::Measured, &[], 0);
-        assert!(matches!(
-            compare(&p, &short),
-            Err(CompareError::Op { op: 0, .. })
-        ));
+        assert!(matches!(compare(&p, &short), Err(CompareError::Op { op: 0, .. })));
     }
 }

@@ -14,13 +14,7 @@ pub trait CostModel: Sync {
 
     /// The rounds of a collective over `bytes` (the whole array) once all members have arrived. Each round ends for all
     /// members together.
-    fn collective(
-        &self,
-        program: &Program,
-        collective: Collective,
-        group: &Group,
-        bytes: u64,
-    ) -> SmallVec<[Round; 2]>;
+    fn collective(&self, program: &Program, collective: Collective, group: &Group, bytes: u64) -> SmallVec<[Round; 2]>;
 }
 
 /// One exchange: `work` occupies the device of each receiver (zero where hardware moves data beside compute), then

@@ -195,49 +195,21 @@ pub enum Tensor {
     /// Target ids of a microbatch (last stage): `u32`.
     Targets { microbatch: MicrobatchId },
     /// The hidden state that enters a stage, received or left by a stage on the same rank.
-    StageInput {
-        stage: StageId,
-        microbatch: MicrobatchId,
-    },
+    StageInput { stage: StageId, microbatch: MicrobatchId },
     /// The hidden state that F builds and that leaves the stage.
-    StageOutput {
-        stage: StageId,
-        microbatch: MicrobatchId,
-    },
+    StageOutput { stage: StageId, microbatch: MicrobatchId },
     /// The gradient that enters a stage's backward from the next stage.
-    OutputGradient {
-        stage: StageId,
-        microbatch: MicrobatchId,
-    },
+    OutputGradient { stage: StageId, microbatch: MicrobatchId },
     /// The gradient that B builds and that leaves for the previous stage.
-    InputGradient {
-        stage: StageId,
-        microbatch: MicrobatchId,
-    },
+    InputGradient { stage: StageId, microbatch: MicrobatchId },
     /// Block inputs kept by F under full recomputation, all blocks of a unit.
-    Checkpoint {
-        stage: StageId,
-        unit: u16,
-        microbatch: MicrobatchId,
-    },
+    Checkpoint { stage: StageId, unit: u16, microbatch: MicrobatchId },
     /// Activations of a unit needed by B only.
-    SavedForB {
-        stage: StageId,
-        unit: u16,
-        microbatch: MicrobatchId,
-    },
+    SavedForB { stage: StageId, unit: u16, microbatch: MicrobatchId },
     /// Activations of a unit needed until W (by B too, perhaps).
-    SavedForW {
-        stage: StageId,
-        unit: u16,
-        microbatch: MicrobatchId,
-    },
+    SavedForW { stage: StageId, unit: u16, microbatch: MicrobatchId },
     /// Output gradients of a unit's matrix products, made by B and needed by W.
-    DeltaForW {
-        stage: StageId,
-        unit: u16,
-        microbatch: MicrobatchId,
-    },
+    DeltaForW { stage: StageId, unit: u16, microbatch: MicrobatchId },
     /// Per-microbatch losses, one `f32` each (last stage).
     Losses,
     /// One `f64`: the squared gradient norm, partial and then global.
@@ -289,33 +261,13 @@ pub struct Op {
 #[serde(rename_all = "kebab-case")]
 pub enum OpKind {
     /// A pass of a microbatch over units `first..end` of a stage (forward order for F and R, reverse for B, W, BW).
-    Compute {
-        pass: Pass,
-        stage: StageId,
-        microbatch: MicrobatchId,
-        first: u16,
-        end: u16,
-    },
+    Compute { pass: Pass, stage: StageId, microbatch: MicrobatchId, first: u16, end: u16 },
     /// Sends a buffer to the rank that posts the matching receive.
-    Send {
-        peer: RankId,
-        message: Message,
-        buffer: BufferId,
-    },
+    Send { peer: RankId, message: Message, buffer: BufferId },
     /// Receives into a buffer.
-    Recv {
-        peer: RankId,
-        message: Message,
-        buffer: BufferId,
-    },
+    Recv { peer: RankId, message: Message, buffer: BufferId },
     /// A collective over a group, in place on `buffer`.
-    Collective {
-        collective: Collective,
-        group: GroupId,
-        payload: Payload,
-        buffer: BufferId,
-        bytes: u64,
-    },
+    Collective { collective: Collective, group: GroupId, payload: Payload, buffer: BufferId, bytes: u64 },
     /// Adds the squared norm of this rank's shard of all gradients into [`Tensor::GradientNorm`].
     GradientNorm,
     /// Clips by the global norm, updates this rank's shard of a unit with AdamW and zeroes its gradients.
