@@ -1,3 +1,9 @@
 //! `paceline-planner`: plans, pipeline schedules, lowering to a `Program`, and search.
+//!
+//! - [`order`]: what a schedule states.
+//! - [`schedules`]: the named schedules, and the registry that the command line asks.
+//! - [`replay`]: exact times and memory of an order, and its validation.
 
 pub mod order;
+pub mod replay;
+pub mod schedules;
