@@ -2,8 +2,10 @@
 //!
 //! - [`order`]: what a schedule states.
 //! - [`schedules`]: the named schedules, and the registry that the command line asks.
+//! - [`blocks`]: the building-block algebra, for schedules made by repetition and rearrangement.
 //! - [`replay`]: exact times and memory of an order, and its validation.
 
+pub mod blocks;
 pub mod order;
 pub mod replay;
 pub mod schedules;

@@ -5,9 +5,11 @@
 //! read them from the [`Request`].
 
 mod classic;
+mod dual;
 mod interleaved;
 mod placement;
 mod registry;
+mod vee;
 
 pub use placement::{bidirectional, looped, v_shape};
 pub use registry::{Chunks, PlacementKind, SCHEDULES, Schedule, build, find, names};

@@ -1,6 +1,6 @@
 //! The table of schedules: name, placement, chunks, and the function that states the order.
 
-use super::{MOST_ACTIONS, Request, ScheduleError, bidirectional, classic, interleaved, looped, v_shape};
+use super::{MOST_ACTIONS, Request, ScheduleError, bidirectional, classic, dual, interleaved, looped, v_shape, vee};
 use crate::order::{ComputeOrder, Placement};
 
 /// How many stages a device may hold.
@@ -172,6 +172,62 @@ pub const SCHEDULES: &[Schedule] = &[
         chunks: Chunks::Exactly(1),
         split: true,
         build: |r, _| Ok(classic::zb_h2(r.devices, r.microbatches)),
+    },
+    Schedule {
+        name: "zb-v",
+        summary: "hand-made V schedule: no bubble in unit time at the memory of 1F1B",
+        placement: PlacementKind::V,
+        chunks: Chunks::Exactly(2),
+        split: true,
+        build: |r, _| Ok(vee::zb_v(r.devices, r.microbatches)),
+    },
+    Schedule {
+        name: "1f1b-v",
+        summary: "V placement with the fused backward: two thirds of the memory of 1F1B",
+        placement: PlacementKind::V,
+        chunks: Chunks::Exactly(2),
+        split: false,
+        build: |r, _| Ok(vee::one_f_one_b_v(r.devices, r.microbatches)),
+    },
+    Schedule {
+        name: "v-min",
+        summary: "V placement with the least memory, about a third of 1F1B",
+        placement: PlacementKind::V,
+        chunks: Chunks::Exactly(2),
+        split: true,
+        build: |r, _| Ok(vee::v_min(r.devices, r.microbatches)),
+    },
+    Schedule {
+        name: "v-half",
+        summary: "V placement with half the memory of 1F1B",
+        placement: PlacementKind::V,
+        chunks: Chunks::Exactly(2),
+        split: true,
+        build: |r, _| Ok(vee::v_half(r.devices, r.microbatches)),
+    },
+    Schedule {
+        name: "v-zb",
+        summary: "V placement without bubble in unit time at the memory of 1F1B, from a block",
+        placement: PlacementKind::V,
+        chunks: Chunks::Exactly(2),
+        split: true,
+        build: |r, _| Ok(vee::v_zb(r.devices, r.microbatches)),
+    },
+    Schedule {
+        name: "dualpipe",
+        summary: "two opposite pipelines over the same devices; parameters twice (DeepSeek-V3)",
+        placement: PlacementKind::Bidirectional,
+        chunks: Chunks::Exactly(2),
+        split: true,
+        build: |r, _| Ok(dual::dualpipe(r.devices, r.microbatches)),
+    },
+    Schedule {
+        name: "dualpipe-v",
+        summary: "half of DualPipe in V placement: one copy of the parameters",
+        placement: PlacementKind::V,
+        chunks: Chunks::Exactly(2),
+        split: true,
+        build: |r, _| Ok(dual::dualpipe_v(r.devices, r.microbatches)),
     },
 ];
 

@@ -155,3 +155,76 @@ fn requests_that_cannot_be_met_say_why() {
     let short = Request { limit: Some(vec![1.0]), ..Request::new(4, 8) };
     assert_eq!(message("1f1b", short), "1f1b: 1 values given for memory limits, 4 needed");
 }
+
+#[test]
+fn dual_pipes_have_the_published_peak_and_bubble() {
+    // DualPipe's own table, with B the full backward and F&B a pair that ends as one: bubble (PP/2-1)(F&B + B - 3W), and
+    // PP+1 activations. Replayed without overlap, F&B takes F+B, but F is out before the backward: so no more than
+    // the table says, and no less than a zero-bubble warm-up of half a pipeline.
+    let (f, b, w) = (5.0, 6.0, 4.0);
+    for pp in [2u32, 4, 8, 16, 32] {
+        let ramps = f64::from(pp / 2 - 1);
+        let most = ramps * ((f + b + w) + (b + w) - 3.0 * w);
+        let least = ramps * (f + b + w - 2.0 * w);
+        for m in [2 * pp, 4 * pp] {
+            let order = build("dualpipe", &Request::new(pp, m)).unwrap();
+            let timing = replay(&order, &StageTimes::uniform(2 * pp as usize, f, b, w, 0.0)).unwrap();
+            let bubble = timing.makespan() - f64::from(m) * (f + b + w);
+            assert!((least..=most).contains(&bubble), "PP={pp} m={m}: {bubble} outside {least}..={most}");
+            assert_eq!(unsplit_peaks(&order), vec![f64::from(pp + 1); pp as usize]);
+            // Half of it in V placement: the same bubble and the same PP+1 stage activations, on half the devices.
+            let halved = build("dualpipe-v", &Request::new(pp / 2, m)).unwrap();
+            let timing = replay(&halved, &StageTimes::uniform(pp as usize, f, b, w, 0.0)).unwrap();
+            assert_eq!(timing.makespan() - 2.0 * f64::from(m) * (f + b + w), bubble, "PP={pp} m={m}");
+            assert_eq!(unsplit_peaks(&halved), vec![f64::from(pp + 1) / 2.0; pp as usize / 2]);
+        }
+    }
+}
+
+#[test]
+fn dualpipe_splits_the_microbatches_over_two_copies() {
+    let order = build("dualpipe", &Request::new(4, 9)).unwrap();
+    let copies = |copy: u16| {
+        let mut list: Vec<u32> =
+            order.actions.iter().flatten().filter(|a| a.stage.0 / 4 == copy).map(|a| a.microbatch.0).collect();
+        list.sort_unstable();
+        list.dedup();
+        list
+    };
+    assert_eq!((copies(0), copies(1)), ((0..5).collect(), (5..9).collect()));
+    assert_eq!(
+        build("dualpipe", &Request::new(5, 10)).unwrap_err().to_string(),
+        "dualpipe: 5 devices, but two opposite pipelines need an even number; take 6"
+    );
+}
+
+#[test]
+fn hand_made_zb_v_has_no_span_bubble() {
+    for p in DEVICES {
+        for m in [2 * p, 4 * p] {
+            let order = build("zb-v", &Request::new(p, m)).unwrap();
+            let timing = replay(&order, &StageTimes::unit(2 * p as usize)).unwrap();
+            assert_eq!(timing.bubble_span(), 0.0);
+            assert_eq!(timing.makespan(), f64::from(6 * m + p - 1));
+            assert_eq!(unsplit_peaks(&order), vec![f64::from(p); p as usize]);
+        }
+    }
+}
+
+#[test]
+fn fewer_microbatches_never_raise_a_peak() {
+    for schedule in SCHEDULES.iter().filter(|schedule| schedule.name != "interleaved") {
+        let p = 6;
+        let mut before = vec![0.0; p as usize];
+        for m in 1..=4 * p {
+            let peak = unsplit_peaks(&build(schedule.name, &Request::new(p, m)).unwrap());
+            let most = unsplit_peaks(&build(schedule.name, &Request::new(p, 6 * p)).unwrap());
+            for (now, most) in peak.iter().zip(&most) {
+                assert!(now <= most, "{} m={m}", schedule.name);
+            }
+            // No schedule does worse than one microbatch after the other.
+            assert!(peak.iter().zip(&before).any(|(now, before)| now >= before));
+            before = peak;
+        }
+    }
+}

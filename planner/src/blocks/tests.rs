@@ -1,0 +1,108 @@
+//! Collisions, peaks and bubbles of the named blocks, and laws of the algebra.
+
+use super::*;
+use crate::replay::{StageMemory, StageTimes, peaks, replay};
+use crate::schedules::{Request, build};
+
+fn unsplit_chunks(order: &crate::order::ComputeOrder) -> Vec<u32> {
+    let stages = order.placement.stages();
+    let memory = StageMemory { until_b: vec![1.0; stages], until_w: vec![1.0; stages], checkpoint: vec![0.0; stages] };
+    peaks(order, &memory).peak_unsplit.into_iter().map(|peak| peak as u32).collect()
+}
+
+#[test]
+fn named_blocks_are_legal() {
+    for p in 1..=32 {
+        let named = [
+            ("1f1b", Block::one_f_one_b(p)),
+            ("eager-1f1b", Block::eager_one_f_one_b(p)),
+            ("zb-h1", Block::zb_h1(p)),
+            ("zb-h2", Block::zb_h2(p)),
+            ("v-min", Block::v_min(p)),
+            ("v-half", Block::v_half(p)),
+            ("v-zb", Block::v_zb(p)),
+            ("1f1b-v", Block::one_f_one_b_v(p)),
+        ];
+        for (name, block) in named {
+            block.check().unwrap_or_else(|e| panic!("{name} p={p}: {e}"));
+            assert_eq!(block.collision(), None, "{name} p={p}");
+            let repeated = block.repeat(3 * p);
+            repeated.order.validate().unwrap_or_else(|e| panic!("{name} p={p}: {e}"));
+            for (have, most) in unsplit_chunks(&repeated.order).into_iter().zip(block.predicted_peak()) {
+                assert!(have <= most, "{name} p={p}: {have} > {most}");
+            }
+            let before = repeated.makespan();
+            assert!(repeated.try_squeeze().unwrap().makespan() <= before, "{name} p={p}");
+        }
+    }
+}
+
+#[test]
+fn repeated_blocks_are_the_listed_orders() {
+    for p in 1..=9 {
+        for m in [1, p, 2 * p - 1, 4 * p] {
+            let pairs = [
+                ("1f1b", Block::one_f_one_b(p)),
+                ("eager-1f1b", Block::eager_one_f_one_b(p)),
+                ("zb-h1", Block::zb_h1(p)),
+                ("zb-h2", Block::zb_h2(p)),
+            ];
+            for (name, block) in pairs {
+                if name == "zb-h2" && m < 2 * p {
+                    continue; // The listed order keeps fewer W back there.
+                }
+                let listed = build(name, &Request::new(p, m)).unwrap();
+                assert_eq!(block.repeat(m).order.actions, listed.actions, "{name} p={p} m={m}");
+            }
+        }
+    }
+}
+
+/// Bubble of the longest device span and of the makespan, in chunk slots, and the peak in chunks of each device.
+fn measure(order: &crate::order::ComputeOrder) -> (f64, f64, Vec<u32>) {
+    let totals = replay(order, &StageTimes::unit(order.placement.stages())).unwrap().totals;
+    let work = totals.work / f64::from(totals.devices);
+    (totals.longest_span - work, totals.makespan - work, unsplit_chunks(order))
+}
+
+/// The unit-time frontier of V schedules: the least bubble with `k` chunk activations per device (schedules.md, section on
+/// V-shape blocks).
+fn frontier(p: i64, k: i64) -> f64 {
+    (6 * p - 1 - 3 * k).max(4 * p - 3 * k + 2 * ((k + 1) / 2)) as f64
+}
+
+#[test]
+fn v_schedules_reach_the_frontier() {
+    for p in 1..=16u32 {
+        for (name, chunks) in [("v-min", 2 * ((p + 4) / 3)), ("v-half", 2 * ((p + 2) / 2)), ("v-zb", 2 * p)] {
+            for m in [2 * p, 2 * p + 3, 4 * p] {
+                let order = build(name, &Request::new(p, m)).unwrap();
+                order.validate().unwrap();
+                let (span, makespan, peak) = measure(&order);
+                let label = format!("{name} p={p} m={m}");
+                assert!(peak.iter().all(|held| *held <= chunks), "{label}: {peak:?} > {chunks}");
+                assert_eq!(peak.iter().max(), Some(&chunks), "{label}");
+                assert_eq!(span, frontier(i64::from(p), i64::from(chunks.min(2 * p))), "{label}");
+                // No device but the first can start at once, so a parallelogram ends p-1 slots late.
+                assert!(makespan <= span.max(f64::from(p - 1)) + 0.5, "{label}: makespan {makespan}, span {span}");
+            }
+        }
+    }
+}
+
+#[test]
+fn one_f_one_b_v_has_the_known_peak_and_bubble() {
+    for (p, stages) in [(4, 3), (8, 6), (16, 11)] {
+        let order = build("1f1b-v", &Request::new(p, 4 * p)).unwrap();
+        assert_eq!(measure(&order).2.into_iter().max(), Some(2 * stages), "p={p}");
+    }
+    let order = build("1f1b-v", &Request::new(4, 8)).unwrap();
+    assert_eq!(unsplit_chunks(&order).into_iter().max(), Some(6));
+    let timing = replay(&order, &StageTimes::unit(8)).unwrap();
+    assert!((timing.bubble_makespan() - 0.238).abs() < 0.0005, "{}", timing.bubble_makespan());
+    // Interleaved 1F1B on the same devices: less bubble, more memory.
+    let order = build("interleaved", &Request::new(4, 8)).unwrap();
+    assert_eq!(unsplit_chunks(&order), [11, 9, 7, 5]);
+    let timing = replay(&order, &StageTimes::unit(8)).unwrap();
+    assert!((timing.bubble_makespan() - 0.158).abs() < 0.0005);
+}
