@@ -61,12 +61,13 @@ pub fn justify(
         .map(|(d, own)| limit.get(d).map_or(*own, |l| l.max(*own)))
         .collect();
     let mut pass = ListPass::new(order, times, memory, &limit);
+    let forwards = pass.run(&order.actions, false, &[]);
     // Levelling the ends of the devices and leaving them in a slope reach different orders; either may win.
     for slope in [true, false] {
         let mut current = order.clone();
         let mut reached = f64::INFINITY;
-        for _ in 0..ROUNDS {
-            current.actions = pass.run(&current.actions, false, &[]);
+        for round in 0..ROUNDS {
+            current.actions = if round == 0 { forwards.clone() } else { pass.run(&current.actions, false, &[]) };
             replayer.run(&current, times)?;
             let first: Vec<f64> = (0..current.actions.len())
                 .map(|device| replayer.starts(device).first().copied().unwrap_or(0.0))
@@ -104,16 +105,22 @@ struct ListPass<'a> {
     device_of: &'a [u32],
     per_copy: usize,
     m: usize,
-    /// End of every action by pass (F, B or BW, W, R), stage and microbatch; 0 for actions that do not exist.
+    /// End of every action by stage, microbatch and pass (F, B or BW, W, R); 0 for actions that do not exist.
     ended: Vec<f64>,
     /// By device: the place of the first action not yet taken.
     head: Vec<u32>,
     /// By device and place: the next place not yet taken.
     next: Vec<Vec<u32>>,
+    /// By stage: its number among the stages of its device.
+    local: Vec<u32>,
+    /// By device and class (pass and local stage): actions not yet taken.
+    left: Vec<Vec<u32>>,
     /// By device: memory held.
     held: Vec<f64>,
     /// By device: when it becomes free.
     free: Vec<f64>,
+    /// By device: whether it found nothing to do when it was last looked at.
+    idle: Vec<bool>,
     /// Devices to look at, soonest first.
     events: BinaryHeap<Reverse<(Time, u32)>>,
 }
@@ -138,6 +145,10 @@ impl Ord for Time {
 
 impl<'a> ListPass<'a> {
     fn new(order: &'a ComputeOrder, times: &'a StageTimes, memory: &'a StageMemory, limit: &'a [f64]) -> Self {
+        let mut local: Vec<u32> = Vec::with_capacity(order.placement.stages());
+        for (stage, device) in order.placement.device_of_stage.iter().enumerate() {
+            local.push(order.placement.device_of_stage[..stage].iter().filter(|d| *d == device).count() as u32);
+        }
         ListPass {
             times,
             memory,
@@ -148,8 +159,11 @@ impl<'a> ListPass<'a> {
             ended: Vec::new(),
             head: Vec::new(),
             next: Vec::new(),
+            local,
+            left: Vec::new(),
             held: Vec::new(),
             free: Vec::new(),
+            idle: Vec::new(),
             events: BinaryHeap::new(),
         }
     }
@@ -161,7 +175,19 @@ impl<'a> ListPass<'a> {
             Pass::W => 2,
             Pass::R => 3,
         };
-        (kind * self.device_of.len() + stage) * self.m + microbatch
+        (stage * self.m + microbatch) * 4 + kind
+    }
+
+    /// Pass and stage as a small number. Actions of a class depend on each other in the order of their microbatches, so
+    /// only the first of each class in a list is worth a look.
+    fn class(&self, action: Action) -> usize {
+        let kind = match action.pass {
+            Pass::F => 0,
+            Pass::B | Pass::BW => 1,
+            Pass::W => 2,
+            Pass::R => 3,
+        };
+        4 * self.local[action.stage.index()] as usize + kind
     }
 
     /// When everything that `action` needs is there: `PENDING` while something is not scheduled. In reversed time an action
@@ -216,13 +242,18 @@ impl<'a> ListPass<'a> {
         let mut recomputes = vec![false; stages];
         self.head.clear();
         self.next.clear();
+        self.left.clear();
         self.events.clear();
+        let classes = 4 * (1 + self.local.iter().copied().max().unwrap_or(0) as usize);
         for (device, list) in lists.iter().enumerate() {
+            let mut left = vec![0; classes];
             for action in list {
                 let slot = self.slot(action.pass, action.stage.index(), action.microbatch.index());
                 self.ended[slot] = PENDING;
+                left[self.class(*action)] += 1;
                 recomputes[action.stage.index()] |= action.pass == Pass::R;
             }
+            self.left.push(left);
             self.head.push(if list.is_empty() { END } else { 0 });
             self.next.push((1..=list.len() as u32).map(|n| if n as usize == list.len() { END } else { n }).collect());
             let start = release.get(device).copied().unwrap_or(0.0);
@@ -232,13 +263,25 @@ impl<'a> ListPass<'a> {
         self.held.resize(lists.len(), 0.0);
         self.free.clear();
         self.free.extend((0..lists.len()).map(|device| release.get(device).copied().unwrap_or(0.0)));
+        self.idle.clear();
+        self.idle.resize(lists.len(), false);
         let mut result: Vec<Vec<Action>> = lists.iter().map(|list| Vec::with_capacity(list.len())).collect();
         while let Some(Reverse((Time(now), device))) = self.events.pop() {
             let device = device as usize;
             if self.free[device] > now + CLOSE {
                 continue;
             }
-            let Some(action) = self.take(&lists[device], device, now, backwards, &recomputes) else { continue };
+            let action = match self.take(&lists[device], device, now, backwards, &recomputes) {
+                Ok(action) => action,
+                Err(soonest) => {
+                    self.idle[device] = true;
+                    if soonest < PENDING {
+                        self.events.push(Reverse((Time(soonest), device as u32)));
+                    }
+                    continue;
+                }
+            };
+            self.idle[device] = false;
             let (stage, microbatch) = (action.stage.index(), action.microbatch.index());
             let end = now + self.times.of(action.pass, stage);
             self.held[device] += self.change(action, backwards, recomputes[stage]);
@@ -247,7 +290,7 @@ impl<'a> ListPass<'a> {
             self.ended[slot] = end;
             result[device].push(action);
             self.events.push(Reverse((Time(end), device as u32)));
-            // Wake whoever may have waited for this: the stage before or after.
+            // Wake who may have waited for this: the stage after or before. A busy device will look by itself.
             let down = (action.pass == Pass::F) != backwards;
             let receiver = match action.pass {
                 Pass::W | Pass::R => None,
@@ -256,7 +299,7 @@ impl<'a> ListPass<'a> {
             };
             if let Some(receiver) = receiver {
                 let peer = self.device_of[receiver];
-                if peer as usize != device {
+                if self.idle[peer as usize] {
                     self.events.push(Reverse((Time(end + self.times.comm), peer)));
                 }
             }
@@ -265,7 +308,8 @@ impl<'a> ListPass<'a> {
     }
 
     /// Takes the action that `device` starts now: the next one of its list if ready, else the first that is ready, ends
-    /// before the next one becomes ready, and leaves room for all that it overtakes.
+    /// before the next one becomes ready, and leaves room for all that it overtakes. Otherwise the soonest time at which an
+    /// action that was looked at becomes ready, as far as it is known.
     fn take(
         &mut self,
         list: &[Action],
@@ -273,39 +317,54 @@ impl<'a> ListPass<'a> {
         now: f64,
         backwards: bool,
         recomputes: &[bool],
-    ) -> Option<Action> {
-        let head = self.head[device];
-        let (mut previous, mut place) = (END, head);
+    ) -> Result<Action, f64> {
+        let (mut previous, mut place) = (END, self.head[device]);
+        if let Some(&action) = list.get(place as usize)
+            && self.ready(action, backwards) <= now + CLOSE
+        {
+            self.head[device] = self.next[device][place as usize];
+            let class = self.class(action);
+            self.left[device][class] -= 1;
+            return Ok(action);
+        }
         let mut held = self.held[device];
         let mut highest = held;
-        let mut gap = f64::INFINITY;
+        let (mut gap, mut soonest) = (PENDING, PENDING);
+        let (mut seen, mut unseen) = (0u64, self.left[device].iter().filter(|left| **left > 0).count());
         for _ in 0..LOOK_AHEAD {
             if place == END {
-                return None;
+                break;
             }
             let action = list[place as usize];
             let change = self.change(action, backwards, recomputes[action.stage.index()]);
-            let ready = self.ready(action, backwards);
+            // Classes beyond 64 (more than 16 stages on a device) have no bit and are looked at each time.
+            let class = self.class(action);
+            let bit = 1u64.checked_shl(class as u32).unwrap_or(0);
+            let again = seen & bit != 0;
+            let ready = if again { PENDING } else { self.ready(action, backwards) };
             let fits = change <= 0.0 || highest + change <= self.limit[device] * (1.0 + CLOSE);
-            let is_next = previous == END;
-            let short = now + self.times.of(action.pass, action.stage.index()) <= gap + CLOSE;
-            if ready <= now + CLOSE && (is_next || (fits && short)) {
-                let after = self.next[device][place as usize];
-                if is_next {
-                    self.head[device] = after;
-                } else {
-                    self.next[device][previous as usize] = after;
-                }
-                return Some(action);
+            if ready > now + CLOSE {
+                soonest = soonest.min(ready);
+            } else if fits && now + self.times.of(action.pass, action.stage.index()) <= gap + CLOSE {
+                self.next[device][previous as usize] = self.next[device][place as usize];
+                self.left[device][class] -= 1;
+                return Ok(action);
             }
-            if is_next {
+            if previous == END {
                 gap = ready;
+            }
+            if bit != 0 && !again {
+                seen |= bit;
+                unseen -= 1;
+                if unseen == 0 {
+                    break;
+                }
             }
             held += change;
             highest = highest.max(held);
             previous = place;
             place = self.next[device][place as usize];
         }
-        None
+        Err(soonest)
     }
 }

@@ -17,11 +17,14 @@
 //! - [`Block`]: offsets of the passes, lifespan, predicted peak, collisions.
 //! - [`Block::repeat`] and [`Slotted::squeeze`]: from a block to an order.
 //! - [`justify`]: rearranges the warm-up and the cool-down (every place where a device idles) under a memory limit.
+//! - [`extend`]: more microbatches for an order with a periodic steady phase.
 
+mod extend;
 mod family;
 mod justify;
 mod offsets;
 
+pub use extend::extend;
 pub use justify::{Goal, justify};
 pub use offsets::{Block, BlockError, Collision, Offsets, Slotted, fill_weights};
 

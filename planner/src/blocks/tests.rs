@@ -75,7 +75,7 @@ fn frontier(p: i64, k: i64) -> f64 {
 fn v_schedules_reach_the_frontier() {
     for p in 1..=16u32 {
         for (name, chunks) in [("v-min", 2 * ((p + 4) / 3)), ("v-half", 2 * ((p + 2) / 2)), ("v-zb", 2 * p)] {
-            for m in [2 * p, 2 * p + 3, 4 * p] {
+            for m in [2 * p, 2 * p + 3, 4 * p + 20] {
                 let order = build(name, &Request::new(p, m)).unwrap();
                 order.validate().unwrap();
                 let (span, makespan, peak) = measure(&order);
@@ -105,4 +105,20 @@ fn one_f_one_b_v_has_the_known_peak_and_bubble() {
     assert_eq!(unsplit_chunks(&order), [11, 9, 7, 5]);
     let timing = replay(&order, &StageTimes::unit(8)).unwrap();
     assert!((timing.bubble_makespan() - 0.158).abs() < 0.0005);
+}
+
+#[test]
+fn extension_keeps_the_bubble_and_the_peak() {
+    for p in [2u32, 3, 8, 16] {
+        for name in ["1f1b", "zb-h2", "v-min", "v-half", "v-zb", "1f1b-v"] {
+            let short = build(name, &Request::new(p, 4 * p + 8)).unwrap();
+            let times = StageTimes::unit(short.placement.stages());
+            let longer = extend(&short, &times, 17).unwrap_or_else(|| panic!("{name} p={p}: no period found"));
+            longer.validate().unwrap();
+            assert_eq!(longer.microbatches, 4 * p + 25);
+            assert_eq!(measure(&longer), measure(&short), "{name} p={p}");
+        }
+    }
+    // GPipe has no steady phase.
+    assert_eq!(extend(&build("gpipe", &Request::new(4, 8)).unwrap(), &StageTimes::unit(4), 1), None);
 }

@@ -3,7 +3,7 @@
 //! (arXiv 2401.10241, section 6).
 
 use super::{action, v_shape};
-use crate::blocks::{Block, Goal, justify};
+use crate::blocks::{Block, Goal, extend, justify};
 use crate::order::{Action, ComputeOrder};
 use crate::replay::{StageMemory, StageTimes, peaks};
 use paceline_sim::program::Pass;
@@ -35,11 +35,20 @@ pub fn one_f_one_b_v(p: u32, m: u32) -> ComputeOrder {
 /// The repeated block with its ends rearranged in unit time, at most `peak` microbatch-stages per device or what the
 /// fullest device of the block takes.
 fn rearranged(block: &Block, p: u32, m: u32, peak: u32) -> ComputeOrder {
+    // Warm-up and cool-down do not depend on m once there is a steady phase between them.
+    let short = 2 * p + 8;
+    let times = StageTimes::unit(block.placement.stages());
+    if m > short + p {
+        let longer = extend(&rearranged(block, p, short, peak), &times, m - short);
+        if let Some(longer) = longer {
+            return longer;
+        }
+    }
     let order = block.repeat(m).order;
     let memory = StageMemory::microbatch_stages(&order.placement, p as usize, 0.0);
     let fullest = peaks(&order, &memory).peak_unsplit.into_iter().fold(f64::from(peak), f64::max);
     let limit = vec![fullest; p as usize];
-    match justify(&order, &StageTimes::unit(order.placement.stages()), &memory, &limit, Goal::Span) {
+    match justify(&order, &times, &memory, &limit, Goal::Span) {
         Ok(better) => better,
         // A repeated block can always be replayed; if it could not, validation would say more than an error here.
         Err(_) => order,
