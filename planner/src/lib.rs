@@ -3,9 +3,11 @@
 //! - [`order`]: what a schedule states.
 //! - [`schedules`]: the named schedules, and the registry that the command line asks.
 //! - [`blocks`]: the building-block algebra, for schedules made by repetition and rearrangement.
+//! - [`interchange`]: schedules as files of other tools.
 //! - [`replay`]: exact times and memory of an order, and its validation.
 
 pub mod blocks;
+pub mod interchange;
 pub mod order;
 pub mod replay;
 pub mod schedules;

@@ -1,0 +1,3 @@
+//! Files of other tools: schedules in and out.
+
+pub mod pytorch;
