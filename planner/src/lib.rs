@@ -3,10 +3,12 @@
 //! - [`order`]: what a schedule states.
 //! - [`schedules`]: the named schedules, and the registry that the command line asks.
 //! - [`blocks`]: the building-block algebra, for schedules made by repetition and rearrangement.
+//! - [`drawing`]: a replayed schedule as terminal cells and as SVG.
 //! - [`interchange`]: schedules as files of other tools.
 //! - [`replay`]: exact times and memory of an order, and its validation.
 
 pub mod blocks;
+pub mod drawing;
 pub mod interchange;
 pub mod order;
 pub mod replay;

@@ -303,7 +303,7 @@ fn check_entry((stage, microbatch): (u16, u32), found: Found) -> Result<(), CsvE
         Err(CsvError::Missing { at, cell: cell(pass), hint })
     };
     if let (Some((_, at)), Some((pass, (_, there)))) =
-        (found.bw.map(|(place, at)| (place, at)), found.b.map(|b| (Pass::B, b)).or(found.w.map(|w| (Pass::W, w))))
+        (found.bw, found.b.map(|b| (Pass::B, b)).or(found.w.map(|w| (Pass::W, w))))
     {
         return Err(CsvError::BothBackwards { at: there, cell: cell(pass), other: cell(Pass::BW), there: at });
     }
