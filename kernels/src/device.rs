@@ -79,7 +79,7 @@ pub trait Block: Send + Sync {
 impl dyn Block {
     /// `len` elements from a byte offset. Panics when out of range or misaligned: a layout that does not fit is a bug.
     pub fn view(&self, byte_offset: usize, len: usize, dtype: DType) -> View {
-        assert!(byte_offset % dtype.bytes() == 0, "view at byte {byte_offset} is not aligned to {dtype:?}");
+        assert!(byte_offset.is_multiple_of(dtype.bytes()), "view at byte {byte_offset} is not aligned to {dtype:?}");
         assert!(
             byte_offset + len * dtype.bytes() <= self.bytes(),
             "view of {len} {dtype:?} at byte {byte_offset} exceeds a block of {} bytes",
