@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 /// Folders of the repository, in the order of the text.
-const FOLDERS: [&str; 8] = ["docs", "src", "exec/src", "kernels/src", "planner/src", "profiles/src", "sim/src", "tests"];
+const FOLDERS: [&str; 8] =
+    ["docs", "src", "exec/src", "kernels/src", "planner/src", "profiles/src", "sim/src", "tests"];
 const EXTENSIONS: [&str; 4] = ["md", "rs", "toml", "cu"];
 
 fn main() {

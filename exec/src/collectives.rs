@@ -49,7 +49,9 @@ pub unsafe fn perform<T: Copy + AddAssign + Default>(step: Step, arrays: &[*mut 
             for (owner, &array) in arrays.iter().enumerate().filter(|&(owner, _)| owner != member) {
                 let part = shard(len, count, owner);
                 // SAFETY: in this round shard `owner` is written in every array but its owner's, each by its member.
-                unsafe { std::ptr::copy_nonoverlapping(array.add(part.start), arrays[member].add(part.start), part.len()) }
+                unsafe {
+                    std::ptr::copy_nonoverlapping(array.add(part.start), arrays[member].add(part.start), part.len())
+                }
             }
         }
     }

@@ -252,7 +252,7 @@ fn token_header(path: &Path, bytes: &[u8]) -> Result<usize, DataError> {
         }
         _ => 0,
     };
-    if bytes.len() % 2 != 0 {
+    if !bytes.len().is_multiple_of(2) {
         return wrong(format!("{} bytes are not a whole number of uint16 tokens", bytes.len()));
     }
     Ok(header)

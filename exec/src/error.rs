@@ -31,10 +31,11 @@ pub enum ExecError {
     #[error("{rank} {op}: {source}")]
     Kernel { rank: RankId, op: OpId, source: KernelError },
     /// The loss or the gradient norm is not a number any more.
-    #[error(
-        "step {step}: {what} is {value}; lower the learning rate, lengthen the warm-up or lower the clipping norm"
-    )]
+    #[error("step {step}: {what} is {value}; lower the learning rate, lengthen the warm-up or lower the clipping norm")]
     Diverged { step: u64, what: &'static str, value: f64 },
+    /// Every rank waits for another.
+    #[error("the ranks wait for each other: {standing}")]
+    Stalled { standing: String },
     /// A thread of the executor panicked: a bug.
     #[error("{rank} panicked: {message}")]
     Panic { rank: RankId, message: String },
@@ -55,7 +56,9 @@ pub enum DataError {
     )]
     TooShort { name: String, tokens: u64, seq: u32, needed: u64 },
     /// A token that the model does not know.
-    #[error("data {name}: token {token} at position {position} is not below the vocabulary size {vocab}: use the model's own tokenizer")]
+    #[error(
+        "data {name}: token {token} at position {position} is not below the vocabulary size {vocab}: use the model's own tokenizer"
+    )]
     TokenOutOfRange { name: String, token: u32, position: u64, vocab: u32 },
     /// A token file whose shape or header is wrong.
     #[error("data {path}: {what}")]

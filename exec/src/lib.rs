@@ -1,10 +1,41 @@
 //! `paceline-exec`: runs a [`Program`](paceline_sim::program::Program) with real kernels and real messages.
+//!
+//! A program goes through [`bind`] (who meets whom), then every rank's thread interprets its list ([`interpreter`]) while
+//! the [`fabric`] brings sends, receives and groups together and gives the devices' [`slot`]s out in turn. What an
+//! op does lies behind two small traits: [`cpu`] computes with kernels in shared memory, [`paced`] waits as long as a
+//! cost model says. What a model computes lies behind [`seam`].
 
+mod bind;
+mod checkpoint;
+mod collectives;
+mod cpu;
+mod crew;
 mod data;
 mod error;
+mod evaluate;
+mod fabric;
+mod initialise;
+mod interpreter;
+mod kernel_times;
 mod learning_rate;
+mod memory;
+mod paced;
+mod report;
+mod run;
+mod seam;
+mod settings;
+mod shards;
 mod slot;
+mod state;
+mod timeline;
 
 pub use data::{Dataset, Sampler};
 pub use error::{CheckpointError, DataError, ExecError};
+pub use kernel_times::{KernelTimes, kernel_key};
 pub use learning_rate::LearningRate;
+pub use memory::MemoryReport;
+pub use paced::{Rehearsal, rehearse};
+pub use report::{Observer, RunReport, Silent, StepReport};
+pub use run::run_passes;
+pub use seam::{Launch, Operands, Parameter, Passes, Start, TiedCopy};
+pub use settings::{CheckpointSettings, Evaluation, OptimizerSettings, RunSettings};

@@ -116,7 +116,7 @@ impl<'d> RankMemory<'d> {
     }
 
     /// The block of a living buffer.
-    pub fn block(&self, buffer: usize) -> Option<&dyn Block> {
+    pub fn block(&self, buffer: usize) -> Option<&(dyn Block + 'static)> {
         self.held[buffer].as_ref().map(|held| &*held.block)
     }
 
@@ -126,13 +126,7 @@ impl<'d> RankMemory<'d> {
         self.meter.total
     }
 
-    /// Forgets the peak so far: the next one is measured from the present total.
-    pub fn restart_peak(&mut self) {
-        self.meter.peak = 0;
-        self.meter.note_peak();
-    }
-
-    /// What was held since the peak was restarted.
+    /// What was held so far.
     pub fn report(&self) -> MemoryReport {
         let by_class = MemoryClass::ALL.into_iter().zip(self.meter.peak_by_class).filter(|&(_, bytes)| bytes > 0);
         MemoryReport {

@@ -6,12 +6,15 @@
 //! hand-over between threads.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The slot of one device. `W` describes a piece of communication work.
 #[derive(Debug)]
 pub struct Slot<W> {
     state: Mutex<State<W>>,
+    /// The slot is free and communication work is first in line: lets waiting threads look without the lock.
+    work_ready: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -39,7 +42,8 @@ pub enum Next {
 
 impl<W> Default for Slot<W> {
     fn default() -> Self {
-        Slot { state: Mutex::new(State { held: false, queue: VecDeque::with_capacity(64) }) }
+        let state = State { held: false, queue: VecDeque::with_capacity(64) };
+        Slot { state: Mutex::new(state), work_ready: AtomicBool::new(false) }
     }
 }
 
@@ -66,54 +70,47 @@ impl<W> Slot<W> {
     pub fn push(&self, work: W) -> bool {
         let mut state = self.lock();
         state.queue.push_back(Turn::Work(work));
+        self.note(&state);
         !state.held
+    }
+
+    /// Brings `work_ready` up to date after a change under the lock.
+    fn note(&self, state: &State<W>) {
+        let ready = !state.held && matches!(state.queue.front(), Some(Turn::Work(_)));
+        self.work_ready.store(ready, Ordering::Release);
+    }
+
+    /// Whether [`Slot::take`] would give work.
+    pub fn has_work(&self) -> bool {
+        self.work_ready.load(Ordering::Acquire)
     }
 
     /// Takes the slot for the communication work that is first in line, if any.
     pub fn take(&self) -> Option<W> {
+        if !self.has_work() {
+            return None;
+        }
         let mut state = self.lock();
         if state.held || !matches!(state.queue.front(), Some(Turn::Work(_))) {
             return None;
         }
-        match state.queue.pop_front() {
-            Some(Turn::Work(work)) => {
-                state.held = true;
-                Some(work)
-            }
-            _ => None,
-        }
-    }
-
-    /// Whether nobody holds the slot.
-    pub fn is_idle(&self) -> bool {
-        !self.lock().held
+        let Some(Turn::Work(work)) = state.queue.pop_front() else { return None };
+        state.held = true;
+        self.note(&state);
+        Some(work)
     }
 
     /// Gives the slot up to the next in line.
     pub fn release(&self) -> Next {
         let mut state = self.lock();
         debug_assert!(state.held, "a slot is released by its holder");
-        match state.queue.front() {
-            None => {
-                state.held = false;
-                Next::Idle
-            }
-            Some(Turn::Work(_)) => {
-                state.held = false;
-                Next::Work
-            }
-            Some(&Turn::Compute(rank)) => {
-                state.queue.pop_front();
-                Next::Granted(rank)
-            }
+        if let Some(&Turn::Compute(rank)) = state.queue.front() {
+            state.queue.pop_front();
+            return Next::Granted(rank);
         }
-    }
-
-    /// Forgets every waiter (after an abort, when all threads leave).
-    pub fn clear(&self) {
-        let mut state = self.lock();
         state.held = false;
-        state.queue.clear();
+        self.note(&state);
+        if state.queue.is_empty() { Next::Idle } else { Next::Work }
     }
 }
 
@@ -137,7 +134,7 @@ mod tests {
         assert_eq!(slot.release(), Next::Granted(2));
         assert_eq!(slot.release(), Next::Granted(3));
         assert_eq!(slot.release(), Next::Idle);
-        assert!(slot.is_idle());
+        assert!(slot.acquire(4), "nobody holds the slot");
     }
 
     #[test]

@@ -1,0 +1,500 @@
+//! Ranks that really compute, on memory that all of them can reach.
+
+use crate::bind::Bound;
+use crate::collectives::{Step, perform, rounds};
+use crate::crew::Clock;
+use crate::data::Sampler;
+use crate::error::ExecError;
+use crate::fabric::{Effects, HostRange, Span};
+use crate::interpreter::Hands;
+use crate::kernel_times::KernelTally;
+use crate::memory::RankMemory;
+use crate::seam::{Launch, Operands, Passes};
+use crate::settings::OptimizerSettings;
+use crate::shards::{Shares, shares};
+use paceline_kernels::{AdamW, Call, DType, Device, KernelError, View};
+use paceline_sim::program::{Op, OpKind, Payload, Program, RankProgram, Tensor};
+use paceline_sim::units::{MicrobatchId, OpId, RankId, StageId};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+
+/// Communication by copies and sums in shared memory.
+pub(crate) struct HostEffects {
+    clock: Clock,
+    meetings: Vec<(&'static [Step], DType)>,
+    transfers: Vec<u64>,
+}
+
+impl HostEffects {
+    pub fn new(bound: &Bound, clock: Clock) -> HostEffects {
+        let dtype = |payload| if payload == Payload::GradientNorm { DType::F64 } else { DType::F32 };
+        HostEffects {
+            clock,
+            meetings: bound.meetings.iter().map(|m| (rounds(m.collective), dtype(m.payload))).collect(),
+            transfers: bound.transfers.iter().map(|t| t.bytes).collect(),
+        }
+    }
+
+    fn timed(&self, work: impl FnOnce()) -> Span {
+        let start = self.clock.now();
+        work();
+        let end = self.clock.now();
+        Span { start, end, effective: end }
+    }
+}
+
+impl Effects for HostEffects {
+    fn at(&self, _: u64) -> u64 {
+        self.clock.now()
+    }
+
+    fn reach(&self, time: u64) -> u64 {
+        time
+    }
+
+    fn transfer_takes_device(&self, _: usize) -> bool {
+        true
+    }
+
+    unsafe fn transfer(&self, transfer: usize, from: HostRange, to: HostRange, _: u64) -> Span {
+        debug_assert!(from.bytes == to.bytes && from.bytes == self.transfers[transfer]);
+        // SAFETY: the caller's promise; buffers of different ranks are different blocks.
+        let copy = || unsafe {
+            std::ptr::copy_nonoverlapping(from.address as *const u8, to.address as *mut u8, to.bytes as usize);
+        };
+        self.timed(copy)
+    }
+
+    fn rounds(&self, meeting: usize) -> usize {
+        self.meetings[meeting].0.len()
+    }
+
+    fn round_takes_device(&self, _: usize, _: usize) -> bool {
+        true
+    }
+
+    unsafe fn round(&self, meeting: usize, round: usize, member: usize, ranges: &[HostRange], _: u64) -> Span {
+        let (steps, dtype) = self.meetings[meeting];
+        let len = ranges[member].bytes as usize / dtype.bytes();
+        // SAFETY: the caller's promise; blocks are aligned to 64 bytes and the elements have the meeting's type.
+        self.timed(|| unsafe {
+            match dtype {
+                DType::F64 => {
+                    let arrays: Vec<*mut f64> = ranges.iter().map(|r| r.address as *mut f64).collect();
+                    perform(steps[round], &arrays, len, member);
+                }
+                DType::F32 | DType::U32 => {
+                    let arrays: Vec<*mut f32> = ranges.iter().map(|r| r.address as *mut f32).collect();
+                    perform(steps[round], &arrays, len, member);
+                }
+            }
+        })
+    }
+}
+
+/// What all ranks of a run share.
+pub(crate) struct Job<'a> {
+    pub program: &'a Program,
+    pub device: &'a dyn Device,
+    pub clock: Clock,
+    pub passes: &'a dyn Passes,
+    pub sampler: &'a Sampler<'a>,
+    pub optimizer: OptimizerSettings,
+    pub poison: bool,
+}
+
+/// What changes from step to step.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct StepOrders {
+    /// Steps done before.
+    pub step: u64,
+    pub capture_gradients: bool,
+}
+
+/// A rank that computes.
+pub(crate) struct CpuHands<'a> {
+    job: &'a Job<'a>,
+    id: RankId,
+    rank: &'a RankProgram,
+    pub memory: RankMemory<'a>,
+    pub curve: Vec<(u64, u64)>,
+    pub kernels: KernelTally,
+    pub orders: StepOrders,
+    /// By stage and unit: what it updates and counts.
+    shares: HashMap<(StageId, u16), Shares>,
+    /// Losses of the microbatches whose loss it computes, of the last step.
+    pub losses: Vec<f32>,
+    loss_microbatches: Vec<MicrobatchId>,
+    /// Squared global gradient norm of the last step.
+    pub squared_norm: Option<f64>,
+    /// Its shares of the gradients of the last step, if asked for.
+    pub gradients: BTreeMap<(StageId, u16), (Range<usize>, Vec<f32>)>,
+    batch: Vec<u32>,
+}
+
+impl<'a> CpuHands<'a> {
+    /// Allocates the persistent buffers. Gradients, moments, losses and the norm are zero, parameters are not yet set.
+    pub fn new(job: &'a Job<'a>, id: RankId) -> Result<Self, ExecError> {
+        let rank = &job.program.ranks[id.index()];
+        let mut held = HashMap::new();
+        for buffer in &rank.buffers {
+            if let Tensor::Gradients { stage, unit } = buffer.tensor {
+                held.insert((stage, unit), shares(job.program, id, stage, unit)?);
+            }
+        }
+        let losses = rank.ops.iter().filter_map(|op| match op.kind {
+            OpKind::Compute { pass: paceline_sim::program::Pass::F, stage, microbatch, end, .. }
+                if job.passes.has_loss(stage) && usize::from(end) == job.program.stages[stage.index()].units.len() =>
+            {
+                Some(microbatch)
+            }
+            _ => None,
+        });
+        let mut hands = CpuHands {
+            memory: RankMemory::new(job.device, rank.buffers.len(), job.poison),
+            curve: Vec::with_capacity(2 * rank.ops.len()),
+            kernels: KernelTally::default(),
+            orders: StepOrders::default(),
+            shares: held,
+            losses: Vec::new(),
+            loss_microbatches: losses.collect(),
+            squared_norm: None,
+            gradients: BTreeMap::new(),
+            batch: Vec::new(),
+            job,
+            id,
+            rank,
+        };
+        for &buffer in &rank.persistent {
+            hands.begin_life(buffer.index()).map_err(|source| hands.refused(0, source))?;
+            if !matches!(rank.buffers[buffer.index()].tensor, Tensor::Parameters { .. }) {
+                hands.zero(buffer.index()).map_err(|source| hands.refused(0, source))?;
+            }
+        }
+        hands.memory.settle();
+        Ok(hands)
+    }
+
+    fn refused(&self, op: u32, source: KernelError) -> ExecError {
+        ExecError::Kernel { rank: self.id, op: OpId(op), source }
+    }
+
+    fn begin_life(&mut self, buffer: usize) -> Result<(), KernelError> {
+        let held = &self.rank.buffers[buffer];
+        self.memory.allocate(buffer, held.class, held.bytes)
+    }
+
+    fn zero(&self, buffer: usize) -> Result<(), KernelError> {
+        match self.view(buffer) {
+            // SAFETY: the buffer lives, and this rank's thread alone knows it yet.
+            Some(x) => unsafe { self.job.device.run(&Call::Zero { x }) },
+            None => Ok(()),
+        }
+    }
+
+    /// The whole of a living buffer.
+    fn view(&self, buffer: usize) -> Option<View> {
+        let dtype = dtype(self.rank.buffers[buffer].tensor);
+        self.memory.block(buffer).map(|block| block.view(0, block.bytes() / dtype.bytes(), dtype))
+    }
+
+    /// The buffer of a persistent tensor, if this rank has it.
+    pub fn persistent(&self, tensor: Tensor) -> Option<View> {
+        let buffers = &self.rank.buffers;
+        self.rank.persistent.iter().find(|b| buffers[b.index()].tensor == tensor).and_then(|b| self.view(b.index()))
+    }
+
+    /// What this rank updates of a unit.
+    pub fn update_range(&self, stage: StageId, unit: u16, len: usize) -> Option<Range<usize>> {
+        self.shares.get(&(stage, unit)).map(|shares| shares.update.range(len))
+    }
+
+    /// Prepares a step.
+    pub fn prepare(&mut self, orders: StepOrders) -> Result<(), KernelError> {
+        self.orders = orders;
+        self.losses.clear();
+        self.squared_norm = None;
+        self.gradients.clear();
+        for &buffer in &self.rank.persistent {
+            if matches!(self.rank.buffers[buffer.index()].tensor, Tensor::Losses | Tensor::GradientNorm) {
+                self.zero(buffer.index())?;
+            }
+        }
+        self.curve.push((0, self.memory.settle()));
+        Ok(())
+    }
+
+    /// Reads what a finished step leaves in persistent buffers.
+    pub fn conclude(&mut self) -> Result<(), KernelError> {
+        for &buffer in &self.rank.persistent {
+            self.note_result(buffer.index())?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the contents of a buffer that holds a result of the step.
+    fn note_result(&mut self, buffer: usize) -> Result<(), KernelError> {
+        let tensor = self.rank.buffers[buffer].tensor;
+        let Some(view) = self.view(buffer).filter(|_| matches!(tensor, Tensor::Losses | Tensor::GradientNorm)) else {
+            return Ok(());
+        };
+        let mut bytes = vec![0; view.bytes()];
+        // SAFETY: the op that frees the buffer, or the step, has ended: nobody writes to it.
+        unsafe { self.job.device.download(view, &mut bytes) }?;
+        if tensor == Tensor::Losses {
+            let all = bytes.as_chunks::<4>().0;
+            self.losses = self.loss_microbatches.iter().map(|m| f32::from_ne_bytes(all[m.index()])).collect();
+        } else {
+            self.squared_norm = bytes.first_chunk().map(|&b| f64::from_ne_bytes(b));
+        }
+        Ok(())
+    }
+
+    /// Writes the tokens or targets of a microbatch of this rank's replica.
+    fn load(&mut self, buffer: usize, microbatch: MicrobatchId, targets: bool) -> Result<(), ExecError> {
+        let (sequences, seq) = (self.job.passes.sequences() as usize, self.job.passes.seq() as usize);
+        self.batch.resize(2 * sequences * seq, 0);
+        let (tokens, following) = self.batch.split_at_mut(sequences * seq);
+        let replica = u64::from(self.rank.coordinates.data);
+        let first = (replica * u64::from(self.job.program.microbatches) + u64::from(microbatch.0)) * sequences as u64;
+        for (n, (x, y)) in (0..).zip(tokens.chunks_mut(seq).zip(following.chunks_mut(seq))) {
+            self.job.sampler.train(self.orders.step, first + n, x, y)?;
+        }
+        let wanted = if targets { following } else { tokens };
+        let bytes: Vec<u8> = wanted.iter().flat_map(|token| token.to_ne_bytes()).collect();
+        let room = self.rank.buffers[buffer].bytes;
+        if room != bytes.len() as u64 {
+            let tensor = self.rank.buffers[buffer].tensor;
+            return Err(ExecError::Program(format!("{tensor:?} has {room} bytes, a microbatch {}", bytes.len())));
+        }
+        let Some(view) = self.view(buffer) else { return Ok(()) };
+        // SAFETY: the buffer was allocated just now.
+        unsafe { self.job.device.upload(&bytes, view) }.map_err(|source| self.refused(0, source))
+    }
+}
+
+impl Hands for CpuHands<'_> {
+    fn allocate(&mut self, op: u32, at: u64) -> Result<(), ExecError> {
+        let rank = self.rank;
+        for &buffer in &rank.ops[op as usize].alloc {
+            self.begin_life(buffer.index()).map_err(|source| self.refused(op, source))?;
+            match rank.buffers[buffer.index()].tensor {
+                Tensor::Tokens { microbatch } => self.load(buffer.index(), microbatch, false)?,
+                Tensor::Targets { microbatch } => self.load(buffer.index(), microbatch, true)?,
+                // Sums that start from zero.
+                Tensor::Gradients { .. } | Tensor::GradientNorm | Tensor::Losses => {
+                    self.zero(buffer.index()).map_err(|source| self.refused(op, source))?;
+                }
+                _ => {}
+            }
+        }
+        self.curve.push((at, self.memory.settle()));
+        Ok(())
+    }
+
+    fn range(&self, op: u32) -> Result<HostRange, ExecError> {
+        let kind = self.rank.ops[op as usize].kind;
+        let (OpKind::Send { buffer, .. } | OpKind::Recv { buffer, .. } | OpKind::Collective { buffer, .. }) = kind
+        else {
+            return Ok(HostRange::default());
+        };
+        let tensor = self.rank.buffers[buffer.index()].tensor;
+        let Some(block) = self.memory.block(buffer.index()) else {
+            return Err(ExecError::Program(format!("{} {} uses {tensor:?}, which does not live", self.id, OpId(op))));
+        };
+        let mut range = HostRange { address: block.address(), bytes: block.bytes() as u64 };
+        if let OpKind::Collective { payload, bytes, .. } = kind {
+            if payload == Payload::TiedEmbedding {
+                let Tensor::Gradients { stage, unit } = tensor else {
+                    return Err(ExecError::Program(format!("{tensor:?} holds no tied embedding matrix")));
+                };
+                let copy = self.job.passes.tied_copy(stage, unit).map(|copy| copy.range).unwrap_or_default();
+                range.address += 4 * copy.start as u64;
+                range.bytes = 4 * copy.len() as u64;
+            }
+            if range.bytes < bytes {
+                let bytes_there = range.bytes;
+                return Err(ExecError::BufferSize {
+                    rank: self.id,
+                    op: OpId(op),
+                    tensor,
+                    bytes: bytes_there,
+                    needed: bytes,
+                });
+            }
+            range.bytes = bytes;
+        }
+        Ok(range)
+    }
+
+    fn compute(&mut self, op: u32, _: u64) -> Result<u64, ExecError> {
+        let (job, rank) = (self.job, self.rank);
+        let this = &rank.ops[op as usize];
+        let operands = OpOperands { rank, id: self.id, op: OpId(op), this, memory: &self.memory };
+        let launch = Launcher { job, id: self.id, op: OpId(op), tally: RefCell::new(&mut self.kernels) };
+        match this.kind {
+            OpKind::Compute { .. } => job.passes.run(&this.kind, &launch, &operands)?,
+            OpKind::GradientNorm => {
+                let out = operands.view(Tensor::GradientNorm)?;
+                for buffer in &this.uses {
+                    let tensor = rank.buffers[buffer.index()].tensor;
+                    let Tensor::Gradients { stage, unit } = tensor else { continue };
+                    let gradients = operands.view(tensor)?;
+                    let counted = self.shares[&(stage, unit)].norm.range(gradients.len());
+                    let copy = job.passes.tied_copy(stage, unit).filter(|copy| !copy.counted).map(|copy| copy.range);
+                    for part in without(counted, copy.unwrap_or_default()) {
+                        launch.launch(Call::SumSquares { x: gradients.slice(part.start, part.len()), out })?;
+                    }
+                }
+            }
+            OpKind::Optimizer { stage, unit } => {
+                let parameters = operands.view(Tensor::Parameters { stage, unit })?;
+                let gradients = operands.view(Tensor::Gradients { stage, unit })?;
+                let moments = operands.view(Tensor::Moments { stage, unit })?;
+                let norm = operands.view(Tensor::GradientNorm)?;
+                let own = self.shares[&(stage, unit)].update.range(parameters.len());
+                if moments.len() != 2 * own.len() {
+                    return Err(ExecError::BufferSize {
+                        rank: self.id,
+                        op: OpId(op),
+                        tensor: Tensor::Moments { stage, unit },
+                        bytes: moments.bytes() as u64,
+                        needed: 8 * own.len() as u64,
+                    });
+                }
+                if self.orders.capture_gradients {
+                    let shard = gradients.slice(own.start, own.len());
+                    let mut bytes = vec![0; shard.bytes()];
+                    // SAFETY: the reduction of these gradients has ended (the op waits for it).
+                    unsafe { job.device.download(shard, &mut bytes) }.map_err(|source| ExecError::Kernel {
+                        rank: self.id,
+                        op: OpId(op),
+                        source,
+                    })?;
+                    let values = bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_ne_bytes(b)).collect();
+                    self.gradients.insert((stage, unit), (own.clone(), values));
+                }
+                let settings = &job.optimizer;
+                launch.launch(Call::AdamW {
+                    parameters: parameters.slice(own.start, own.len()),
+                    gradients: gradients.slice(own.start, own.len()),
+                    first: moments.slice(0, own.len()),
+                    second: moments.slice(own.len(), own.len()),
+                    norm,
+                    with: AdamW {
+                        lr: settings.learning_rate.at(self.orders.step) as f32,
+                        beta1: settings.beta1,
+                        beta2: settings.beta2,
+                        epsilon: settings.epsilon,
+                        weight_decay: settings.weight_decay,
+                        step: self.orders.step as u32 + 1,
+                        clip: settings.clip,
+                    },
+                })?;
+                // AdamW zeroes the gradients that it used; the other members' shards are left from the reduction.
+                for part in without(0..gradients.len(), own) {
+                    launch.launch(Call::Zero { x: gradients.slice(part.start, part.len()) })?;
+                }
+            }
+            OpKind::Join | OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } => {}
+        }
+        Ok(job.clock.now())
+    }
+
+    fn free(&mut self, op: u32, at: u64) {
+        let rank = self.rank;
+        for &buffer in &rank.ops[op as usize].free {
+            // A result that cannot be read shows as a missing loss.
+            let _ = self.note_result(buffer.index());
+            self.memory.free(buffer.index());
+        }
+        self.curve.push((at, self.memory.settle()));
+    }
+}
+
+/// The elements of `all` that are not in `hole`, as up to two ranges that are not empty.
+fn without(all: Range<usize>, hole: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let hole = hole.start.clamp(all.start, all.end)..hole.end.clamp(all.start, all.end);
+    let parts = if hole.is_empty() { [all, 0..0] } else { [all.start..hole.start, hole.end..all.end] };
+    parts.into_iter().filter(|part| !part.is_empty())
+}
+
+fn dtype(tensor: Tensor) -> DType {
+    match tensor {
+        Tensor::Tokens { .. } | Tensor::Targets { .. } => DType::U32,
+        Tensor::GradientNorm => DType::F64,
+        _ => DType::F32,
+    }
+}
+
+struct OpOperands<'a> {
+    rank: &'a RankProgram,
+    id: RankId,
+    op: OpId,
+    this: &'a Op,
+    memory: &'a RankMemory<'a>,
+}
+
+impl OpOperands<'_> {
+    fn buffer(&self, tensor: Tensor) -> Option<usize> {
+        let same = |held: Tensor| match (held, tensor) {
+            (Tensor::Workspace { .. }, Tensor::Workspace { .. }) => true,
+            _ => held == tensor,
+        };
+        self.this.uses.iter().map(|b| b.index()).find(|&b| same(self.rank.buffers[b].tensor))
+    }
+}
+
+impl Operands for OpOperands<'_> {
+    fn view(&self, tensor: Tensor) -> Result<View, ExecError> {
+        let block = self.buffer(tensor).and_then(|buffer| self.memory.block(buffer));
+        let Some(block) = block else {
+            return Err(ExecError::Undeclared { rank: self.id, op: self.op, tensor });
+        };
+        let dtype = dtype(tensor);
+        Ok(block.view(0, block.bytes() / dtype.bytes(), dtype))
+    }
+
+    fn has(&self, tensor: Tensor) -> bool {
+        self.buffer(tensor).is_some()
+    }
+}
+
+struct Launcher<'a> {
+    job: &'a Job<'a>,
+    id: RankId,
+    op: OpId,
+    tally: RefCell<&'a mut KernelTally>,
+}
+
+impl Launch for Launcher<'_> {
+    fn launch(&self, call: Call) -> Result<(), ExecError> {
+        let start = self.job.clock.now();
+        // SAFETY: the views come from living buffers that the op declares, and the program's check has proved that no
+        // other op that runs at this time writes to them.
+        unsafe { self.job.device.run(&call) }.map_err(|source| ExecError::Kernel {
+            rank: self.id,
+            op: self.op,
+            source,
+        })?;
+        self.tally.borrow_mut().add(&call, self.job.clock.now() - start);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without;
+
+    #[test]
+    fn without_cuts_a_hole() {
+        let cut = |all, hole| without(all, hole).map(|part| (part.start, part.end)).collect::<Vec<_>>();
+        assert_eq!(cut(0..10, 3..5), [(0, 3), (5, 10)]);
+        assert_eq!(cut(4..10, 0..6), [(6, 10)]);
+        assert_eq!(cut(4..10, 8..20), [(4, 8)]);
+        assert_eq!(cut(4..10, 0..4), [(4, 10)]);
+        assert_eq!(cut(4..10, 0..0), [(4, 10)]);
+        assert!(cut(4..10, 0..12).is_empty());
+    }
+}

@@ -1,0 +1,606 @@
+//! The moving parts between ranks: their streams, their meetings, and the devices' turns.
+//!
+//! Nothing here runs on a thread of its own. An op of a communication stream **arrives** when it is issued, its
+//! stream is free and its waits have ended; the thread that brings this about records it. The thread that completes a pair or a
+//! group queues the work (the copy, the shards of a round) on the devices that have to do it, in that instant, so the
+//! order of turns is the order of arrivals. A thread that waits for anything does the work at the head of its device's queue
+//! itself: while a rank computes, it holds its device, so its communication could not run beside it anyway, and
+//! when it waits, its thread is free. A message so costs at most one thread wake-up.
+//!
+//! One lock is held at a time, never while work is done.
+
+use crate::bind::{Bound, OpRef, Partner};
+use crate::error::ExecError;
+use crate::slot::{Next, Slot};
+use paceline_sim::trace::WaitReason;
+use paceline_sim::units::{OpId, RankId};
+use smallvec::SmallVec;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::thread::Thread;
+
+/// When a piece of work ran, in nanoseconds since the run began.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Span {
+    pub start: u64,
+    /// The device is free again.
+    pub end: u64,
+    /// The effect is there (later than `end` where a wire follows).
+    pub effective: u64,
+}
+
+/// A range of memory that ranks exchange.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct HostRange {
+    pub address: u64,
+    pub bytes: u64,
+}
+
+/// What communication does and how long it takes: really, or paced.
+pub(crate) trait Effects: Sync {
+    /// The time at which something happens that could happen from `earliest` on: now, on a real clock.
+    fn at(&self, earliest: u64) -> u64;
+
+    /// Returns at `time` (paced), or at once (real); tells the clock's reading (paced), or `time` (real).
+    fn reach(&self, time: u64) -> u64;
+
+    /// Whether a transfer takes its receiver's device.
+    fn transfer_takes_device(&self, transfer: usize) -> bool;
+
+    /// Moves a message.
+    ///
+    /// # Safety
+    /// Both ranges live, and only this call touches them.
+    unsafe fn transfer(&self, transfer: usize, from: HostRange, to: HostRange, earliest: u64) -> Span;
+
+    /// Rounds of a collective.
+    fn rounds(&self, meeting: usize) -> usize;
+
+    /// Whether a round takes the members' devices.
+    fn round_takes_device(&self, meeting: usize, round: usize) -> bool;
+
+    /// Does a member's part of a round.
+    ///
+    /// # Safety
+    /// All ranges live, all members have entered the round, and only their calls touch them.
+    unsafe fn round(&self, meeting: usize, round: usize, member: usize, ranges: &[HostRange], earliest: u64) -> Span;
+}
+
+/// Communication work for a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Work {
+    Transfer { transfer: u32 },
+    Round { meeting: u32, member: u32 },
+}
+
+/// The run was given up: the reason is in the fabric.
+#[derive(Debug)]
+pub(crate) struct Aborted;
+
+/// What is measured of one op.
+#[derive(Debug, Default)]
+pub(crate) struct Record {
+    pub ready: AtomicU64,
+    pub start: AtomicU64,
+    pub end: AtomicU64,
+    /// `end` as the clock showed it (differs in paced runs only, where threads wake a little late).
+    pub observed_end: AtomicU64,
+    /// When a communication op stood before its peers.
+    arrived: AtomicU64,
+    wait: AtomicU32,
+    /// The epoch (step) in which the op last ended.
+    ended: AtomicU32,
+}
+
+const NO_WAIT: u32 = u32::MAX;
+const DEVICE_WAIT: u32 = u32::MAX - 1;
+const PEER_WAIT: u32 = u32::MAX - 2;
+
+impl Record {
+    pub fn set_wait(&self, wait: Option<WaitReason>) {
+        let code = match wait {
+            None => NO_WAIT,
+            Some(WaitReason::Device) => DEVICE_WAIT,
+            Some(WaitReason::Peer) => PEER_WAIT,
+            Some(WaitReason::Op(op)) => op.0,
+        };
+        self.wait.store(code, Ordering::Relaxed);
+    }
+
+    pub fn wait(&self) -> Option<WaitReason> {
+        match self.wait.load(Ordering::Relaxed) {
+            NO_WAIT => None,
+            DEVICE_WAIT => Some(WaitReason::Device),
+            PEER_WAIT => Some(WaitReason::Peer),
+            op => Some(WaitReason::Op(OpId(op))),
+        }
+    }
+}
+
+struct Issued {
+    op: u32,
+    at: u64,
+}
+
+#[derive(Default)]
+struct StreamState {
+    queue: VecDeque<Issued>,
+    /// The head has met its waits and stands before its peers.
+    arrived: bool,
+    /// When the last op of the stream ended.
+    free_at: u64,
+}
+
+struct RankState {
+    records: Vec<Record>,
+    streams: Mutex<Vec<StreamState>>,
+    /// Communication ops issued and not ended.
+    outstanding: AtomicU32,
+    thread: OnceLock<Thread>,
+    granted: AtomicBool,
+    /// The thread sleeps until somebody wakes it.
+    asleep: AtomicBool,
+}
+
+#[derive(Default)]
+struct TransferState {
+    arrived: AtomicU32,
+    latest: AtomicU64,
+    from: AtomicRange,
+    to: AtomicRange,
+}
+
+#[derive(Default)]
+struct MeetingState {
+    arrived: AtomicU32,
+    /// Last arrival.
+    began: AtomicU64,
+    /// When the present round began.
+    since: AtomicU64,
+    /// Latest effective end of the parts of the present round.
+    until: AtomicU64,
+    round: AtomicU32,
+    remaining: AtomicU32,
+    ranges: Vec<AtomicRange>,
+}
+
+#[derive(Default)]
+struct AtomicRange {
+    address: AtomicU64,
+    bytes: AtomicU64,
+}
+
+// Ranges and times are published by the AcqRel counters beside them.
+impl AtomicRange {
+    fn store(&self, range: HostRange) {
+        self.address.store(range.address, Ordering::Relaxed);
+        self.bytes.store(range.bytes, Ordering::Relaxed);
+    }
+
+    fn load(&self) -> HostRange {
+        HostRange { address: self.address.load(Ordering::Relaxed), bytes: self.bytes.load(Ordering::Relaxed) }
+    }
+}
+
+struct DeviceState {
+    slot: Slot<Work>,
+    /// When the device was last given up (paced runs start the next turn there).
+    free_at: AtomicU64,
+    /// One waiting thread at a time looks busily for work.
+    watched: AtomicBool,
+}
+
+/// A consequence to be worked off.
+enum Consequence {
+    Arrived {
+        op: OpRef,
+        at: u64,
+    },
+    /// All peers were there from `met` on; the exchange began at `start`.
+    Ended {
+        op: OpRef,
+        met: u64,
+        start: u64,
+        end: u64,
+    },
+}
+
+type Consequences = SmallVec<[Consequence; 8]>;
+
+/// The state that ranks share.
+pub(crate) struct Fabric<'p, E> {
+    pub bound: &'p Bound<'p>,
+    pub effects: E,
+    ranks: Vec<RankState>,
+    transfers: Vec<TransferState>,
+    meetings: Vec<MeetingState>,
+    devices: Vec<DeviceState>,
+    /// The present step, from 1.
+    epoch: AtomicU32,
+    aborted: AtomicBool,
+    error: Mutex<Option<ExecError>>,
+    /// Ops ended so far: tells a slow step from one that stands still.
+    progress: AtomicU64,
+    /// How often a waiting thread looks before it sleeps, while its device is idle.
+    spins: u32,
+}
+
+impl<'p, E: Effects> Fabric<'p, E> {
+    pub fn new(bound: &'p Bound<'p>, effects: E, spins: u32) -> Fabric<'p, E> {
+        let ranks = bound.program.ranks.iter().zip(&bound.streams).map(|(rank, &streams)| RankState {
+            records: std::iter::repeat_with(Record::default).take(rank.ops.len()).collect(),
+            streams: Mutex::new(std::iter::repeat_with(StreamState::default).take(streams).collect()),
+            outstanding: AtomicU32::new(0),
+            thread: OnceLock::new(),
+            granted: AtomicBool::new(false),
+            asleep: AtomicBool::new(false),
+        });
+        let meetings = bound.meetings.iter().map(|meeting| MeetingState {
+            ranges: std::iter::repeat_with(AtomicRange::default).take(meeting.members.len()).collect(),
+            ..MeetingState::default()
+        });
+        let devices = bound.program.devices.iter().map(|_| DeviceState {
+            slot: Slot::default(),
+            free_at: AtomicU64::new(0),
+            watched: AtomicBool::new(false),
+        });
+        Fabric {
+            ranks: ranks.collect(),
+            transfers: std::iter::repeat_with(TransferState::default).take(bound.transfers.len()).collect(),
+            meetings: meetings.collect(),
+            devices: devices.collect(),
+            epoch: AtomicU32::new(0),
+            aborted: AtomicBool::new(false),
+            error: Mutex::new(None),
+            progress: AtomicU64::new(0),
+            spins,
+            bound,
+            effects,
+        }
+    }
+
+    /// Makes the calling thread the thread of a rank.
+    pub fn enter(&self, rank: u32) {
+        // A rank has one thread per run, so this never finds another one.
+        let _ = self.ranks[rank as usize].thread.set(std::thread::current());
+    }
+
+    /// What is measured of the ops of a rank.
+    pub fn records(&self, rank: u32) -> &[Record] {
+        &self.ranks[rank as usize].records
+    }
+
+    /// Lets all ranks begin the next step.
+    pub fn begin_step(&self) {
+        self.epoch.fetch_add(1, Ordering::Release);
+        self.wake_all();
+    }
+
+    /// The present step, from 1; 0 before the first.
+    pub fn epoch(&self) -> u32 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// Gives the run up. The first error is kept.
+    pub fn abort(&self, error: ExecError) {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.stop();
+    }
+
+    /// Makes every thread leave at its next wait.
+    pub fn stop(&self) {
+        self.aborted.store(true, Ordering::Release);
+        self.wake_all();
+    }
+
+    pub fn aborted(&self) -> bool {
+        self.aborted.load(Ordering::Acquire)
+    }
+
+    pub fn take_error(&self) -> Option<ExecError> {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn wake_all(&self) {
+        (0..self.ranks.len()).for_each(|rank| self.wake(rank as u32));
+    }
+
+    fn wake(&self, rank: u32) {
+        if let Some(thread) = self.ranks[rank as usize].thread.get() {
+            thread.unpark();
+        }
+    }
+
+    /// Whether an op has ended in the present step.
+    pub fn has_ended(&self, rank: u32, op: u32) -> bool {
+        self.ranks[rank as usize].records[op as usize].ended.load(Ordering::Acquire)
+            == self.epoch.load(Ordering::Relaxed)
+    }
+
+    /// The thread of `rank` waits until `done`, and meanwhile does the communication work of its device.
+    pub fn drive(&self, rank: u32, done: impl Fn() -> bool) -> Result<(), Aborted> {
+        let device = self.bound.device(rank);
+        let DeviceState { slot, watched, .. } = &self.devices[device];
+        loop {
+            if done() {
+                return Ok(());
+            }
+            if self.aborted() {
+                return Err(Aborted);
+            }
+            if let Some(work) = slot.take() {
+                self.perform(device, work);
+                continue;
+            }
+            if self.spins > 0 && !watched.swap(true, Ordering::Acquire) {
+                let mut left = self.spins;
+                // While the device is held, its holder will tell us; while it is idle, its core has nothing to do.
+                while left > 0 && !done() && !self.aborted() && !slot.has_work() {
+                    left -= 1;
+                    std::hint::spin_loop();
+                }
+                watched.store(false, Ordering::Release);
+                if left > 0 {
+                    continue;
+                }
+            }
+            let asleep = &self.ranks[rank as usize].asleep;
+            asleep.store(true, Ordering::Relaxed);
+            std::thread::park();
+            asleep.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// How many ops have ended, and whether every thread sleeps. Where all sleep and nothing has ended for long, nobody is
+    /// left to wake anybody.
+    pub fn progress(&self) -> (u64, bool) {
+        let asleep = self.ranks.iter().all(|rank| rank.asleep.load(Ordering::Relaxed));
+        (self.progress.load(Ordering::Relaxed), asleep)
+    }
+
+    /// The communication ops that stand before their peers or wait for others, for an error message.
+    pub fn standing(&self) -> String {
+        let mut all = Vec::new();
+        for (r, rank) in self.ranks.iter().enumerate() {
+            let streams = rank.streams.lock().unwrap_or_else(PoisonError::into_inner);
+            for head in streams.iter().filter_map(|stream| stream.queue.front()) {
+                let kind = self.bound.program.ranks[r].ops[head.op as usize].kind;
+                all.push(format!("{} {} {kind:?}", RankId(r as u32), OpId(head.op)));
+            }
+        }
+        if all.is_empty() { "no communication is under way".into() } else { all.join("; ") }
+    }
+
+    /// Takes the device for a compute op of `rank`; tells whether others had it, and from when on it was free.
+    pub fn acquire(&self, rank: u32) -> Result<(bool, u64), Aborted> {
+        let device = self.bound.device(rank);
+        let queued = !self.devices[device].slot.acquire(rank);
+        if queued {
+            let granted = &self.ranks[rank as usize].granted;
+            self.drive(rank, || granted.load(Ordering::Acquire))?;
+            granted.store(false, Ordering::Relaxed);
+        }
+        Ok((queued, self.devices[device].free_at.load(Ordering::Relaxed)))
+    }
+
+    /// Gives the device of `rank` up at time `at`.
+    pub fn release(&self, rank: u32, at: u64) {
+        self.release_device(self.bound.device(rank), at);
+    }
+
+    fn release_device(&self, device: usize, at: u64) {
+        self.devices[device].free_at.store(at, Ordering::Relaxed);
+        match self.devices[device].slot.release() {
+            Next::Granted(rank) => {
+                self.ranks[rank as usize].granted.store(true, Ordering::Release);
+                self.wake(rank);
+            }
+            // The releasing thread comes to its next wait or turn on this device soon, and does the work there.
+            Next::Idle | Next::Work => {}
+        }
+    }
+
+    /// Records that a compute-stream op has ended.
+    pub fn end(&self, rank: u32, op: u32) {
+        let epoch = self.epoch.load(Ordering::Relaxed);
+        self.ranks[rank as usize].records[op as usize].ended.store(epoch, Ordering::Release);
+        self.progress.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Issues a communication op: `range` is what it sends, receives into or works on.
+    pub fn issue(&self, rank: u32, op: u32, range: HostRange, at: u64) {
+        match self.bound.partners[rank as usize][op as usize] {
+            Partner::None => unreachable!("an op without partner is not issued to the fabric"),
+            Partner::Sender(t) => self.transfers[t as usize].from.store(range),
+            Partner::Receiver(t) => self.transfers[t as usize].to.store(range),
+            Partner::Member { meeting, member } => {
+                self.meetings[meeting as usize].ranges[member as usize].store(range);
+            }
+        }
+        let state = &self.ranks[rank as usize];
+        state.outstanding.fetch_add(1, Ordering::Relaxed);
+        let mut consequences = Consequences::new();
+        {
+            let stream = self.bound.program.ranks[rank as usize].ops[op as usize].stream.0 as usize;
+            let mut streams = state.streams.lock().unwrap_or_else(PoisonError::into_inner);
+            streams[stream].queue.push_back(Issued { op, at });
+            if streams[stream].queue.len() == 1 {
+                self.advance(rank, &mut streams, &mut consequences);
+            }
+        }
+        self.settle(consequences);
+    }
+
+    /// When the last communication op of a rank ended (or will, in a paced run).
+    pub fn streams_end(&self, rank: u32) -> u64 {
+        let streams = self.ranks[rank as usize].streams.lock().unwrap_or_else(PoisonError::into_inner);
+        streams.iter().map(|stream| stream.free_at).max().unwrap_or(0)
+    }
+
+    /// Whether all communication ops issued by a rank have ended.
+    pub fn is_quiet(&self, rank: u32) -> bool {
+        self.ranks[rank as usize].outstanding.load(Ordering::Acquire) == 0
+    }
+
+    /// Lets the heads of a rank's streams arrive whose waits have ended.
+    fn advance(&self, rank: u32, streams: &mut [StreamState], consequences: &mut Consequences) {
+        let records = &self.ranks[rank as usize].records;
+        let ops = &self.bound.program.ranks[rank as usize].ops;
+        for stream in streams {
+            let Some(head) = stream.queue.front().filter(|_| !stream.arrived) else { continue };
+            let waits = &ops[head.op as usize].waits;
+            if !waits.iter().all(|wait| self.has_ended(rank, wait.0)) {
+                continue;
+            }
+            stream.arrived = true;
+            let ready = head.at.max(stream.free_at);
+            let record = &records[head.op as usize];
+            record.ready.store(ready, Ordering::Relaxed);
+            let last = waits.iter().max_by_key(|wait| records[wait.index()].end.load(Ordering::Relaxed));
+            let waited_until = last.map_or(0, |wait| records[wait.index()].end.load(Ordering::Relaxed));
+            record.set_wait(last.filter(|_| waited_until > ready).map(|&wait| WaitReason::Op(wait)));
+            let at = self.effects.at(ready.max(waited_until));
+            record.arrived.store(at, Ordering::Relaxed);
+            consequences.push(Consequence::Arrived { op: OpRef { rank, op: head.op }, at });
+        }
+    }
+
+    /// Works consequences off until there are no more.
+    fn settle(&self, mut consequences: Consequences) {
+        while let Some(consequence) = consequences.pop() {
+            match consequence {
+                Consequence::Arrived { op, at } => self.arrive(op, at, &mut consequences),
+                Consequence::Ended { op, met, start, end } => self.finish(op, met, start, end, &mut consequences),
+            }
+        }
+    }
+
+    fn arrive(&self, op: OpRef, at: u64, consequences: &mut Consequences) {
+        match self.bound.partners[op.rank as usize][op.op as usize] {
+            Partner::None => unreachable!("an op without partner does not arrive"),
+            Partner::Sender(t) | Partner::Receiver(t) => {
+                let state = &self.transfers[t as usize];
+                state.latest.fetch_max(at, Ordering::Relaxed);
+                if state.arrived.fetch_add(1, Ordering::AcqRel) == 1 {
+                    // Nobody arrives here again before this step has ended.
+                    state.arrived.store(0, Ordering::Relaxed);
+                    let receiver = self.bound.transfers[t as usize].to.rank;
+                    let takes_device = self.effects.transfer_takes_device(t as usize);
+                    self.give(receiver, Work::Transfer { transfer: t }, takes_device, consequences);
+                }
+            }
+            Partner::Member { meeting, .. } => {
+                let state = &self.meetings[meeting as usize];
+                let members = self.bound.meetings[meeting as usize].members.len() as u32;
+                state.began.fetch_max(at, Ordering::Relaxed);
+                if state.arrived.fetch_add(1, Ordering::AcqRel) + 1 == members {
+                    state.arrived.store(0, Ordering::Relaxed);
+                    state.since.store(state.began.load(Ordering::Relaxed), Ordering::Relaxed);
+                    state.round.store(0, Ordering::Relaxed);
+                    self.begin_round(meeting, consequences);
+                }
+            }
+        }
+    }
+
+    /// Hands work to the device of a rank, or does it at once if it takes no device.
+    fn give(&self, rank: u32, work: Work, takes_device: bool, consequences: &mut Consequences) {
+        if !takes_device {
+            self.effect(work, 0, consequences);
+        } else if self.devices[self.bound.device(rank)].slot.push(work) {
+            self.wake(rank);
+        }
+    }
+
+    fn begin_round(&self, meeting: u32, consequences: &mut Consequences) {
+        let state = &self.meetings[meeting as usize];
+        let bound = &self.bound.meetings[meeting as usize];
+        let round = state.round.load(Ordering::Relaxed) as usize;
+        // A collective of one member moves nothing.
+        if round == self.effects.rounds(meeting as usize) || bound.members.len() == 1 {
+            let met = state.began.load(Ordering::Relaxed);
+            let end = self.effects.at(state.since.load(Ordering::Relaxed));
+            consequences.extend(bound.members.iter().map(|&op| Consequence::Ended { op, met, start: met, end }));
+            return;
+        }
+        state.remaining.store(bound.members.len() as u32, Ordering::Relaxed);
+        let takes_device = self.effects.round_takes_device(meeting as usize, round);
+        for (member, op) in bound.members.iter().enumerate() {
+            let work = Work::Round { meeting, member: member as u32 };
+            self.give(op.rank, work, takes_device, consequences);
+        }
+    }
+
+    /// Does work on a device that the calling thread has taken, and gives the device up.
+    fn perform(&self, device: usize, work: Work) {
+        let mut consequences = Consequences::new();
+        let free_at = self.devices[device].free_at.load(Ordering::Relaxed);
+        let end = self.effect(work, free_at, &mut consequences);
+        self.release_device(device, end);
+        self.settle(consequences);
+    }
+
+    /// Does work on a device that is free from `free_at` on; returns when it is free again.
+    fn effect(&self, work: Work, free_at: u64, consequences: &mut Consequences) -> u64 {
+        match work {
+            Work::Transfer { transfer: t } => {
+                let state = &self.transfers[t as usize];
+                let met = state.latest.load(Ordering::Relaxed);
+                // SAFETY: both ops have arrived and neither has ended, so the program lets nobody else touch the ranges.
+                let span =
+                    unsafe { self.effects.transfer(t as usize, state.from.load(), state.to.load(), met.max(free_at)) };
+                let bound = &self.bound.transfers[t as usize];
+                for op in [bound.from, bound.to] {
+                    consequences.push(Consequence::Ended { op, met, start: span.start, end: span.effective });
+                }
+                span.end
+            }
+            Work::Round { meeting, member } => {
+                let state = &self.meetings[meeting as usize];
+                let round = state.round.load(Ordering::Relaxed) as usize;
+                let since = state.since.load(Ordering::Relaxed).max(free_at);
+                let ranges: SmallVec<[HostRange; 8]> = state.ranges.iter().map(AtomicRange::load).collect();
+                // SAFETY: all members are in this round and stay until each has done its part.
+                let span = unsafe { self.effects.round(meeting as usize, round, member as usize, &ranges, since) };
+                state.until.fetch_max(span.effective, Ordering::Relaxed);
+                if state.remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    state.since.store(state.until.load(Ordering::Relaxed), Ordering::Relaxed);
+                    state.round.store(round as u32 + 1, Ordering::Relaxed);
+                    self.begin_round(meeting, consequences);
+                }
+                span.end
+            }
+        }
+    }
+
+    /// Ends a communication op.
+    fn finish(&self, op: OpRef, met: u64, start: u64, end: u64, consequences: &mut Consequences) {
+        let state = &self.ranks[op.rank as usize];
+        let record = &state.records[op.op as usize];
+        let (ready, arrived) = (record.ready.load(Ordering::Relaxed), record.arrived.load(Ordering::Relaxed));
+        record.start.store(start, Ordering::Relaxed);
+        record.end.store(end, Ordering::Relaxed);
+        record.observed_end.store(end, Ordering::Relaxed);
+        // Of the causes of a late start, the one that cost most. A wait for an op was noted at arrival.
+        let (peer, device) = (met.saturating_sub(arrived), start.saturating_sub(met));
+        if peer.max(device) > NOTICEABLE.max(arrived.saturating_sub(ready)) {
+            record.set_wait(Some(if peer >= device { WaitReason::Peer } else { WaitReason::Device }));
+        }
+        self.end(op.rank, op.op);
+        let stream = self.bound.program.ranks[op.rank as usize].ops[op.op as usize].stream.0 as usize;
+        {
+            let mut streams = state.streams.lock().unwrap_or_else(PoisonError::into_inner);
+            let this = &mut streams[stream];
+            this.queue.pop_front();
+            this.arrived = false;
+            this.free_at = end;
+            self.advance(op.rank, &mut streams, consequences);
+        }
+        state.outstanding.fetch_sub(1, Ordering::Release);
+        self.wake(op.rank);
+    }
+}
+
+/// Waits up to this many nanoseconds are the executor's own pace, not a reason.
+pub(crate) const NOTICEABLE: u64 = 1000;

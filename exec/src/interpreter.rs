@@ -1,0 +1,88 @@
+//! One step of one rank: its ops in issue order, as the contract in [`paceline_sim::program`] says.
+
+use crate::error::ExecError;
+use crate::fabric::{Aborted, Effects, Fabric, HostRange, NOTICEABLE};
+use paceline_sim::program::{OpKind, Stream};
+use paceline_sim::trace::WaitReason;
+use std::sync::atomic::Ordering;
+
+/// What a rank itself does for an op: memory and computation.
+pub(crate) trait Hands {
+    /// Starts the life of the buffers that an op allocates.
+    fn allocate(&mut self, op: u32, at: u64) -> Result<(), ExecError>;
+
+    /// The memory that a communication op sends, receives into or works on.
+    fn range(&self, op: u32) -> Result<HostRange, ExecError>;
+
+    /// Computes, from `start` on; returns when it has ended.
+    fn compute(&mut self, op: u32, start: u64) -> Result<u64, ExecError>;
+
+    /// Ends the life of the buffers that an op frees.
+    fn free(&mut self, op: u32, at: u64);
+}
+
+/// Runs the present step of a rank, on its thread, from time `begin` on.
+pub(crate) fn run_step<E: Effects>(
+    fabric: &Fabric<E>,
+    rank: u32,
+    hands: &mut impl Hands,
+    begin: u64,
+) -> Result<(), Aborted> {
+    let stopped = |error| {
+        fabric.abort(error);
+        Aborted
+    };
+    let records = fabric.records(rank);
+    // When the last compute-stream op ended.
+    let mut clock = begin;
+    for (o, op) in fabric.bound.program.ranks[rank as usize].ops.iter().enumerate() {
+        let index = o as u32;
+        let issued = fabric.effects.at(clock);
+        if !op.alloc.is_empty() {
+            hands.allocate(index, issued).map_err(stopped)?;
+        }
+        if let OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } = op.kind {
+            fabric.issue(rank, index, hands.range(index).map_err(stopped)?, issued);
+            if op.stream != Stream::COMPUTE {
+                continue;
+            }
+            fabric.drive(rank, || fabric.has_ended(rank, index))?;
+            clock = records[o].end.load(Ordering::Relaxed);
+        } else {
+            let record = &records[o];
+            let mut waited_for = None;
+            let mut waited_until = clock;
+            for &wait in &op.waits {
+                fabric.drive(rank, || fabric.has_ended(rank, wait.0))?;
+                let end = records[wait.index()].end.load(Ordering::Relaxed);
+                if end > waited_until {
+                    (waited_for, waited_until) = (Some(wait), end);
+                }
+            }
+            fabric.effects.reach(waited_until);
+            let (queued, free_at) = fabric.acquire(rank)?;
+            let start = fabric.effects.at(waited_until.max(free_at));
+            let end = hands.compute(index, start).map_err(stopped)?;
+            let observed = fabric.effects.reach(end);
+            fabric.release(rank, end);
+            record.ready.store(clock, Ordering::Relaxed);
+            record.start.store(start, Ordering::Relaxed);
+            record.end.store(end, Ordering::Relaxed);
+            record.observed_end.store(observed, Ordering::Relaxed);
+            let for_device = if queued { start - waited_until } else { 0 };
+            record.set_wait(if for_device > NOTICEABLE.max(waited_until - clock) {
+                Some(WaitReason::Device)
+            } else {
+                waited_for.filter(|_| waited_until - clock > NOTICEABLE).map(WaitReason::Op)
+            });
+            fabric.end(rank, index);
+            clock = end;
+        }
+        if !op.free.is_empty() {
+            hands.free(index, clock);
+        }
+    }
+    fabric.drive(rank, || fabric.is_quiet(rank))?;
+    fabric.effects.reach(fabric.streams_end(rank));
+    Ok(())
+}

@@ -1,0 +1,251 @@
+//! Training: a program, step after step, from the first parameters or a checkpoint to the last step, the stop flag or an
+//! error.
+
+use crate::bind::Bound;
+use crate::checkpoint::{self, Progress};
+use crate::cpu::{CpuHands, HostEffects, Job, StepOrders};
+use crate::crew::{Clock, with_crew};
+use crate::data::Dataset;
+use crate::error::{CheckpointError, ExecError};
+use crate::evaluate::held_out_loss;
+use crate::fabric::Fabric;
+use crate::kernel_times::KernelTally;
+use crate::memory::MemoryReport;
+use crate::report::{Observer, RunReport, StepReport};
+use crate::seam::Passes;
+use crate::settings::RunSettings;
+use crate::state::Holders;
+use crate::timeline::StepRecord;
+use paceline_kernels::{Device, KernelError};
+use paceline_sim::program::Program;
+use paceline_sim::units::{OpId, RankId};
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+
+/// Steps whose timelines are kept, to choose the median one from.
+const KEPT_STEPS: usize = 64;
+/// How often a thread looks for work before it sleeps, where each device has a core: some tens of microseconds.
+const SPINS: u32 = 2000;
+
+/// Trains a model of any kind: [`crate::run`] with the passes and the device given.
+///
+/// # Errors
+/// See [`ExecError`]. One rank's error ends the run of all.
+pub fn run_passes(
+    program: &Program,
+    passes: &dyn Passes,
+    device: &dyn Device,
+    settings: &RunSettings,
+    data: &Dataset,
+    observer: &mut dyn Observer,
+) -> Result<RunReport, ExecError> {
+    settings.optimizer.validate()?;
+    let resumed = settings.resume.as_deref().map(checkpoint::load).transpose()?;
+    if let Some((folder, progress, _)) = &resumed {
+        checkpoint::require_same_model(folder, progress, &passes.digest())?;
+    }
+    let done = resumed.as_ref().map_or(0, |(_, progress, _)| progress.step);
+    let seed = resumed.as_ref().map_or(settings.seed, |(_, progress, _)| progress.seed);
+    if settings.steps <= done {
+        return Err(ExecError::Setting {
+            key: "steps",
+            value: settings.steps.to_string(),
+            allowed: format!("{done} steps are done already; give a larger number"),
+        });
+    }
+    let bound = Bound::new(program)?;
+    let sampler = data.sampler(passes.seq(), passes.vocab(), seed)?;
+    let clock = Clock::start();
+    let job = Job {
+        program,
+        device,
+        clock,
+        passes,
+        sampler: &sampler,
+        optimizer: settings.optimizer,
+        poison: settings.poison,
+    };
+    let hands: Vec<Mutex<CpuHands>> = (0..program.ranks.len())
+        .map(|rank| CpuHands::new(&job, RankId(rank as u32)).map(Mutex::new))
+        .collect::<Result<_, _>>()?;
+    let holders = Holders { job: &job, hands: &hands };
+    match &resumed {
+        None => holders.initialise(seed)?,
+        Some((folder, _, state)) => holders.scatter(state, |parameter, found| {
+            ExecError::Checkpoint(CheckpointError::OtherModel {
+                path: folder.clone(),
+                key: parameter.name.clone(),
+                found: found.map_or("absent".into(), |tensor| format!("{:?}", tensor.shape)),
+                expected: format!("{:?}", parameter.shape),
+            })
+        })?,
+    }
+    drop(resumed);
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let spins = if program.devices.len() <= cores { SPINS } else { 0 };
+    let fabric = Fabric::new(&bound, HostEffects::new(&bound, clock), spins);
+    let training = Training { settings, seed, data: data.name(), holders: &holders, fabric: &fabric };
+    with_crew(&fabric, clock, &hands, settings.pin, |lead| training.train(done, lead, observer))
+}
+
+/// What a run has gathered.
+#[derive(Default)]
+struct SoFar {
+    steps: Vec<StepReport>,
+    held_out: Vec<(u64, f64)>,
+    /// The latest steps, by number.
+    records: VecDeque<(u64, StepRecord)>,
+    /// Nanoseconds of compute ops over the steps whose kernels are counted.
+    busy: u64,
+    checkpoint: Option<PathBuf>,
+    stopped: bool,
+}
+
+struct Training<'t, 'p, 'a> {
+    settings: &'t RunSettings,
+    seed: u64,
+    data: &'t str,
+    holders: &'t Holders<'t, 'a>,
+    fabric: &'t Fabric<'p, HostEffects>,
+}
+
+impl Training<'_, '_, '_> {
+    fn train(
+        &self,
+        done: u64,
+        lead: &crate::crew::Lead<HostEffects>,
+        observer: &mut dyn Observer,
+    ) -> Result<RunReport, ExecError> {
+        let (settings, program) = (self.settings, self.holders.job.program);
+        let tokens_per_step = self.tokens_per_step();
+        let mut so_far = SoFar::default();
+        self.evaluate(done, &mut so_far, observer)?;
+        for step in done..settings.steps {
+            let orders = StepOrders { step, capture_gradients: settings.capture_gradients };
+            self.each(|hands| hands.prepare(orders))?;
+            let times = lead.step()?;
+            self.each(|hands| hands.conclude())?;
+            let (loss, gradient_norm) = self.results();
+            let report = StepReport {
+                step: step + 1,
+                seconds: times.seconds(),
+                loss,
+                gradient_norm,
+                learning_rate: settings.optimizer.learning_rate.at(step),
+                tokens_per_second: tokens_per_step as f64 / times.seconds(),
+            };
+            observer.step(&report);
+            so_far.steps.push(report);
+            for (what, value) in [("the loss", loss), ("the gradient norm", gradient_norm)] {
+                if !value.is_finite() {
+                    return Err(ExecError::Diverged { step: step + 1, what, value });
+                }
+            }
+            so_far.stopped = settings.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
+            let last = step + 1 == settings.steps || so_far.stopped;
+            let curves = (0..program.ranks.len()).map(|rank| std::mem::take(&mut self.holders.lock(rank).curve));
+            let record = StepRecord::take(self.fabric, times, curves.collect());
+            if step == done && !last {
+                // The first step pays for fresh memory: it is not representative.
+                self.each(|hands| {
+                    hands.kernels.clear();
+                    Ok(())
+                })?;
+            } else {
+                so_far.busy += record.busy(program);
+                so_far.records.push_back((step + 1, record));
+                if so_far.records.len() > KEPT_STEPS {
+                    so_far.records.pop_front();
+                }
+            }
+            let due = |every: Option<u64>| last || every.is_some_and(|every| every > 0 && (step + 1) % every == 0);
+            if due(settings.evaluation.map(|evaluation| evaluation.every)) {
+                self.evaluate(step + 1, &mut so_far, observer)?;
+            }
+            if let Some(place) = settings.checkpoint.as_ref().filter(|place| due(place.every)) {
+                let (seed, digest) = (self.seed, self.holders.job.passes.digest());
+                let progress = Progress { step: step + 1, seed, digest, data: self.data.into() };
+                let path = checkpoint::save(&place.directory, &progress, &self.holders.gather()?)?;
+                observer.saved(&path);
+                so_far.checkpoint = Some(path);
+            }
+            if last {
+                break;
+            }
+        }
+        self.report(so_far, tokens_per_step)
+    }
+
+    fn evaluate(&self, step: u64, so_far: &mut SoFar, observer: &mut dyn Observer) -> Result<(), ExecError> {
+        let Some(evaluation) = self.settings.evaluation else { return Ok(()) };
+        let loss = held_out_loss(self.holders, evaluation.sequences)?;
+        so_far.held_out.push((step, loss));
+        observer.evaluated(step, loss);
+        Ok(())
+    }
+
+    fn report(&self, so_far: SoFar, tokens_per_step: u64) -> Result<RunReport, ExecError> {
+        let program = self.holders.job.program;
+        let hands: Vec<_> = (0..program.ranks.len()).map(|rank| self.holders.lock(rank)).collect();
+        let memory: Vec<MemoryReport> = hands.iter().map(|hands| hands.memory.report()).collect();
+        let in_kernels: u64 = hands.iter().map(|hands| hands.kernels.total()).sum();
+        let kernels = KernelTally::merge(hands.iter().map(|hands| &hands.kernels));
+        drop(hands);
+        let mut records = Vec::from(so_far.records);
+        records.sort_by_key(|(_, record)| record.times.end - record.times.begin);
+        let (trace_step, record) = &records[records.len() / 2];
+        let (mut gradients, mut parameters) = (BTreeMap::new(), BTreeMap::new());
+        if self.settings.capture_gradients {
+            gradients = self.holders.gradients()?;
+            parameters = self.holders.gather()?.into_iter().map(|(name, tensor)| (name, tensor.values)).collect();
+        }
+        Ok(RunReport {
+            steps: so_far.steps,
+            held_out: so_far.held_out,
+            tokens_per_step,
+            trace: record.trace(program, &memory),
+            trace_step: *trace_step,
+            memory,
+            kernels,
+            outside_kernels: 1.0 - in_kernels as f64 / so_far.busy.max(1) as f64,
+            stopped: so_far.stopped,
+            checkpoint: so_far.checkpoint,
+            gradients,
+            parameters,
+        })
+    }
+
+    fn tokens_per_step(&self) -> u64 {
+        let job = self.holders.job;
+        let replicas = job.program.ranks.iter().map(|rank| rank.coordinates.data + 1).max().unwrap_or(1);
+        u64::from(replicas)
+            * u64::from(job.program.microbatches)
+            * u64::from(job.passes.sequences())
+            * u64::from(job.passes.seq())
+    }
+
+    /// Mean loss and gradient norm of the step that has ended.
+    fn results(&self) -> (f64, f64) {
+        let (mut sum, mut count, mut squared) = (0.0, 0u32, None);
+        for rank in 0..self.holders.hands.len() {
+            let hands = self.holders.lock(rank);
+            sum += hands.losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+            count += hands.losses.len() as u32;
+            squared = squared.or(hands.squared_norm);
+        }
+        (sum / f64::from(count), squared.unwrap_or(f64::NAN).sqrt())
+    }
+
+    fn each(&self, mut act: impl FnMut(&mut CpuHands) -> Result<(), KernelError>) -> Result<(), ExecError> {
+        for rank in 0..self.holders.hands.len() {
+            act(&mut self.holders.lock(rank)).map_err(|source| ExecError::Kernel {
+                rank: RankId(rank as u32),
+                op: OpId(0),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+}

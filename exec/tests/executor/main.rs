@@ -1,0 +1,5 @@
+//! The executor with a toy model: real threads, meetings, memory, data and checkpoints, and results worked out by hand.
+
+mod rehearsal;
+mod toy;
+mod training;
