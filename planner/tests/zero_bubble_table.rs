@@ -61,3 +61,32 @@ fn hand_made_orders_have_the_published_bubble() {
     }
     assert_eq!(checked, 36);
 }
+
+#[test]
+fn interleaving_has_the_published_bubble() {
+    // The paper's rate is a formula: work, a v-th of the 1F1B bubble, and 2(pv-1) - p transfers. A replay that pays every
+    // crossing between devices takes p transfers more, and nothing else.
+    let mut checked = 0;
+    for row in rows().into_iter().filter(|row| row.schedule == "1F1B-I") {
+        // Chunks per device: the layers of the model and two more for embedding and output, one layer per chunk.
+        let chunks = match row.model {
+            "1.5B" | "14.6B" => 3,
+            "6.2B" => 4,
+            "28.3B" => 2,
+            other => panic!("unknown model {other}"),
+        };
+        let order = build("interleaved", &Request::new(row.devices, row.microbatches).chunks(chunks)).unwrap();
+        let (p, v) = (f64::from(row.devices), f64::from(chunks));
+        let [f, b, w, comm] = row.times;
+        let stages = (row.devices * chunks) as usize;
+        let timing = replay(&order, &StageTimes::uniform(stages, f / v, b / v, w / v, comm)).unwrap();
+        let work = f64::from(row.microbatches) * (f + b + w);
+        let published = work + (p - 1.0) * (f + b + w) / v + (2.0 * (p * v - 1.0) - p) * comm;
+        let label = format!("{} p={p} m={}", row.model, row.microbatches);
+        assert!((1.0 - work / published - row.rate).abs() < LAST_DIGIT, "{label}: {}", 1.0 - work / published);
+        let replayed = timing.totals.longest_span;
+        assert!((replayed - published - p * comm).abs() < 1e-6, "{label}: {replayed} against {published}");
+        checked += 1;
+    }
+    assert_eq!(checked, 12);
+}

@@ -3,6 +3,8 @@
 use super::*;
 use crate::replay::{StageMemory, StageTimes, peaks, replay};
 use crate::schedules::{Request, build};
+use paceline_sim::program::Pass;
+use proptest::prelude::*;
 
 fn unsplit_chunks(order: &crate::order::ComputeOrder) -> Vec<u32> {
     let stages = order.placement.stages();
@@ -73,7 +75,7 @@ fn frontier(p: i64, k: i64) -> f64 {
 
 #[test]
 fn v_schedules_reach_the_frontier() {
-    for p in 1..=16u32 {
+    for p in 1..=32u32 {
         for (name, chunks) in [("v-min", 2 * ((p + 4) / 3)), ("v-half", 2 * ((p + 2) / 2)), ("v-zb", 2 * p)] {
             for m in [2 * p, 2 * p + 3, 4 * p + 20] {
                 let order = build(name, &Request::new(p, m)).unwrap();
@@ -121,4 +123,92 @@ fn extension_keeps_the_bubble_and_the_peak() {
     }
     // GPipe has no steady phase.
     assert_eq!(extend(&build("gpipe", &Request::new(4, 8)).unwrap(), &StageTimes::unit(4), 1), None);
+}
+
+#[test]
+fn with_as_many_microbatches_as_devices_only_the_ramp_is_added() {
+    for p in 1..=16u32 {
+        for (name, chunks) in [("v-min", 2 * ((p + 4) / 3)), ("v-half", 2 * ((p + 2) / 2)), ("v-zb", 2 * p)] {
+            let (span, _, peak) = measure(&build(name, &Request::new(p, p)).unwrap());
+            let least = frontier(i64::from(p), i64::from(chunks.min(2 * p))).max(f64::from(p - 1));
+            assert_eq!(span, least, "{name} p={p}");
+            assert_eq!(peak.into_iter().max(), Some(chunks.min(2 * p)), "{name} p={p}");
+        }
+    }
+}
+
+/// Any V block that tiles, with its sizes.
+fn v_blocks() -> impl Strategy<Value = (u32, Block)> {
+    (1u32..8, 1u32..=5, 1u32..=3, prop::array::uniform3(1u32..6))
+        .prop_map(|(p, down, up, turns)| (p, Block::v(p, down, up, turns)))
+        .prop_filter("collides", |(_, block)| block.collision().is_none())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+
+    #[test]
+    fn blocks_that_tile_are_schedules((p, block) in v_blocks(), m in 1u32..24) {
+        prop_assert_eq!(block.check(), Ok(()));
+        let repeated = block.repeat(m);
+        prop_assert_eq!(repeated.order.validate(), Ok(()));
+        for (have, most) in unsplit_chunks(&repeated.order).into_iter().zip(block.predicted_peak()) {
+            prop_assert!(have <= most, "{} chunks held, {} predicted", have, most);
+        }
+        let before = repeated.clone();
+        let after = repeated.try_squeeze().unwrap();
+        prop_assert_eq!(&before.order, &after.order);
+        prop_assert!(after.start.iter().flatten().zip(before.start.iter().flatten()).all(|(a, b)| a <= b));
+        prop_assert!(before.makespan() >= u64::from(6 * m), "{} devices", p);
+    }
+
+    #[test]
+    fn justified_orders_keep_the_limit_and_are_never_longer(
+        (p, block) in v_blocks(),
+        m in 1u32..20,
+        extra in 0u32..6,
+        seeds in prop::collection::vec(1u32..20, 48),
+        comm in 0u32..4,
+        by_span in any::<bool>(),
+    ) {
+        let order = block.repeat(m).order;
+        let stages = 2 * p as usize;
+        let pick = |from: usize| (0..stages).map(|s| f64::from(seeds[(from + s) % seeds.len()])).collect::<Vec<f64>>();
+        let times = StageTimes { f: pick(0), b: pick(16), w: pick(32), comm: f64::from(comm) };
+        // Half is freed at B, half at W; sizes differ from stage to stage.
+        let until_b: Vec<f64> = pick(7);
+        let until_w = until_b.iter().map(|size| size / 2.0).collect();
+        let memory = StageMemory { until_b, until_w, checkpoint: vec![0.0; stages] };
+        let limit: Vec<f64> = peaks(&order, &memory).peak.iter().map(|own| own + f64::from(extra)).collect();
+        let goal = if by_span { Goal::Span } else { Goal::Makespan };
+        let better = justify(&order, &times, &memory, &limit, goal).unwrap();
+        prop_assert_eq!(better.validate(), Ok(()));
+        for (held, limit) in peaks(&better, &memory).peak.iter().zip(&limit) {
+            prop_assert!(*held <= limit + 1e-6, "{} held, limit {}", held, limit);
+        }
+        let (before, after) = (replay(&order, &times).unwrap().totals, replay(&better, &times).unwrap().totals);
+        let (before, after) = match goal {
+            Goal::Span => (before.longest_span, after.longest_span),
+            Goal::Makespan => (before.makespan, after.makespan),
+        };
+        prop_assert!(after <= before + 1e-9, "{} after {}", after, before);
+    }
+}
+
+#[test]
+fn mistakes_in_a_block_are_found() {
+    let mut block = Block::zb_h1(3);
+    block.offsets[1].w = Some(block.offsets[1].b + 4);
+    assert_eq!(block.collision(), None);
+    block.offsets[1].w = Some(block.offsets[1].b + 3);
+    let collision = block.collision().unwrap();
+    assert_eq!((collision.device, collision.first, collision.second), (1, (Pass::B, 1), (Pass::W, 1)));
+    let mut block = Block::one_f_one_b(3);
+    block.offsets[1].b = 3;
+    assert_eq!(
+        block.check().unwrap_err().to_string(),
+        "B of stage 1 starts in slot 3, but its input is there from slot 5 only"
+    );
+    block.offsets.pop();
+    assert!(matches!(block.check(), Err(BlockError::Shape { stages: 3, have: 2, interval: 3 })));
 }
