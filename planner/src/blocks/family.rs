@@ -37,18 +37,33 @@ impl Block {
     }
 
     /// V placement, interval 6, two distances: forwards of chunk 0 and backwards of chunk 1 descend the devices `down`
-    /// slots apart, forwards of chunk 1 and backwards of chunk 0 ascend `up` slots apart. `turns` are the distances at the
-    /// three turns: F to F on the last device, F to B on device 0, B to B on the last device. W goes into the first free slot.
-    /// The block may collide: ask [`Block::collision`]. Asymptotic peak `(down + up) / 6` of `p` microbatch-stages.
+    /// slots apart, forwards of chunk 1 and backwards of chunk 0 ascend `up` slots apart; see [`Block::v_uneven`].
+    /// Asymptotic peak `(down + up) / 6` of `p` microbatch-stages.
     pub fn v(p: u32, down: u32, up: u32, turns: [u32; 3]) -> Block {
-        let far = p - 1;
+        let between = p as usize - 1;
+        Block::v_uneven(&vec![down; between], &vec![up; between], turns)
+    }
+
+    /// [`Block::v`] with a distance of its own between each pair of neighbour devices: `down[i]` and `up[i]` between devices `i` and
+    /// `i + 1`. Two values of `down` make the two-phase blocks that fill the memories between the named ones. `turns` are the distances at
+    /// the three turns: F to F on the last device, F to B on device 0, B to B on the last device. W goes into the first free slot after its B.
+    /// The block may collide: ask [`Block::collision`].
+    ///
+    /// # Panics
+    /// When `down` and `up` differ in length.
+    pub fn v_uneven(down: &[u32], up: &[u32], turns: [u32; 3]) -> Block {
+        assert_eq!(down.len(), up.len(), "one distance each way between neighbour devices");
+        let p = down.len() + 1;
         let [turn_f, turn_middle, turn_b] = turns;
-        let f1 = |i: u32| down * far + turn_f + up * (far - i);
-        let b1 = |i: u32| f1(0) + turn_middle + down * i;
-        let b0 = |i: u32| b1(far) + turn_b + up * (far - i);
-        let first = (0..p).map(|i| Offsets { f: down * i, b: b0(i), w: None });
-        let second = (0..p).rev().map(|i| Offsets { f: f1(i), b: b1(i), w: None });
-        fill_weights(Block { placement: v_shape(p), offsets: first.chain(second).collect(), interval: 6 })
+        // Slots from device 0 to device i going down, and from the last device to device i going up.
+        let descent = |i: usize| down[..i].iter().sum::<u32>();
+        let ascent = |i: usize| up[i..].iter().sum::<u32>();
+        let f1 = descent(p - 1) + turn_f;
+        let b1 = f1 + ascent(0) + turn_middle;
+        let b0 = b1 + descent(p - 1) + turn_b;
+        let first = (0..p).map(|i| Offsets { f: descent(i), b: b0 + ascent(i), w: None });
+        let second = (0..p).rev().map(|i| Offsets { f: f1 + ascent(i), b: b1 + descent(i), w: None });
+        fill_weights(Block { placement: v_shape(p as u32), offsets: first.chain(second).collect(), interval: 6 })
     }
 
     /// V-Min: the least memory, `floor((p+4)/3)` microbatch-stages. Its bubble repeats as soon as F, B and W differ.

@@ -212,3 +212,24 @@ fn mistakes_in_a_block_are_found() {
     block.offsets.pop();
     assert!(matches!(block.check(), Err(BlockError::Shape { stages: 3, have: 2, interval: 3 })));
 }
+
+#[test]
+fn two_distances_reach_what_one_misses() {
+    // Near the memory of V-ZB no block with one distance each way gets to the frontier at p = 16.
+    let p = 16;
+    for (chunks, first, rest, up, turn_b) in
+        [(29u32, [1; 3].as_slice(), 5, 1, 1), (30, &[1; 2], 4, 2, 2), (31, &[1; 2], 4, 2, 2)]
+    {
+        let mut down = first.to_vec();
+        down.resize(p - 1, rest);
+        let block = Block::v_uneven(&down, &vec![up; p - 1], [1, 1, turn_b]);
+        assert_eq!((block.check(), block.collision()), (Ok(()), None));
+        let order = block.repeat(2 * p as u32 + 3).order;
+        let times = StageTimes::unit(2 * p);
+        let memory = StageMemory { until_b: vec![1.0; 2 * p], until_w: vec![1.0; 2 * p], checkpoint: vec![0.0; 2 * p] };
+        let order = justify(&order, &times, &memory, &vec![f64::from(chunks); p], Goal::Span).unwrap();
+        let (span, _, peak) = measure(&order);
+        assert_eq!(span, frontier(p as i64, i64::from(chunks)), "{chunks} chunks");
+        assert!(peak.into_iter().all(|held| held <= chunks));
+    }
+}
