@@ -187,8 +187,8 @@ struct DeviceState {
     slot: Slot<Work>,
     /// When the device was last given up (paced runs start the next turn there).
     free_at: AtomicU64,
-    /// One waiting thread at a time looks busily for work.
-    watched: AtomicBool,
+    /// Threads of its ranks that are not asleep.
+    awake: AtomicU32,
 }
 
 /// A consequence to be worked off.
@@ -243,7 +243,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
         let devices = bound.program.devices.iter().map(|_| DeviceState {
             slot: Slot::default(),
             free_at: AtomicU64::new(0),
-            watched: AtomicBool::new(false),
+            awake: AtomicU32::new(0),
         });
         Fabric {
             ranks: ranks.collect(),
@@ -264,6 +264,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
     pub fn enter(&self, rank: u32) {
         // A rank has one thread per run, so this never finds another one.
         let _ = self.ranks[rank as usize].thread.set(std::thread::current());
+        self.devices[self.bound.device(rank)].awake.fetch_add(1, Ordering::Relaxed);
     }
 
     /// What is measured of the ops of a rank.
@@ -307,7 +308,11 @@ impl<'p, E: Effects> Fabric<'p, E> {
     }
 
     fn wake(&self, rank: u32) {
-        if let Some(thread) = self.ranks[rank as usize].thread.get() {
+        let RankState { thread, asleep, .. } = &self.ranks[rank as usize];
+        if let Some(thread) = thread.get() {
+            if asleep.swap(false, Ordering::Relaxed) {
+                self.devices[self.bound.device(rank)].awake.fetch_add(1, Ordering::Relaxed);
+            }
             thread.unpark();
         }
     }
@@ -321,7 +326,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
     /// The thread of `rank` waits until `done`, and meanwhile does the communication work of its device.
     pub fn drive(&self, rank: u32, done: impl Fn() -> bool) -> Result<(), Aborted> {
         let device = self.bound.device(rank);
-        let DeviceState { slot, watched, .. } = &self.devices[device];
+        let DeviceState { slot, awake, .. } = &self.devices[device];
         loop {
             if done() {
                 return Ok(());
@@ -333,22 +338,25 @@ impl<'p, E: Effects> Fabric<'p, E> {
                 self.perform(device, work);
                 continue;
             }
-            if self.spins > 0 && !watched.swap(true, Ordering::Acquire) {
-                let mut left = self.spins;
-                // While the device is held, its holder will tell us; while it is idle, its core has nothing to do.
-                while left > 0 && !done() && !self.aborted() && !slot.has_work() {
-                    left -= 1;
-                    std::hint::spin_loop();
-                }
-                watched.store(false, Ordering::Release);
-                if left > 0 {
-                    continue;
-                }
+            // While the device is idle and none of its other threads could run, its core has nothing better to do than to
+            // look.
+            let alone = || slot.is_idle() && awake.load(Ordering::Relaxed) == 1;
+            let mut left = self.spins;
+            while left > 0 && alone() && !done() && !self.aborted() {
+                left -= 1;
+                std::hint::spin_loop();
+            }
+            if left < self.spins && left > 0 {
+                continue;
             }
             let asleep = &self.ranks[rank as usize].asleep;
             asleep.store(true, Ordering::Relaxed);
+            awake.fetch_sub(1, Ordering::Relaxed);
             std::thread::park();
-            asleep.store(false, Ordering::Relaxed);
+            // Who wakes a thread counts it awake at once, though it may run only later.
+            if asleep.swap(false, Ordering::Relaxed) {
+                awake.fetch_add(1, Ordering::Relaxed);
+            }
         }
     }
 

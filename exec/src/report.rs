@@ -62,7 +62,8 @@ pub struct RunReport {
     pub memory: Vec<MemoryReport>,
     /// Kernel times over all ranks (those of the first step are left out where there are more).
     pub kernels: Vec<KernelTimes>,
-    /// Share of the compute ops' time that was spent outside kernels, over the same steps.
+    /// Share of the compute ops' time, and of the time between them that no wait explains, that was spent outside
+    /// kernels, over the same steps.
     pub outside_kernels: f64,
     /// Ended by the stop flag.
     pub stopped: bool,

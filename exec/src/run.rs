@@ -84,10 +84,12 @@ pub fn run_passes(
     }
     drop(resumed);
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let spins = if program.devices.len() <= cores { SPINS } else { 0 };
+    let roomy = program.devices.len() <= cores;
+    let spins = if roomy { SPINS } else { 0 };
+    let pin = settings.pin.unwrap_or(roomy && program.ranks.len() > program.devices.len());
     let fabric = Fabric::new(&bound, HostEffects::new(&bound, clock), spins);
     let training = Training { settings, seed, data: data.name(), holders: &holders, fabric: &fabric };
-    with_crew(&fabric, clock, &hands, settings.pin, |lead| training.train(done, lead, observer))
+    with_crew(&fabric, clock, &hands, pin, |lead| training.train(done, lead, observer))
 }
 
 /// What a run has gathered.

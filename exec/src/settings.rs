@@ -28,8 +28,9 @@ pub struct RunSettings {
     pub capture_gradients: bool,
     /// Fill new buffers with NaN, so that reading what nobody wrote shows.
     pub poison: bool,
-    /// Keep the ranks of a device on one core.
-    pub pin: bool,
+    /// Keep the ranks of a device on one core; by default where several ranks share a device and every device can have
+    /// its core, because handing a device over is several times faster within a core than between cores.
+    pub pin: Option<bool>,
 }
 
 impl RunSettings {
@@ -51,7 +52,7 @@ impl RunSettings {
             stop: None,
             capture_gradients: false,
             poison: false,
-            pin: false,
+            pin: None,
         }
     }
 }

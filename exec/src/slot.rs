@@ -6,16 +6,23 @@
 //! hand-over between threads.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The slot of one device. `W` describes a piece of communication work.
 #[derive(Debug)]
 pub struct Slot<W> {
     state: Mutex<State<W>>,
-    /// The slot is free and communication work is first in line: lets waiting threads look without the lock.
-    work_ready: AtomicBool,
+    /// What a look without the lock shows: [`HELD`], [`IDLE`] or [`WORK`].
+    hint: AtomicU8,
 }
+
+/// Somebody has the slot.
+const HELD: u8 = 0;
+/// Nobody has it or waits for it.
+const IDLE: u8 = 1;
+/// Nobody has it, and communication work is first in line.
+const WORK: u8 = 2;
 
 #[derive(Debug)]
 struct State<W> {
@@ -43,7 +50,7 @@ pub enum Next {
 impl<W> Default for Slot<W> {
     fn default() -> Self {
         let state = State { held: false, queue: VecDeque::with_capacity(64) };
-        Slot { state: Mutex::new(state), work_ready: AtomicBool::new(false) }
+        Slot { state: Mutex::new(state), hint: AtomicU8::new(IDLE) }
     }
 }
 
@@ -60,6 +67,7 @@ impl<W> Slot<W> {
         let free = !state.held && state.queue.is_empty();
         if free {
             state.held = true;
+            self.note(&state);
         } else {
             state.queue.push_back(Turn::Compute(rank));
         }
@@ -74,15 +82,26 @@ impl<W> Slot<W> {
         !state.held
     }
 
-    /// Brings `work_ready` up to date after a change under the lock.
+    /// Brings the hint up to date after a change under the lock.
     fn note(&self, state: &State<W>) {
-        let ready = !state.held && matches!(state.queue.front(), Some(Turn::Work(_)));
-        self.work_ready.store(ready, Ordering::Release);
+        let hint = if state.held {
+            HELD
+        } else if state.queue.is_empty() {
+            IDLE
+        } else {
+            WORK
+        };
+        self.hint.store(hint, Ordering::Release);
     }
 
     /// Whether [`Slot::take`] would give work.
     pub fn has_work(&self) -> bool {
-        self.work_ready.load(Ordering::Acquire)
+        self.hint.load(Ordering::Acquire) == WORK
+    }
+
+    /// Whether nobody has the slot or waits for it.
+    pub fn is_idle(&self) -> bool {
+        self.hint.load(Ordering::Acquire) == IDLE
     }
 
     /// Takes the slot for the communication work that is first in line, if any.

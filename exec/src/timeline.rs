@@ -46,14 +46,21 @@ impl StepRecord {
         StepRecord { times, ops, memory }
     }
 
-    /// Nanoseconds that compute ops took from end to end, waits left out, over all ranks.
+    /// Nanoseconds that compute ops took, and the time between them that no wait explains, over all ranks. Where ranks
+    /// share a device, the time between two ops of one rank is mostly another's, and is left out.
     pub fn busy(&self, program: &Program) -> u64 {
-        let ops = program.ranks.iter().zip(&self.ops).flat_map(|(rank, times)| rank.ops.iter().zip(times));
-        let computing = ops.filter(|(op, _)| {
-            use OpKind::{Compute, GradientNorm, Join, Optimizer};
-            matches!(op.kind, Compute { .. } | GradientNorm | Optimizer { .. } | Join)
-        });
-        computing.map(|(_, t)| t.end - if t.wait.is_some() { t.start } else { t.ready }).sum()
+        let alone = |device| program.ranks.iter().filter(|rank| rank.device == device).count() == 1;
+        let mut sum = 0;
+        for (rank, times) in program.ranks.iter().zip(&self.ops) {
+            let alone = alone(rank.device);
+            for (op, t) in rank.ops.iter().zip(times) {
+                use OpKind::{Compute, GradientNorm, Join, Optimizer};
+                if let Compute { .. } | GradientNorm | Optimizer { .. } | Join = op.kind {
+                    sum += t.end - if alone && t.wait.is_none() { t.ready } else { t.start };
+                }
+            }
+        }
+        sum
     }
 
     /// The step as a trace; time zero is its begin.
