@@ -124,6 +124,12 @@ pub enum KernelError {
     /// Operands that do not fit together: a bug of the caller, caught before memory is touched.
     #[error("{call}: {what}")]
     Shape { call: &'static str, what: String },
+    /// Data that an operator cannot work on, found while it ran: its outputs are undefined.
+    #[error("{call}: {what}")]
+    Value { call: &'static str, what: String },
+    /// The device has no kernel for it.
+    #[error("device {device} cannot run {call}")]
+    Unsupported { device: String, call: &'static str },
     /// No memory left.
     #[error("device {device}: cannot allocate {bytes} bytes")]
     OutOfMemory { device: String, bytes: usize },

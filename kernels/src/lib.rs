@@ -4,7 +4,11 @@
 //! checked, timed, recorded, or captured in one place, and a device implements one entry point.
 
 mod call;
+mod check;
+mod cpu;
 mod device;
 
 pub use call::*;
+pub use check::{Access, Extent, Operand, Operands};
+pub use cpu::CpuDevice;
 pub use device::*;
