@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
+use std::fmt;
+use std::str::FromStr;
+use thiserror::Error;
 
 /// Operators with a time of their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -76,4 +79,231 @@ pub struct KernelKey {
     pub op: KernelOp,
     /// Its dimensions, in the order that [`KernelOp`] documents.
     pub dims: SmallVec<[u32; 5]>,
+}
+
+/// Operators that cost alike: a correction learnt for one is the best guess for another of the same family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Family {
+    /// Matrix products.
+    Matmul,
+    /// Attention, forward and backward.
+    Attention,
+    /// Output projection with the loss.
+    Head,
+    /// Everything whose time is that of moving its operands.
+    Memory,
+}
+
+impl KernelOp {
+    /// Every operator.
+    pub const ALL: [KernelOp; 30] = [
+        KernelOp::MatmulNn,
+        KernelOp::MatmulNt,
+        KernelOp::MatmulTn,
+        KernelOp::AddBias,
+        KernelOp::BiasGradient,
+        KernelOp::RmsNorm,
+        KernelOp::RmsNormBackwardInput,
+        KernelOp::RmsNormBackwardWeight,
+        KernelOp::LayerNorm,
+        KernelOp::LayerNormBackwardInput,
+        KernelOp::LayerNormBackwardWeight,
+        KernelOp::Rotary,
+        KernelOp::Attention,
+        KernelOp::AttentionBackward,
+        KernelOp::SwiGlu,
+        KernelOp::SwiGluBackward,
+        KernelOp::Gelu,
+        KernelOp::GeluBackward,
+        KernelOp::Embedding,
+        KernelOp::EmbeddingBackward,
+        KernelOp::HeadLoss,
+        KernelOp::HeadBackwardInput,
+        KernelOp::HeadBackwardWeight,
+        KernelOp::HeadBackward,
+        KernelOp::Add,
+        KernelOp::Sum,
+        KernelOp::Copy,
+        KernelOp::Zero,
+        KernelOp::SumSquares,
+        KernelOp::AdamW,
+    ];
+
+    /// Its name in files, the same as in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            KernelOp::MatmulNn => "matmul-nn",
+            KernelOp::MatmulNt => "matmul-nt",
+            KernelOp::MatmulTn => "matmul-tn",
+            KernelOp::AddBias => "add-bias",
+            KernelOp::BiasGradient => "bias-gradient",
+            KernelOp::RmsNorm => "rms-norm",
+            KernelOp::RmsNormBackwardInput => "rms-norm-backward-input",
+            KernelOp::RmsNormBackwardWeight => "rms-norm-backward-weight",
+            KernelOp::LayerNorm => "layer-norm",
+            KernelOp::LayerNormBackwardInput => "layer-norm-backward-input",
+            KernelOp::LayerNormBackwardWeight => "layer-norm-backward-weight",
+            KernelOp::Rotary => "rotary",
+            KernelOp::Attention => "attention",
+            KernelOp::AttentionBackward => "attention-backward",
+            KernelOp::SwiGlu => "swi-glu",
+            KernelOp::SwiGluBackward => "swi-glu-backward",
+            KernelOp::Gelu => "gelu",
+            KernelOp::GeluBackward => "gelu-backward",
+            KernelOp::Embedding => "embedding",
+            KernelOp::EmbeddingBackward => "embedding-backward",
+            KernelOp::HeadLoss => "head-loss",
+            KernelOp::HeadBackwardInput => "head-backward-input",
+            KernelOp::HeadBackwardWeight => "head-backward-weight",
+            KernelOp::HeadBackward => "head-backward",
+            KernelOp::Add => "add",
+            KernelOp::Sum => "sum",
+            KernelOp::Copy => "copy",
+            KernelOp::Zero => "zero",
+            KernelOp::SumSquares => "sum-squares",
+            KernelOp::AdamW => "adam-w",
+        }
+    }
+
+    /// Names of its dimensions, in the order of [`KernelKey::dims`].
+    pub fn dimensions(self) -> &'static [&'static str] {
+        match self {
+            KernelOp::MatmulNn | KernelOp::MatmulNt | KernelOp::MatmulTn => &["m", "n", "k"],
+            KernelOp::Attention | KernelOp::AttentionBackward => &["batch", "seq", "heads", "kv_heads", "head_dim"],
+            KernelOp::HeadLoss
+            | KernelOp::HeadBackwardInput
+            | KernelOp::HeadBackwardWeight
+            | KernelOp::HeadBackward => &["rows", "cols", "vocab", "chunk"],
+            KernelOp::Gelu
+            | KernelOp::GeluBackward
+            | KernelOp::Add
+            | KernelOp::Sum
+            | KernelOp::Copy
+            | KernelOp::Zero
+            | KernelOp::SumSquares
+            | KernelOp::AdamW => &["elements"],
+            _ => &["rows", "cols"],
+        }
+    }
+
+    /// What it costs like.
+    pub fn family(self) -> Family {
+        match self {
+            KernelOp::MatmulNn | KernelOp::MatmulNt | KernelOp::MatmulTn => Family::Matmul,
+            KernelOp::Attention | KernelOp::AttentionBackward => Family::Attention,
+            KernelOp::HeadLoss
+            | KernelOp::HeadBackwardInput
+            | KernelOp::HeadBackwardWeight
+            | KernelOp::HeadBackward => Family::Head,
+            _ => Family::Memory,
+        }
+    }
+}
+
+impl fmt::Display for KernelOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for KernelOp {
+    type Err = KeyError;
+
+    fn from_str(name: &str) -> Result<KernelOp, KeyError> {
+        KernelOp::ALL.into_iter().find(|op| op.name() == name).ok_or_else(|| KeyError::Op { name: name.into() })
+    }
+}
+
+/// Why a text names no kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum KeyError {
+    /// No such operator.
+    #[error("no operator is called `{name}`; they are {}", KernelOp::ALL.map(KernelOp::name).join(", "))]
+    Op { name: String },
+    /// Its dimensions are others.
+    #[error("`{shape}` is no shape of {op}: expected {expected} with whole numbers from 1 to 4294967295")]
+    Shape { op: KernelOp, shape: String, expected: String },
+}
+
+impl KernelKey {
+    /// A key from its parts.
+    ///
+    /// # Errors
+    /// When the number of dimensions is not the operator's, or one is zero.
+    pub fn new(op: KernelOp, dims: &[u32]) -> Result<KernelKey, KeyError> {
+        let key = KernelKey { op, dims: SmallVec::from_slice(dims) };
+        if dims.len() == op.dimensions().len() && dims.iter().all(|&d| d > 0) {
+            Ok(key)
+        } else {
+            Err(shape_error(op, &key.shape()))
+        }
+    }
+
+    /// Its dimensions by name, for example `m=512;n=768;k=256`.
+    pub fn shape(&self) -> String {
+        let names = self.op.dimensions().iter().copied().chain(std::iter::repeat("?"));
+        let parts: Vec<String> = names.zip(&self.dims).map(|(name, value)| format!("{name}={value}")).collect();
+        parts.join(";")
+    }
+
+    /// The key of an operator with the dimensions of [`KernelKey::shape`], in that order.
+    ///
+    /// # Errors
+    /// When a name is missing, unknown or out of place, or a value is not a whole number from 1 on.
+    pub fn from_shape(op: KernelOp, shape: &str) -> Result<KernelKey, KeyError> {
+        let names = op.dimensions();
+        let mut dims = SmallVec::new();
+        for part in shape.split(';') {
+            let value = names.get(dims.len()).and_then(|name| part.strip_prefix(name)?.strip_prefix('='));
+            let Some(value) = value.and_then(|v| v.parse::<u32>().ok()).filter(|&v| v > 0) else {
+                return Err(shape_error(op, shape));
+            };
+            dims.push(value);
+        }
+        if dims.len() == names.len() { Ok(KernelKey { op, dims }) } else { Err(shape_error(op, shape)) }
+    }
+}
+
+fn shape_error(op: KernelOp, shape: &str) -> KeyError {
+    let expected = op.dimensions().iter().map(|name| format!("{name}=N")).collect::<Vec<_>>().join(";");
+    KeyError::Shape { op, shape: shape.into(), expected }
+}
+
+impl fmt::Display for KernelKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.op, self.shape())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_json_and_lead_back() {
+        for op in KernelOp::ALL {
+            assert_eq!(serde_json::to_value(op).unwrap(), op.name());
+            assert_eq!(op.name().parse(), Ok(op));
+        }
+    }
+
+    #[test]
+    fn shapes_lead_back() {
+        let key = KernelKey::new(KernelOp::MatmulNt, &[512, 768, 256]).unwrap();
+        assert_eq!(key.to_string(), "matmul-nt m=512;n=768;k=256");
+        assert_eq!(KernelKey::from_shape(key.op, &key.shape()), Ok(key));
+    }
+
+    #[test]
+    fn wrong_shapes_say_what_is_right() {
+        for shape in
+            ["", "m=1;n=2", "m=1;n=2;k=3;l=4", "n=1;m=2;k=3", "m=1;n=0;k=3", "m=1;n=-2;k=3", "m=1;n=2;k=4294967296"]
+        {
+            let error = KernelKey::from_shape(KernelOp::MatmulNn, shape).unwrap_err().to_string();
+            assert!(error.contains("m=N;n=N;k=N"), "{shape}: {error}");
+        }
+        assert!(KernelKey::new(KernelOp::Add, &[1, 2]).is_err());
+        assert!("matmul".parse::<KernelOp>().unwrap_err().to_string().contains("matmul-nn"));
+    }
 }

@@ -1,0 +1,493 @@
+//! Times from a profile: exact where measured, interpolated elsewhere, and each with its provenance.
+//!
+//! A time is looked up in layers, each correcting the one below:
+//! 1. a curve per operator through the points measured while the usual number of devices worked;
+//! 2. the ratio to that when another number of devices works (they share caches and bandwidth);
+//! 3. the ratio of times inside real runs to times measured alone.
+//!
+//! A layer that has the very shape answers for it; a ratio is the median over the shapes that both layers have, of
+//! the operator, else of its family, else of all.
+
+use crate::curve::{Ladder, Sample, Surface};
+use crate::estimate::{Estimate, Provenance};
+use crate::fit::{Line, Point};
+use crate::kernel_key::{Family, KernelKey, KernelOp};
+use crate::profile::{Profile, ProfileError};
+use crate::row::{CollectiveRound, Overhead, Row, Source, Subject};
+use crate::work::Work;
+use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+
+/// What is fitted together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Class {
+    /// All shapes of a kernel.
+    Kernel(KernelOp),
+    /// Messages of all sizes.
+    Transfer,
+    /// A round of collectives of all sizes.
+    Collective(CollectiveRound),
+    /// A cost of the executor.
+    Overhead(Overhead),
+}
+
+impl Class {
+    /// The class of a subject.
+    pub fn of(subject: &Subject) -> Class {
+        match subject {
+            Subject::Kernel(key) => Class::Kernel(key.op),
+            Subject::Transfer { .. } => Class::Transfer,
+            Subject::Collective { round, .. } => Class::Collective(*round),
+            Subject::Overhead(overhead) => Class::Overhead(*overhead),
+        }
+    }
+
+    fn family(self) -> Family {
+        match self {
+            Class::Kernel(op) => op.family(),
+            _ => Family::Memory,
+        }
+    }
+}
+
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Class::Kernel(op) => write!(f, "{op}"),
+            Class::Transfer => f.write_str("transfer"),
+            Class::Collective(round) => write!(f, "collective {}", round.name()),
+            Class::Overhead(overhead) => write!(f, "overhead {}", overhead.name()),
+        }
+    }
+}
+
+/// How well the curve of a class foretells points that it has not seen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Residual {
+    /// What was fitted.
+    pub class: Class,
+    /// Measured points.
+    pub points: usize,
+    /// The fitted coefficients.
+    pub line: Line,
+    /// Median over the points of the relative error when the others foretell it; `None` for a single point.
+    pub median_error: Option<f64>,
+    /// The largest.
+    pub worst_error: Option<f64>,
+}
+
+/// Foretells times from a profile.
+#[derive(Debug, Clone)]
+pub struct Predictor {
+    /// Seconds by subject, devices at work and source.
+    exact: HashMap<(Subject, u32, Source), f64>,
+    /// How many devices worked when the curves were measured.
+    usual_busy: u32,
+    curves: BTreeMap<Group, Curve>,
+    /// Over all kernels of a family, and over all.
+    families: BTreeMap<Family, Line>,
+    general: Line,
+    /// By number of devices at work: ratio to the curves.
+    busy: BTreeMap<u32, Ratios>,
+    /// By number of devices at work: ratio of times in runs to times measured alone.
+    traced: BTreeMap<u32, Ratios>,
+    residuals: BTreeMap<Class, Vec<Sample>>,
+}
+
+/// What one curve goes through: a class, collectives by number of members.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Group {
+    Kernel(KernelOp),
+    Transfer,
+    Collective(CollectiveRound, u32),
+}
+
+#[derive(Debug, Clone)]
+struct Curve {
+    shape: Shape,
+    /// Some of its points are a vendor's.
+    datasheet: bool,
+}
+
+#[derive(Debug, Clone)]
+enum Shape {
+    Ladder(Ladder),
+    Surface(Surface),
+}
+
+impl Shape {
+    fn new(class: Class, samples: &[Sample]) -> Result<Shape, ProfileError> {
+        let what = class.to_string();
+        Ok(match class.family() {
+            Family::Memory => Shape::Ladder(Ladder::new(&what, samples)?),
+            Family::Matmul | Family::Attention | Family::Head => Shape::Surface(Surface::new(&what, samples)?),
+        })
+    }
+
+    fn seconds(&self, sample: &Place) -> f64 {
+        match self {
+            Shape::Ladder(ladder) => ladder.seconds(sample.bytes),
+            Shape::Surface(surface) => surface.seconds(sample.flops, sample.bytes, &sample.place),
+        }
+    }
+
+    fn line(&self) -> Line {
+        match self {
+            Shape::Ladder(ladder) => ladder.line,
+            Shape::Surface(surface) => surface.line,
+        }
+    }
+}
+
+/// Where a subject lies among those of its class.
+struct Place {
+    flops: f64,
+    bytes: f64,
+    place: SmallVec<[f64; 5]>,
+}
+
+impl Place {
+    fn of(subject: &Subject) -> Option<(Group, Place)> {
+        let moved = |bytes: f64| Place { flops: 0.0, bytes, place: SmallVec::from_slice(&[bytes.max(1.0).ln()]) };
+        match subject {
+            Subject::Kernel(key) => {
+                let Work { flops, bytes } = Work::of(key);
+                let place = key.dims.iter().map(|&d| f64::from(d.max(1)).ln()).collect();
+                Some((Group::Kernel(key.op), Place { flops, bytes, place }))
+            }
+            Subject::Transfer { bytes } => Some((Group::Transfer, moved(2.0 * *bytes as f64))),
+            &Subject::Collective { round, members, bytes } => {
+                let (all, n) = (bytes as f64, f64::from(members.max(1)));
+                let touched = match round {
+                    // Its shard of every member is read, and written once.
+                    CollectiveRound::Reduce => all + all / n,
+                    // Every other shard is read and written.
+                    CollectiveRound::Gather => 2.0 * all * (n - 1.0) / n,
+                };
+                Some((Group::Collective(round, members), moved(touched)))
+            }
+            Subject::Overhead(_) => None,
+        }
+    }
+
+    fn sample(self, seconds: f64) -> Sample {
+        Sample { point: Point { flops: self.flops, bytes: self.bytes, seconds }, place: self.place }
+    }
+}
+
+/// Ratios between two layers: medians by class, by family, and over all.
+#[derive(Debug, Clone, Default)]
+struct Ratios {
+    classes: BTreeMap<Class, f64>,
+    families: BTreeMap<Family, f64>,
+    all: Option<f64>,
+}
+
+impl Ratios {
+    fn new(pairs: impl Iterator<Item = (Class, f64)>) -> Ratios {
+        let mut classes: BTreeMap<Class, Vec<f64>> = BTreeMap::new();
+        let mut families: BTreeMap<Family, Vec<f64>> = BTreeMap::new();
+        let mut all = Vec::new();
+        for (class, ratio) in pairs {
+            classes.entry(class).or_default().push(ratio);
+            families.entry(class.family()).or_default().push(ratio);
+            all.push(ratio);
+        }
+        Ratios {
+            classes: classes.into_iter().filter_map(|(class, ratios)| Some((class, median(ratios)?))).collect(),
+            families: families.into_iter().filter_map(|(family, ratios)| Some((family, median(ratios)?))).collect(),
+            all: median(all),
+        }
+    }
+
+    fn of(&self, class: Class) -> f64 {
+        let found = self.classes.get(&class).or_else(|| self.families.get(&class.family())).copied();
+        found.or(self.all).unwrap_or(1.0)
+    }
+}
+
+/// The middle value; of an even number, the mean of the two.
+pub(crate) fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        n if n % 2 == 1 => Some(values[middle]),
+        _ => Some((values[middle - 1] + values[middle]) / 2.0),
+    }
+}
+
+/// The entry whose number is nearest to `wanted` in ratio; of two equally near, the smaller.
+fn nearest<T>(entries: &BTreeMap<u32, T>, wanted: u32) -> Option<&T> {
+    let distance = |&n: &u32| (f64::from(n.max(1)) / f64::from(wanted.max(1))).ln().abs();
+    entries.iter().min_by(|(a, _), (b, _)| distance(a).total_cmp(&distance(b))).map(|(_, entry)| entry)
+}
+
+impl Predictor {
+    /// Fits the curves of a profile. Of rows that measure the same, the last counts.
+    ///
+    /// # Errors
+    /// When the profile has no kernel at all, or a fit fails.
+    pub fn new(profile: &Profile) -> Result<Predictor, ProfileError> {
+        let mut exact = HashMap::new();
+        for row in &profile.rows {
+            exact.insert((row.subject.clone(), row.busy_devices, row.source), row.median_seconds);
+        }
+        let usual_busy = usual_busy(&profile.rows);
+
+        // The points of each curve: what was measured as usual; where a class has nothing of that kind, what there is.
+        let mut samples: BTreeMap<Class, BTreeMap<Subject, (f64, Source)>> = BTreeMap::new();
+        let rank = |row: &Row| (row.source == Source::Trace, row.busy_devices != usual_busy, row.source);
+        let best = |class: Class| profile.rows.iter().filter(|r| Class::of(&r.subject) == class).map(rank).min();
+        let mut levels: BTreeMap<Class, Option<(bool, bool)>> = BTreeMap::new();
+        for row in &profile.rows {
+            let class = Class::of(&row.subject);
+            let level =
+                *levels.entry(class).or_insert_with(|| best(class).map(|(traced, unusual, _)| (traced, unusual)));
+            let (traced, unusual, source) = rank(row);
+            if level != Some((traced, unusual)) {
+                continue;
+            }
+            let known = samples.entry(class).or_default();
+            match known.get(&row.subject) {
+                Some(&(_, before)) if before < source => {}
+                _ => {
+                    known.insert(row.subject.clone(), (row.median_seconds, source));
+                }
+            }
+        }
+
+        let mut groups: BTreeMap<Group, (Class, Vec<Sample>, bool)> = BTreeMap::new();
+        let mut residuals: BTreeMap<Class, Vec<Sample>> = BTreeMap::new();
+        for (&class, subjects) in &samples {
+            for (subject, &(seconds, source)) in subjects {
+                let Some((group, place)) = Place::of(subject) else { continue };
+                let sample = place.sample(seconds);
+                residuals.entry(class).or_default().push(sample.clone());
+                let entry = groups.entry(group).or_insert_with(|| (class, Vec::new(), false));
+                entry.1.push(sample);
+                entry.2 |= source == Source::Datasheet;
+            }
+        }
+        let mut families: BTreeMap<Family, Vec<Point>> = BTreeMap::new();
+        let mut all = Vec::new();
+        let mut curves = BTreeMap::new();
+        for (group, (class, samples, datasheet)) in groups {
+            if let Group::Kernel(op) = group {
+                families.entry(op.family()).or_default().extend(samples.iter().map(|s| s.point));
+                all.extend(samples.iter().map(|s| s.point));
+            }
+            curves.insert(group, Curve { shape: Shape::new(class, &samples)?, datasheet });
+        }
+        if all.is_empty() {
+            let machine = profile.machine.clone();
+            return Err(ProfileError::Incomplete { machine, missing: "kernel times" });
+        }
+        let families = families
+            .into_iter()
+            .map(|(family, points)| Ok((family, Line::fit(&format!("{family:?}"), &points)?)))
+            .collect::<Result<_, ProfileError>>()?;
+        let mut predictor = Predictor {
+            exact,
+            usual_busy,
+            curves,
+            families,
+            general: Line::fit("all kernels", &all)?,
+            busy: BTreeMap::new(),
+            traced: BTreeMap::new(),
+            residuals,
+        };
+        predictor.busy =
+            predictor.ratios(&profile.rows, |row| row.source != Source::Trace && row.busy_devices != usual_busy);
+        predictor.busy.entry(usual_busy).or_default();
+        predictor.traced = predictor.ratios(&profile.rows, |row| row.source == Source::Trace);
+        Ok(predictor)
+    }
+
+    /// The ratios of some rows to the layer below them, by number of devices at work.
+    fn ratios(&self, rows: &[Row], wanted: impl Fn(&Row) -> bool) -> BTreeMap<u32, Ratios> {
+        let mut pairs: BTreeMap<u32, Vec<(Class, f64)>> = BTreeMap::new();
+        for row in rows.iter().filter(|row| wanted(row)) {
+            let below = match row.source {
+                Source::Trace => self.measured(&row.subject, row.busy_devices),
+                Source::Measured | Source::Datasheet => self.curve(&row.subject),
+            };
+            if let Some(below) = below.filter(|below| below.seconds > 0.0) {
+                let ratio = row.median_seconds / below.seconds;
+                pairs.entry(row.busy_devices).or_default().push((Class::of(&row.subject), ratio));
+            }
+        }
+        pairs.into_iter().map(|(busy, pairs)| (busy, Ratios::new(pairs.into_iter()))).collect()
+    }
+
+    /// Time of a kernel while `busy` devices work.
+    pub fn kernel(&self, key: &KernelKey, busy: u32) -> Estimate {
+        let found = self.seconds(&Subject::Kernel(key.clone()), busy);
+        found.unwrap_or_else(|| {
+            let Work { flops, bytes } = Work::of(key);
+            let line = self.families.get(&key.op.family()).unwrap_or(&self.general);
+            let class = Class::Kernel(key.op);
+            let ratio = |layer: &BTreeMap<u32, Ratios>| nearest(layer, busy).map_or(1.0, |ratios| ratios.of(class));
+            let seconds = line.seconds(flops, bytes) * ratio(&self.busy) * ratio(&self.traced);
+            Estimate { seconds, provenance: Provenance::Assumed }
+        })
+    }
+
+    /// Time of the copy of a message by its receiver.
+    pub fn transfer(&self, bytes: u64, busy: u32) -> Estimate {
+        if bytes == 0 {
+            return Estimate { seconds: 0.0, provenance: Provenance::Measured };
+        }
+        let found = self.seconds(&Subject::Transfer { bytes }, busy);
+        found.unwrap_or_else(|| self.moving(2.0 * bytes as f64))
+    }
+
+    /// Time of one member's part of a round of a collective over an array of `bytes`.
+    pub fn collective(&self, round: CollectiveRound, members: u32, bytes: u64, busy: u32) -> Estimate {
+        if bytes == 0 || members <= 1 {
+            return Estimate { seconds: 0.0, provenance: Provenance::Measured };
+        }
+        let subject = Subject::Collective { round, members, bytes };
+        let found = self.seconds(&subject, busy);
+        found.unwrap_or_else(|| self.moving(Place::of(&subject).map_or(0.0, |(_, place)| place.bytes)))
+    }
+
+    /// A cost of the executor; nothing (assumed) where the profile does not know it.
+    pub fn overhead(&self, overhead: Overhead, busy: u32) -> Estimate {
+        let subject = Subject::Overhead(overhead);
+        let source = |s: Source| {
+            let at: BTreeMap<u32, f64> = self
+                .exact
+                .iter()
+                .filter(|((of, _, source), _)| *of == subject && *source == s)
+                .map(|((_, busy, _), &seconds)| (*busy, seconds))
+                .collect();
+            nearest(&at, busy).copied()
+        };
+        let stated = |s| source(s).map(|seconds| (seconds, s));
+        match stated(Source::Trace).or_else(|| stated(Source::Measured)).or_else(|| stated(Source::Datasheet)) {
+            Some((seconds, source)) => Estimate { seconds, provenance: provenance(source) },
+            None => match overhead {
+                // What sharing adds is unknown then; what is common is not.
+                Overhead::SharedOp => self.overhead(Overhead::Op, busy),
+                Overhead::SharedMessage => self.overhead(Overhead::Message, busy),
+                _ => Estimate { seconds: 0.0, provenance: Provenance::Assumed },
+            },
+        }
+    }
+
+    /// Moving bytes as kernels do.
+    fn moving(&self, bytes: f64) -> Estimate {
+        let line = self.families.get(&Family::Memory).unwrap_or(&self.general);
+        Estimate { seconds: line.seconds(0.0, bytes), provenance: Provenance::Assumed }
+    }
+
+    /// Through all layers; `None` where nothing of the class was measured.
+    pub fn seconds(&self, subject: &Subject, busy: u32) -> Option<Estimate> {
+        if let Some(&seconds) = self.exact.get(&(subject.clone(), busy, Source::Trace)) {
+            return Some(Estimate { seconds, provenance: Provenance::Measured });
+        }
+        let below = self.measured(subject, busy);
+        match nearest(&self.traced, busy) {
+            Some(ratios) => below.map(|estimate| estimate.scaled(ratios.of(Class::of(subject)))),
+            None => below,
+        }
+    }
+
+    /// Measured alone, or as interpolated from that.
+    fn measured(&self, subject: &Subject, busy: u32) -> Option<Estimate> {
+        for source in [Source::Measured, Source::Datasheet] {
+            if let Some(&seconds) = self.exact.get(&(subject.clone(), busy, source)) {
+                return Some(Estimate { seconds, provenance: provenance(source) });
+            }
+        }
+        let usual = self.curve(subject)?;
+        // One count only means that devices do not share, or that nobody looked.
+        if busy == self.usual_busy || self.busy.len() == 1 {
+            return Some(usual);
+        }
+        nearest(&self.busy, busy).map(|ratios| usual.scaled(ratios.of(Class::of(subject))))
+    }
+
+    /// The lowest layer: the usual number of devices at work.
+    fn curve(&self, subject: &Subject) -> Option<Estimate> {
+        for source in [Source::Measured, Source::Datasheet] {
+            if let Some(&seconds) = self.exact.get(&(subject.clone(), self.usual_busy, source)) {
+                return Some(Estimate { seconds, provenance: provenance(source) });
+            }
+        }
+        let (group, place) = Place::of(subject)?;
+        let curve = match group {
+            Group::Collective(round, members) => {
+                let others: BTreeMap<u32, &Curve> = self
+                    .curves
+                    .iter()
+                    .filter_map(|(group, curve)| match group {
+                        Group::Collective(r, n) if *r == round => Some((*n, curve)),
+                        _ => None,
+                    })
+                    .collect();
+                nearest(&others, members).copied()
+            }
+            group => self.curves.get(&group),
+        }?;
+        let provenance = if curve.datasheet { Provenance::Datasheet } else { Provenance::Fitted };
+        Some(Estimate { seconds: curve.shape.seconds(&place), provenance })
+    }
+
+    /// How well each class is known.
+    ///
+    /// # Errors
+    /// When a fit fails.
+    pub fn residuals(&self) -> Result<Vec<Residual>, ProfileError> {
+        let mut residuals = Vec::with_capacity(self.residuals.len());
+        for (&class, samples) in &self.residuals {
+            let line = Shape::new(class, samples)?.line();
+            let mut errors = Vec::new();
+            for left_out in 0..samples.len() {
+                let mut others = samples.clone();
+                let Sample { point, place } = others.swap_remove(left_out);
+                if others.is_empty() {
+                    continue;
+                }
+                let at = Place { flops: point.flops, bytes: point.bytes, place };
+                errors.push((Shape::new(class, &others)?.seconds(&at) / point.seconds - 1.0).abs());
+            }
+            residuals.push(Residual {
+                class,
+                points: samples.len(),
+                line,
+                worst_error: errors.iter().copied().reduce(f64::max),
+                median_error: median(errors),
+            });
+        }
+        Ok(residuals)
+    }
+}
+
+fn provenance(source: Source) -> Provenance {
+    match source {
+        Source::Measured | Source::Trace => Provenance::Measured,
+        Source::Datasheet => Provenance::Datasheet,
+    }
+}
+
+/// The number of devices at work in most of the measured kernel rows (of equally many, the larger number).
+fn usual_busy(rows: &[Row]) -> u32 {
+    let mut counts: BTreeMap<(bool, u32), usize> = BTreeMap::new();
+    for row in rows.iter().filter(|row| matches!(row.subject, Subject::Kernel(_))) {
+        *counts.entry((row.source != Source::Trace, row.busy_devices)).or_default() += 1;
+    }
+    let measured = counts.keys().any(|&(measured, _)| measured);
+    counts
+        .into_iter()
+        .filter(|&((m, _), _)| m == measured)
+        .max_by_key(|&((_, busy), count)| (count, busy))
+        .map_or(1, |((_, busy), _)| busy)
+}
+
+#[cfg(test)]
+mod tests;

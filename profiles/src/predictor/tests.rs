@@ -1,0 +1,209 @@
+use super::*;
+use crate::row::Machine;
+use proptest::prelude::*;
+
+fn key(op: KernelOp, dims: &[u32]) -> KernelKey {
+    KernelKey::new(op, dims).unwrap()
+}
+
+fn row(subject: Subject, busy_devices: u32, source: Source, median_seconds: f64) -> Row {
+    Row {
+        subject,
+        dtype: "f32".into(),
+        busy_devices,
+        median_seconds,
+        spread_seconds: 0.0,
+        repetitions: 10,
+        source,
+        date: "2026-11-21".into(),
+        versions: "test".into(),
+    }
+}
+
+fn profile(rows: Vec<Row>) -> Profile {
+    Profile { machine: Machine { device: "cpu".into(), host: "test".into(), cores: 2 }, rows }
+}
+
+fn add(elements: u32) -> KernelKey {
+    key(KernelOp::Add, &[elements])
+}
+
+/// Adds at 12 bytes an element and 10 GB/s, matrix products at 100 GFLOP/s.
+fn measured(busy: u32) -> Vec<Row> {
+    let adds = [10u32, 14, 18].map(|n| (add(1 << n), 12.0 * f64::from(1u32 << n) / 1e10));
+    let products =
+        [64u32, 128, 256].map(|m| (key(KernelOp::MatmulNt, &[m, 256, 256]), 2.0 * f64::from(m) * 256.0 * 256.0 / 1e11));
+    let all = adds.into_iter().chain(products);
+    all.map(|(key, seconds)| row(Subject::Kernel(key), busy, Source::Measured, seconds)).collect()
+}
+
+fn close(found: f64, expected: f64) -> bool {
+    (found / expected - 1.0).abs() < 1e-6
+}
+
+#[test]
+fn measured_shapes_are_exact_and_others_say_that_they_are_not() {
+    let predictor = Predictor::new(&profile(measured(2))).unwrap();
+    for row in measured(2) {
+        let Subject::Kernel(key) = row.subject else { unreachable!() };
+        let found = predictor.kernel(&key, 2);
+        assert_eq!(found, Estimate { seconds: row.median_seconds, provenance: Provenance::Measured });
+        // Nothing is known about fewer devices at work.
+        assert_eq!(predictor.kernel(&key, 1), found);
+    }
+    let between = predictor.kernel(&add(1 << 16), 2);
+    assert_eq!(between.provenance, Provenance::Fitted);
+    assert!(close(between.seconds, 12.0 * 65536.0 / 1e10), "{between:?}");
+    let product = predictor.kernel(&key(KernelOp::MatmulNt, &[192, 256, 256]), 2);
+    assert_eq!(product.provenance, Provenance::Fitted);
+    assert!((product.seconds / (2.0 * 192.0 * 65536.0 / 1e11) - 1.0).abs() < 0.05, "{product:?}");
+    // Never measured: as fast as the rest of its family.
+    let sum = predictor.kernel(&key(KernelOp::Sum, &[1 << 16]), 2);
+    assert_eq!(sum.provenance, Provenance::Assumed);
+    assert!((sum.seconds / between.seconds - 1.0).abs() < 0.05, "{sum:?}");
+    // And where the family is unknown too, all that is known.
+    let attention = predictor.kernel(&key(KernelOp::Attention, &[1, 256, 4, 4, 64]), 2);
+    assert_eq!(attention.provenance, Provenance::Assumed);
+    assert!(attention.seconds > 0.0);
+}
+
+#[test]
+fn fewer_devices_at_work_scale_what_was_not_measured_for_them() {
+    let mut rows = measured(2);
+    // Alone, adds are twice as fast, as one of them shows.
+    rows.push(row(Subject::Kernel(add(1 << 18)), 1, Source::Measured, 12.0 * f64::from(1u32 << 18) / 2e10));
+    let predictor = Predictor::new(&profile(rows)).unwrap();
+    assert_eq!(predictor.kernel(&add(1 << 18), 1).provenance, Provenance::Measured);
+    let scaled = predictor.kernel(&add(1 << 14), 1);
+    assert_eq!(scaled.provenance, Provenance::Fitted);
+    assert!(close(scaled.seconds, predictor.kernel(&add(1 << 14), 2).seconds / 2.0));
+    // More devices than were ever tried: as with the most that were.
+    assert!(close(predictor.kernel(&add(1 << 14), 8).seconds, predictor.kernel(&add(1 << 14), 2).seconds));
+}
+
+#[test]
+fn runs_answer_for_their_shapes_and_scale_their_class() {
+    let mut rows = measured(2);
+    // In a run, adds take 1.2, 1.3 and 1.9 times as long: the median counts. One product takes 0.9.
+    for (elements, ratio) in [(1u32 << 10, 1.2), (1 << 14, 1.3), (1 << 18, 1.9)] {
+        let alone = 12.0 * f64::from(elements) / 1e10;
+        rows.push(row(Subject::Kernel(add(elements)), 2, Source::Trace, ratio * alone));
+    }
+    let product = key(KernelOp::MatmulNt, &[128, 256, 256]);
+    let alone = 2.0 * 128.0 * 65536.0 / 1e11;
+    rows.push(row(Subject::Kernel(product.clone()), 2, Source::Trace, 0.9 * alone));
+    rows.push(row(Subject::Transfer { bytes: 1 << 20 }, 2, Source::Measured, 1e-4));
+    let before = Predictor::new(&profile(measured(2))).unwrap();
+    let after = Predictor::new(&profile(rows)).unwrap();
+
+    assert_eq!(after.kernel(&product, 2), Estimate { seconds: 0.9 * alone, provenance: Provenance::Measured });
+    let unseen = after.kernel(&key(KernelOp::MatmulNt, &[256, 256, 256]), 2);
+    assert!(close(unseen.seconds, 0.9 * 2.0 * 256.0 * 65536.0 / 1e11), "{unseen:?}");
+    assert_eq!(unseen.provenance, Provenance::Fitted);
+    let between = after.kernel(&add(1 << 16), 2).seconds / before.kernel(&add(1 << 16), 2).seconds;
+    assert!(close(between, 1.3), "{between}");
+    // Another product is of the family; a transfer is memory traffic as adds are.
+    let backward = key(KernelOp::MatmulNn, &[128, 256, 256]);
+    assert!(close(after.kernel(&backward, 2).seconds, 0.9 * before.kernel(&backward, 2).seconds));
+    assert!(close(after.transfer(1 << 20, 2).seconds, 1.3e-4));
+}
+
+#[test]
+fn a_profile_of_runs_alone_is_enough() {
+    let rows = measured(2).into_iter().map(|row| Row { source: Source::Trace, ..row }).collect();
+    let predictor = Predictor::new(&profile(rows)).unwrap();
+    let found = predictor.kernel(&add(1 << 16), 2);
+    assert!(close(found.seconds, 12.0 * 65536.0 / 1e10), "{found:?}");
+    assert_eq!(predictor.kernel(&add(1 << 14), 2).provenance, Provenance::Measured);
+}
+
+#[test]
+fn datasheet_figures_stay_datasheet_figures() {
+    let rows = measured(1).into_iter().map(|row| Row { source: Source::Datasheet, ..row }).collect();
+    let predictor = Predictor::new(&profile(rows)).unwrap();
+    assert_eq!(predictor.kernel(&add(1 << 14), 1).provenance, Provenance::Datasheet);
+    assert_eq!(predictor.kernel(&add(1 << 16), 1).provenance, Provenance::Datasheet);
+    // Measured beats stated.
+    let mut rows = measured(1);
+    rows.push(row(Subject::Kernel(add(1 << 14)), 1, Source::Datasheet, 1.0));
+    let predictor = Predictor::new(&profile(rows)).unwrap();
+    assert!(predictor.kernel(&add(1 << 14), 1).seconds < 1e-3);
+    assert!(predictor.kernel(&add(1 << 16), 1).seconds < 1e-3);
+}
+
+#[test]
+fn collectives_of_unmeasured_groups_move_their_bytes_at_the_nearest_groups_pace() {
+    let mut rows = measured(2);
+    for (members, bytes) in [(2u32, 1u64 << 20), (2, 1 << 24), (4, 1 << 20), (4, 1 << 24)] {
+        // 10 GB/s for reading all members' shards and writing one.
+        let touched = bytes as f64 * (1.0 + 1.0 / f64::from(members));
+        let subject = Subject::Collective { round: CollectiveRound::Reduce, members, bytes };
+        rows.push(row(subject, 2, Source::Measured, touched / 1e10));
+    }
+    let predictor = Predictor::new(&profile(rows)).unwrap();
+    let found = predictor.collective(CollectiveRound::Reduce, 3, 1 << 22, 2);
+    assert!(close(found.seconds, f64::from(1u32 << 22) * (4.0 / 3.0) / 1e10), "{found:?}");
+    assert_eq!(found.provenance, Provenance::Fitted);
+    let gather = predictor.collective(CollectiveRound::Gather, 4, 1 << 22, 2);
+    assert_eq!(gather.provenance, Provenance::Assumed);
+    // 3/4 of the array, read and written, at about the 10 GB/s of the adds.
+    assert!((gather.seconds / (1.5 * f64::from(1u32 << 22) / 1e10) - 1.0).abs() < 0.05, "{gather:?}");
+    assert_eq!(predictor.collective(CollectiveRound::Reduce, 1, 1 << 22, 2).seconds, 0.0);
+}
+
+#[test]
+fn overheads_come_from_runs_first_and_sharing_defaults_to_not_sharing() {
+    let mut rows = measured(2);
+    assert_eq!(
+        Predictor::new(&profile(rows.clone())).unwrap().overhead(Overhead::Op, 2),
+        Estimate { seconds: 0.0, provenance: Provenance::Assumed }
+    );
+    rows.push(row(Subject::Overhead(Overhead::Op), 2, Source::Measured, 2e-6));
+    let predictor = Predictor::new(&profile(rows.clone())).unwrap();
+    assert_eq!(predictor.overhead(Overhead::SharedOp, 1), predictor.overhead(Overhead::Op, 2));
+    rows.push(row(Subject::Overhead(Overhead::Op), 2, Source::Trace, 3e-6));
+    let predictor = Predictor::new(&profile(rows)).unwrap();
+    assert_eq!(predictor.overhead(Overhead::Op, 1).seconds, 3e-6);
+}
+
+#[test]
+fn a_profile_without_kernels_is_incomplete() {
+    let rows = vec![row(Subject::Transfer { bytes: 64 }, 1, Source::Measured, 1e-6)];
+    assert!(matches!(Predictor::new(&profile(rows)), Err(ProfileError::Incomplete { missing: "kernel times", .. })));
+}
+
+#[test]
+fn residuals_are_of_points_not_seen() {
+    let mut rows = measured(2);
+    let residuals = Predictor::new(&profile(rows.clone())).unwrap().residuals().unwrap();
+    let of = |residuals: &[Residual], op| residuals.iter().find(|r| r.class == Class::Kernel(op)).cloned().unwrap();
+    let adds = of(&residuals, KernelOp::Add);
+    assert_eq!(adds.points, 3);
+    assert!(adds.worst_error.unwrap() < 0.2, "{adds:?}");
+    // A point off by 3 is foretold badly by the others, and they are met badly through it.
+    rows.push(row(Subject::Kernel(add(1 << 16)), 2, Source::Measured, 3.0 * 12.0 * 65536.0 / 1e10));
+    let residuals = Predictor::new(&profile(rows)).unwrap().residuals().unwrap();
+    assert!(of(&residuals, KernelOp::Add).worst_error.unwrap() > 0.6);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn memory_bound_times_rise_with_size(
+        steps in prop::collection::vec((1.1f64..8.0, 1.0f64..8.0), 1..8),
+        sizes in prop::collection::vec(1u32..1 << 26, 2..50),
+    ) {
+        let mut rows = Vec::new();
+        let (mut elements, mut seconds) = (100.0, 1e-7);
+        for (larger, slower) in steps {
+            (elements, seconds) = (elements * larger, seconds * slower);
+            rows.push(row(Subject::Kernel(add(elements as u32)), 1, Source::Measured, seconds));
+        }
+        let predictor = Predictor::new(&profile(rows)).unwrap();
+        let mut sizes = sizes;
+        sizes.sort_unstable();
+        let times: Vec<f64> = sizes.iter().map(|&n| predictor.kernel(&add(n), 1).seconds).collect();
+        prop_assert!(times.is_sorted_by(|a, b| *a <= *b * (1.0 + 1e-12)), "{sizes:?} {times:?}");
+    }
+}
