@@ -127,9 +127,6 @@ pub enum KernelError {
     /// Data that an operator cannot work on, found while it ran: its outputs are undefined.
     #[error("{call}: {what}")]
     Value { call: &'static str, what: String },
-    /// The device has no kernel for it.
-    #[error("device {device} cannot run {call}")]
-    Unsupported { device: String, call: &'static str },
     /// No memory left.
     #[error("device {device}: cannot allocate {bytes} bytes")]
     OutOfMemory { device: String, bytes: usize },

@@ -2,22 +2,36 @@
 //! plain x86-64 build uses AVX2 or AVX-512 where the machine has them. Every kernel is deterministic: the same inputs
 //! give the same bits on the same machine, whichever thread runs it.
 
+mod activation;
+mod attention;
+mod embedding;
+mod head;
 mod matmul;
 mod memory;
+mod norm;
+mod optimizer;
+mod pointwise;
+mod rotary;
+mod vector;
 
 use crate::call::Call;
 use crate::device::{Block, Device, KernelError, View};
+use attention::Saved;
+use head::{Head, HeadShape};
 use matmul::{Matrix, MatrixMut, multiply};
 use memory::{HostBlock, bytes, bytes_mut, read, write};
+use rotary::Rotations;
 
 /// A device of one core. Calls may run on any thread, also several at once on disjoint memory.
 #[derive(Debug, Default)]
-pub struct CpuDevice {}
+pub struct CpuDevice {
+    rotations: Rotations,
+}
 
 impl CpuDevice {
     /// A device that uses the best vector instructions of this machine.
     pub fn new() -> CpuDevice {
-        CpuDevice {}
+        CpuDevice::default()
     }
 }
 
@@ -62,24 +76,92 @@ impl CpuDevice {
     /// # Safety
     /// The views are valid, and nothing that is written overlaps another operand or is touched by another thread.
     unsafe fn dispatch(&self, call: &Call) -> Result<(), KernelError> {
-        match *call {
-            Call::MatMul { a, b, c, m, n, k, transpose_a, transpose_b, accumulate } => {
-                let (m, n, k) = (m as usize, n as usize, k as usize);
-                // SAFETY: the caller's promise.
-                let (a, b, c) = unsafe { (read(a), read(b), write(c)) };
-                let a = if transpose_a { Matrix::dense(a, k, m).transposed() } else { Matrix::dense(a, m, k) };
-                let b = if transpose_b { Matrix::dense(b, n, k).transposed() } else { Matrix::dense(b, k, n) };
-                multiply(a, b, MatrixMut::dense(c, m, n), accumulate);
+        // SAFETY: in all of this, `read` and `write` rely on the caller's promise.
+        unsafe {
+            match *call {
+                Call::MatMul { a, b, c, m, n, k, transpose_a, transpose_b, accumulate } => {
+                    let (m, n, k) = (m as usize, n as usize, k as usize);
+                    let (a, b) = (read(a), read(b));
+                    let a = if transpose_a { Matrix::dense(a, k, m).transposed() } else { Matrix::dense(a, m, k) };
+                    let b = if transpose_b { Matrix::dense(b, n, k).transposed() } else { Matrix::dense(b, k, n) };
+                    multiply(a, b, MatrixMut::dense(write(c), m, n), accumulate);
+                }
+                Call::AddBias { x, bias, .. } => pointwise::add_bias(write(x), read(bias)),
+                Call::BiasGradient { dy, d_bias, .. } => pointwise::bias_gradient(read(dy), write(d_bias)),
+                Call::Norm { x, gamma, beta, out, stats, epsilon, .. } => {
+                    let beta = beta.map(|beta| read(beta));
+                    norm::norm(read(x), read(gamma), beta, write(out), write(stats), epsilon);
+                }
+                Call::NormBackwardInput { x, gamma, stats, dy, dx, layer_norm, .. } => {
+                    norm::norm_backward_input(read(x), read(gamma), read(stats), read(dy), write(dx), layer_norm);
+                }
+                Call::NormBackwardWeight { x, stats, dy, d_gamma, d_beta, .. } => {
+                    let d_beta = d_beta.map(|d_beta| write(d_beta));
+                    norm::norm_backward_weight(read(x), read(stats), read(dy), write(d_gamma), d_beta);
+                }
+                Call::Rotary { qkv, shape, theta, inverse } => {
+                    self.rotations.rotate(write(qkv), &shape, theta, inverse);
+                }
+                Call::Attention { qkv, out, lse, shape } => {
+                    attention::attention(read(qkv), write(out), write(lse), &shape);
+                }
+                Call::AttentionBackward { qkv, out, lse, d_out, d_qkv, scratch, shape } => {
+                    let saved = Saved { qkv: read(qkv), out: read(out), lse: read(lse), d_out: read(d_out) };
+                    attention::attention_backward(saved, write(d_qkv), write(scratch), &shape);
+                }
+                Call::SwiGlu { gate_up, out, cols, .. } => {
+                    activation::swiglu(read(gate_up), write(out), cols as usize);
+                }
+                Call::SwiGluBackward { gate_up, d_out, d_gate_up, cols, .. } => {
+                    activation::swiglu_backward(read(gate_up), read(d_out), write(d_gate_up), cols as usize);
+                }
+                Call::Gelu { x, out } => activation::gelu(read(x), write(out)),
+                Call::GeluBackward { x, d_out, d_x } => activation::gelu_backward(read(x), read(d_out), write(d_x)),
+                Call::Embedding { tokens, table, positions, out, cols, seq, .. } => {
+                    let positions = positions.map(|positions| read(positions));
+                    embedding::embed(read(tokens), read(table), positions, write(out), cols as usize, seq as usize)?;
+                }
+                Call::EmbeddingBackward { tokens, d_out, d_table, d_positions, cols, seq, .. } => {
+                    let d_positions = d_positions.map(|d_positions| write(d_positions));
+                    let (cols, seq) = (cols as usize, seq as usize);
+                    embedding::embed_backward(read(tokens), read(d_out), write(d_table), d_positions, cols, seq)?;
+                }
+                Call::HeadLoss { x, weight, targets, lse, loss, scratch, cols, vocab, chunk, .. } => {
+                    let shape = HeadShape { cols: cols as usize, vocab: vocab as usize, chunk: chunk as usize };
+                    let head = Head { x: read(x), weight: read(weight), targets: read(targets), shape };
+                    write(loss)[0] = head::loss(head, write(lse), write(scratch))?;
+                }
+                Call::HeadBackward {
+                    x,
+                    weight,
+                    targets,
+                    lse,
+                    dx,
+                    d_weight,
+                    scratch,
+                    cols,
+                    vocab,
+                    chunk,
+                    scale,
+                    ..
+                } => {
+                    let shape = HeadShape { cols: cols as usize, vocab: vocab as usize, chunk: chunk as usize };
+                    let head = Head { x: read(x), weight: read(weight), targets: read(targets), shape };
+                    let (dx, d_weight) = (dx.map(|dx| write(dx)), d_weight.map(|d_weight| write(d_weight)));
+                    head::backward(head, read(lse), dx, d_weight, write(scratch), scale)?;
+                }
+                Call::Add { x, into } => pointwise::add(read(x), write(into)),
+                Call::Sum { a, b, out } => pointwise::sum(read(a), read(b), write(out)),
+                Call::Copy { from, to } => bytes_mut(to).copy_from_slice(bytes(from)),
+                Call::Zero { x } => bytes_mut(x).fill(0),
+                Call::SumSquares { x, out } => write::<f64>(out)[0] += optimizer::sum_squares(read(x)),
+                Call::AdamW { parameters, gradients, first, second, norm, with } => {
+                    let squared_norm = read::<f64>(norm).first().copied().unwrap_or(0.0);
+                    let coefficient = optimizer::clip_coefficient(with.clip, squared_norm);
+                    let (first, second) = (write(first), write(second));
+                    optimizer::update(write(parameters), write(gradients), first, second, coefficient, with);
+                }
             }
-            Call::Copy { from, to } => {
-                // SAFETY: the caller's promise.
-                unsafe { bytes_mut(to).copy_from_slice(bytes(from)) };
-            }
-            Call::Zero { x } => {
-                // SAFETY: the caller's promise.
-                unsafe { bytes_mut(x) }.fill(0);
-            }
-            _ => return Err(KernelError::Unsupported { device: self.name(), call: call.name() }),
         }
         Ok(())
     }

@@ -1,0 +1,14 @@
+//! Every kernel of the CPU device against plain double-precision references, and every backward pass against finite
+//! differences of them. What a call overwrites is poisoned with NaN first; what it accumulates into holds known values.
+
+mod activations;
+mod attention;
+mod embeddings;
+mod heads;
+mod machine;
+mod norms;
+mod optimizer;
+mod pointwise;
+mod products;
+mod rejections;
+mod rotary;

@@ -1,0 +1,79 @@
+use crate::machine::{Random, assert_close, doubles, floats, run};
+use paceline_kernels::{AdamW, Call};
+use proptest::prelude::*;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn sum_of_squares_adds_in_double_precision(len in 0usize..500, seed: u64) {
+        let x = Random(seed).floats(len, 3.0);
+        let (x_array, out) = (floats(&x), doubles(&[0.25]));
+        run(Call::SumSquares { x: x_array.view(), out: out.view() });
+        assert_close("out", &out, &[0.25 + x.iter().map(|x| x * x).sum::<f64>()], 1e-14);
+    }
+
+    #[test]
+    fn steps_follow_the_published_update(
+        len in 1usize..200,
+        clip in prop_oneof![Just(None), (0.01f32..10.0).prop_map(Some)],
+        seed: u64,
+    ) {
+        let mut random = Random(seed);
+        let (mut p, mut m, mut v) = (random.floats(len, 1.0), vec![0.0; len], vec![0.0; len]);
+        let (parameters, first, second) = (floats(&p), floats(&m), floats(&v));
+        for step in 1..=4 {
+            let with = AdamW {
+                lr: 0.03,
+                beta1: 0.875,
+                beta2: 0.984_375,
+                epsilon: 1e-6,
+                weight_decay: 0.125,
+                step,
+                clip,
+            };
+            let g = random.floats(len, 1.0);
+            let squared: f64 = g.iter().map(|g| g * g).sum();
+            let (gradients, norm) = (floats(&g), doubles(&[squared]));
+            run(Call::AdamW {
+                parameters: parameters.view(),
+                gradients: gradients.view(),
+                first: first.view(),
+                second: second.view(),
+                norm: norm.view(),
+                with,
+            });
+            let coefficient = clip.map_or(1.0, |clip| (f64::from(clip) / (squared.sqrt() + 1e-6)).min(1.0));
+            let (b1, b2, lr) = (f64::from(with.beta1), f64::from(with.beta2), f64::from(with.lr));
+            let (c1, c2) = (1.0 - b1.powi(step as i32), 1.0 - b2.powi(step as i32));
+            for i in 0..len {
+                let g = coefficient * g[i];
+                m[i] = b1 * m[i] + (1.0 - b1) * g;
+                v[i] = b2 * v[i] + (1.0 - b2) * g * g;
+                p[i] -= lr * f64::from(with.weight_decay) * p[i];
+                p[i] -= lr * (m[i] / c1) / ((v[i] / c2).sqrt() + f64::from(with.epsilon));
+            }
+            assert_close("first", &first, &m, 1e-6);
+            assert_close("second", &second, &v, 1e-6);
+            assert_close("parameters", &parameters, &p, 2e-6 * f64::from(step));
+            prop_assert!(gradients.bits().iter().all(|&byte| byte == 0), "gradients are zeroed");
+        }
+    }
+}
+
+/// A gradient that is not a number must not be clipped away.
+#[test]
+fn a_norm_that_is_not_a_number_reaches_the_parameters() {
+    let [parameters, gradients, first, second] = [1.0, 0.5, 0.0, 0.0].map(|x| floats(&[x]));
+    let norm = doubles(&[f64::NAN]);
+    let with = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0, step: 1, clip: Some(1.0) };
+    run(Call::AdamW {
+        parameters: parameters.view(),
+        gradients: gradients.view(),
+        first: first.view(),
+        second: second.view(),
+        norm: norm.view(),
+        with,
+    });
+    assert!(parameters.values()[0].is_nan());
+}
