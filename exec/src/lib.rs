@@ -4,6 +4,7 @@
 //! the [`fabric`] brings sends, receives and groups together and gives the devices' [`slot`]s out in turn. What an
 //! op does lies behind two small traits: [`cpu`] computes with kernels in shared memory, [`paced`] waits as long as a
 //! cost model says. What a model computes lies behind [`seam`].
+//! [`measure`] makes the profile of a machine.
 
 mod bind;
 mod checkpoint;
@@ -28,6 +29,8 @@ mod shards;
 mod slot;
 mod state;
 mod timeline;
+
+pub mod measure;
 
 pub use data::{Dataset, Sampler};
 pub use error::{CheckpointError, DataError, ExecError};

@@ -27,7 +27,7 @@ use std::sync::atomic::Ordering;
 /// Steps whose timelines are kept, to choose the median one from.
 const KEPT_STEPS: usize = 64;
 /// How often a thread looks for work before it sleeps, where each device has a core: some tens of microseconds.
-const SPINS: u32 = 2000;
+pub(crate) const SPINS: u32 = 2000;
 
 /// Trains a model of any kind: [`crate::run`] with the passes and the device given.
 ///

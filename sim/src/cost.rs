@@ -4,6 +4,10 @@ use crate::program::{Collective, Group, Op, Program};
 use crate::units::{Nanos, RankId};
 use smallvec::SmallVec;
 
+mod fixed;
+
+pub use fixed::{FixedTimes, StageTimes};
+
 /// A source of op costs. Implementations are pure: the same question gets the same answer.
 pub trait CostModel: Sync {
     /// Time on the device of a compute-stream op (per-op overhead included).

@@ -1,0 +1,265 @@
+//! A kernel at a shape, as a call on real operands.
+
+use paceline_kernels::{AdamW, AttentionShape, Call, View, attention_scratch};
+use paceline_profiles::{KernelKey, KernelOp};
+
+/// What an operand is to its call; decides where it lies when the call is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Made by the kernel before: still in the cache.
+    Fresh,
+    /// Read (weights, what the forward saved): wherever the working set left it.
+    Read,
+    /// Written or updated.
+    Written,
+    /// Token ids, `u32`, below every vocabulary.
+    Tokens,
+    /// An `f64`, updated.
+    Wide,
+}
+
+/// What keys leave open.
+#[derive(Debug, Clone)]
+pub(super) struct Context {
+    /// Rows of the embedding table, and a bound on token ids.
+    pub vocab: u32,
+    /// Attention shapes of the same job: they tell how many heads a rotation has.
+    attention: Vec<AttentionShape>,
+}
+
+/// Rows of an embedding table where no key of a head tells: all bytes.
+const BYTES: u32 = 256;
+
+impl Context {
+    /// What the keys together tell.
+    pub fn of(keys: &[&KernelKey]) -> Context {
+        let attention = keys.iter().filter(|key| matches!(key.op, KernelOp::Attention | KernelOp::AttentionBackward));
+        let vocab = keys.iter().filter_map(|key| match key.op {
+            KernelOp::HeadLoss
+            | KernelOp::HeadBackward
+            | KernelOp::HeadBackwardInput
+            | KernelOp::HeadBackwardWeight => Some(key.dims[2]),
+            _ => None,
+        });
+        Context { vocab: vocab.min().unwrap_or(BYTES), attention: attention.map(|key| attention_shape(key)).collect() }
+    }
+
+    /// A shape with so many tokens and so many columns of queries and keys.
+    fn rotary(&self, rows: u32, cols: u32) -> AttentionShape {
+        let of_job = self.attention.iter().filter(|s| (s.heads + s.kv_heads) * s.head_dim == cols);
+        let tokens = |s: &AttentionShape| s.batch * s.seq;
+        if let Some(shape) = of_job.clone().find(|s| tokens(s) == rows).or(of_job.clone().next()) {
+            let seq = if rows.is_multiple_of(shape.seq) { shape.seq } else { rows };
+            return AttentionShape { batch: rows / seq, seq, ..*shape };
+        }
+        // The widest even head up to 64 that leaves at least one head for queries and one for keys.
+        let head_dim = (1..=32).rev().map(|n| 2 * n).find(|d| cols.is_multiple_of(*d) && cols / d >= 2);
+        let head_dim = head_dim.unwrap_or(cols);
+        AttentionShape { batch: 1, seq: rows, heads: (cols / head_dim).saturating_sub(1), kv_heads: 1, head_dim }
+    }
+}
+
+fn attention_shape(key: &KernelKey) -> AttentionShape {
+    let [batch, seq, heads, kv_heads, head_dim] = [0, 1, 2, 3, 4].map(|n| key.dims[n]);
+    AttentionShape { batch, seq, heads, kv_heads, head_dim }
+}
+
+/// The call of a key; `place` finds room for `len` elements of a role, in the order of the call's operands.
+pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Role, usize) -> View) -> Call {
+    use Role::{Fresh, Read, Tokens, Wide, Written};
+    let dim = |n: usize| key.dims[n];
+    let size = |dims: &[u32]| dims.iter().fold(1usize, |all, &d| all.saturating_mul(d as usize));
+    let mut put = |role, dims: &[u32]| place(role, size(dims));
+    match key.op {
+        KernelOp::MatmulNn | KernelOp::MatmulNt | KernelOp::MatmulTn => {
+            let (m, n, k) = (dim(0), dim(1), dim(2));
+            // Weight gradients add up over microbatches.
+            let weights = key.op == KernelOp::MatmulTn;
+            Call::MatMul {
+                a: put(Fresh, &[m, k]),
+                b: put(Read, &[k, n]),
+                c: put(Written, &[m, n]),
+                m,
+                n,
+                k,
+                transpose_a: weights,
+                transpose_b: key.op == KernelOp::MatmulNt,
+                accumulate: weights,
+            }
+        }
+        KernelOp::AddBias => {
+            let (rows, cols) = (dim(0), dim(1));
+            Call::AddBias { x: put(Fresh, &[rows, cols]), bias: put(Read, &[cols]), rows, cols }
+        }
+        KernelOp::BiasGradient => {
+            let (rows, cols) = (dim(0), dim(1));
+            Call::BiasGradient { dy: put(Fresh, &[rows, cols]), d_bias: put(Written, &[cols]), rows, cols }
+        }
+        KernelOp::RmsNorm | KernelOp::LayerNorm => {
+            let (rows, cols) = (dim(0), dim(1));
+            let layer = key.op == KernelOp::LayerNorm;
+            Call::Norm {
+                x: put(Fresh, &[rows, cols]),
+                gamma: put(Read, &[cols]),
+                beta: layer.then(|| put(Read, &[cols])),
+                out: put(Written, &[rows, cols]),
+                stats: put(Written, &[rows, 1 + u32::from(layer)]),
+                rows,
+                cols,
+                epsilon: 1e-5,
+            }
+        }
+        KernelOp::RmsNormBackwardInput | KernelOp::LayerNormBackwardInput => {
+            let (rows, cols) = (dim(0), dim(1));
+            let layer_norm = key.op == KernelOp::LayerNormBackwardInput;
+            Call::NormBackwardInput {
+                x: put(Read, &[rows, cols]),
+                gamma: put(Read, &[cols]),
+                stats: put(Read, &[rows, 1 + u32::from(layer_norm)]),
+                dy: put(Fresh, &[rows, cols]),
+                dx: put(Written, &[rows, cols]),
+                rows,
+                cols,
+                layer_norm,
+            }
+        }
+        KernelOp::RmsNormBackwardWeight | KernelOp::LayerNormBackwardWeight => {
+            let (rows, cols) = (dim(0), dim(1));
+            let layer = key.op == KernelOp::LayerNormBackwardWeight;
+            Call::NormBackwardWeight {
+                x: put(Read, &[rows, cols]),
+                stats: put(Read, &[rows, 1 + u32::from(layer)]),
+                dy: put(Fresh, &[rows, cols]),
+                d_gamma: put(Written, &[cols]),
+                d_beta: layer.then(|| put(Written, &[cols])),
+                rows,
+                cols,
+            }
+        }
+        KernelOp::Rotary => {
+            let shape = context.rotary(dim(0), dim(1));
+            let qkv = put(Fresh, &[dim(0), shape.heads + 2 * shape.kv_heads, shape.head_dim]);
+            Call::Rotary { qkv, shape, theta: 10_000.0, inverse: false }
+        }
+        KernelOp::Attention => {
+            let shape = attention_shape(key);
+            let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
+            Call::Attention {
+                qkv: put(Fresh, &[batch, seq, heads.saturating_add(2 * kv_heads), head_dim]),
+                out: put(Written, &[batch, seq, heads, head_dim]),
+                lse: put(Written, &[batch, heads, seq]),
+                shape,
+            }
+        }
+        KernelOp::AttentionBackward => {
+            let shape = attention_shape(key);
+            let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
+            let fused = heads.saturating_add(2 * kv_heads);
+            Call::AttentionBackward {
+                qkv: put(Read, &[batch, seq, fused, head_dim]),
+                out: put(Read, &[batch, seq, heads, head_dim]),
+                lse: put(Read, &[batch, heads, seq]),
+                d_out: put(Fresh, &[batch, seq, heads, head_dim]),
+                d_qkv: put(Written, &[batch, seq, fused, head_dim]),
+                scratch: place(Written, attention_scratch(&shape)),
+                shape,
+            }
+        }
+        KernelOp::SwiGlu => {
+            let (rows, cols) = (dim(0), dim(1));
+            Call::SwiGlu { gate_up: put(Fresh, &[rows, 2, cols]), out: put(Written, &[rows, cols]), rows, cols }
+        }
+        KernelOp::SwiGluBackward => {
+            let (rows, cols) = (dim(0), dim(1));
+            Call::SwiGluBackward {
+                gate_up: put(Read, &[rows, 2, cols]),
+                d_out: put(Fresh, &[rows, cols]),
+                d_gate_up: put(Written, &[rows, 2, cols]),
+                rows,
+                cols,
+            }
+        }
+        KernelOp::Gelu => Call::Gelu { x: put(Fresh, &[dim(0)]), out: put(Written, &[dim(0)]) },
+        KernelOp::GeluBackward => {
+            Call::GeluBackward { x: put(Read, &[dim(0)]), d_out: put(Fresh, &[dim(0)]), d_x: put(Written, &[dim(0)]) }
+        }
+        KernelOp::Embedding => {
+            let (rows, cols) = (dim(0), dim(1));
+            Call::Embedding {
+                tokens: put(Tokens, &[rows]),
+                table: put(Read, &[context.vocab, cols]),
+                positions: None,
+                out: put(Written, &[rows, cols]),
+                rows,
+                cols,
+                seq: rows,
+            }
+        }
+        KernelOp::EmbeddingBackward => {
+            let (rows, cols) = (dim(0), dim(1));
+            Call::EmbeddingBackward {
+                tokens: put(Tokens, &[rows]),
+                d_out: put(Fresh, &[rows, cols]),
+                d_table: put(Written, &[context.vocab, cols]),
+                d_positions: None,
+                rows,
+                cols,
+                seq: rows,
+            }
+        }
+        KernelOp::HeadLoss => {
+            let (rows, cols, vocab, chunk) = (dim(0), dim(1), dim(2), dim(3));
+            Call::HeadLoss {
+                x: put(Fresh, &[rows, cols]),
+                weight: put(Read, &[vocab, cols]),
+                targets: put(Tokens, &[rows]),
+                lse: put(Written, &[rows]),
+                loss: put(Written, &[1]),
+                scratch: put(Written, &[chunk.min(rows), vocab]),
+                rows,
+                cols,
+                vocab,
+                chunk,
+            }
+        }
+        KernelOp::HeadBackwardInput | KernelOp::HeadBackwardWeight | KernelOp::HeadBackward => {
+            let (rows, cols, vocab, chunk) = (dim(0), dim(1), dim(2), dim(3));
+            Call::HeadBackward {
+                x: put(Fresh, &[rows, cols]),
+                weight: put(Read, &[vocab, cols]),
+                targets: put(Tokens, &[rows]),
+                lse: put(Read, &[rows]),
+                dx: (key.op != KernelOp::HeadBackwardWeight).then(|| put(Written, &[rows, cols])),
+                d_weight: (key.op != KernelOp::HeadBackwardInput).then(|| put(Written, &[vocab, cols])),
+                scratch: put(Written, &[chunk.min(rows), vocab]),
+                rows,
+                cols,
+                vocab,
+                chunk,
+                scale: 1.0,
+            }
+        }
+        KernelOp::Add => Call::Add { x: put(Fresh, &[dim(0)]), into: put(Written, &[dim(0)]) },
+        KernelOp::Sum => Call::Sum { a: put(Read, &[dim(0)]), b: put(Fresh, &[dim(0)]), out: put(Written, &[dim(0)]) },
+        KernelOp::Copy => Call::Copy { from: put(Fresh, &[dim(0)]), to: put(Written, &[dim(0)]) },
+        KernelOp::Zero => Call::Zero { x: put(Written, &[dim(0)]) },
+        KernelOp::SumSquares => Call::SumSquares { x: put(Read, &[dim(0)]), out: put(Wide, &[1]) },
+        KernelOp::AdamW => Call::AdamW {
+            parameters: put(Written, &[dim(0)]),
+            gradients: put(Written, &[dim(0)]),
+            first: put(Written, &[dim(0)]),
+            second: put(Written, &[dim(0)]),
+            norm: put(Wide, &[1]),
+            // Repeated on gradients that it has zeroed, moments must not shrink to subnormal numbers, which are slow.
+            with: AdamW {
+                lr: 1e-6,
+                beta1: 0.999_99,
+                beta2: 0.999_99,
+                epsilon: 1e-8,
+                weight_decay: 0.1,
+                step: 1,
+                clip: Some(1.0),
+            },
+        },
+    }
+}

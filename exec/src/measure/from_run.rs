@@ -1,0 +1,72 @@
+//! What a run showed, as rows for the profile: kernels and messages as they went inside it, and what the executor took
+//! besides.
+
+use super::machine;
+use crate::report::RunReport;
+use paceline_profiles::{Overhead, Predictor, Row, Source, Subject};
+use paceline_sim::program::{OpKind, Program, Stream};
+use std::collections::BTreeMap;
+
+/// The rows of a run of `program`. The time outside kernels is split over ops and calls as `measured` would split it;
+/// without, it is all the ops'.
+pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Predictor>) -> Vec<Row> {
+    let busy_devices = program.devices.len() as u32;
+    let row = |subject, dtype: &str, seconds: f64, spread: f64, repetitions| Row {
+        subject,
+        dtype: dtype.into(),
+        busy_devices,
+        median_seconds: seconds.max(1e-9),
+        spread_seconds: spread,
+        repetitions,
+        source: Source::Trace,
+        date: machine::today(),
+        versions: machine::versions(),
+    };
+    let mut rows: Vec<Row> = report
+        .kernels
+        .iter()
+        .filter(|times| times.count > 0)
+        .map(|times| row(Subject::Kernel(times.key.clone()), "f32", times.median_seconds, 0.0, times.count))
+        .collect();
+
+    let mut copies: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
+    for (rank, traced) in program.ranks.iter().zip(&report.trace.ranks) {
+        for (op, event) in rank.ops.iter().zip(&traced.events) {
+            if let OpKind::Recv { buffer, .. } = op.kind {
+                let bytes = rank.buffers[buffer.index()].bytes;
+                copies.entry(bytes).or_default().push((event.end - event.start).seconds());
+            }
+        }
+    }
+    for (bytes, seconds) in copies {
+        if let Some(summary) = super::samples::Summary::of(seconds).filter(|_| bytes > 0) {
+            rows.push(row(Subject::Transfer { bytes }, "", summary.median, summary.spread, summary.count));
+        }
+    }
+
+    let in_kernels: f64 = report.kernels.iter().map(|times| times.total_seconds).sum();
+    let calls: u64 = report.kernels.iter().map(|times| times.count).sum();
+    let steps = report.steps.len() - usize::from(report.steps.len() > 1);
+    let outside = report.outside_kernels / (1.0 - report.outside_kernels).max(f64::EPSILON) * in_kernels;
+    // (ops, of which on shared devices)
+    let mut ops = [0u64; 2];
+    for rank in &program.ranks {
+        let shared = program.ranks.iter().filter(|other| other.device == rank.device).count() > 1;
+        let own = rank.ops.iter().filter(|op| op.stream == Stream::COMPUTE).count() * steps;
+        ops[usize::from(shared)] += own as u64;
+    }
+    let cost = |overhead| measured.map_or(0.0, |m| m.overhead(overhead, busy_devices).seconds);
+    let kinds = [(Overhead::Op, ops[0]), (Overhead::SharedOp, ops[1]), (Overhead::Call, calls)];
+    let expected: f64 = kinds.iter().map(|&(overhead, count)| cost(overhead) * count as f64).sum();
+    for (overhead, count) in kinds.into_iter().filter(|&(_, count)| count > 0) {
+        let seconds = if expected > 0.0 {
+            cost(overhead) * outside / expected
+        } else if overhead == Overhead::Call {
+            continue;
+        } else {
+            outside / (ops[0] + ops[1]) as f64
+        };
+        rows.push(row(Subject::Overhead(overhead), "", seconds, 0.0, count));
+    }
+    rows
+}

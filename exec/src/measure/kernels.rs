@@ -1,0 +1,306 @@
+//! Times of kernels while a given number of devices work at once.
+//!
+//! Each device has a thread on a core of its own and a working set of its own. It goes through all cases again and again,
+//! each time in another random order, and puts the operands of a call somewhere in its working set, so that what caches
+//! hold is what they would hold in a run. Then the operand that the kernel before would have made is written, and the
+//! call is timed.
+
+use super::case::{Context, Role, call};
+use super::samples::Summary;
+use super::{MeasureError, Measured, Phase};
+use crate::data::mix;
+use paceline_kernels::{Block, Call, DType, Device, KernelError, View};
+use paceline_profiles::{KernelKey, Subject, Work};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Each case is repeated so often even if the time is up.
+const LEAST_ROUNDS: usize = 5;
+/// Timings kept per case and device.
+const MOST_SAMPLES: usize = 2000;
+/// Operands above this are refused (a terabyte).
+const MOST_BYTES: f64 = 1e12;
+/// Elements of a cache line of `f32`.
+const LINE: usize = 16;
+
+/// Measures kernels with `busy` devices at work.
+pub(super) fn measure(phase: &mut Phase, keys: &[&KernelKey], busy: u32) -> Result<Vec<Measured>, MeasureError> {
+    if keys.is_empty() {
+        return Err(MeasureError::NoKernels);
+    }
+    let context = Context::of(keys);
+    let mut sizes = Sizes::default();
+    for key in keys {
+        let bytes = Work::of(key).bytes;
+        if bytes > MOST_BYTES {
+            return Err(MeasureError::TooLarge { key: (*key).clone(), bytes, limit: MOST_BYTES });
+        }
+        let needed = Sizes::of(key, &context);
+        // Refused here, a shape costs no measuring time.
+        needed.1.check().map_err(|source| MeasureError::Kernel { key: (*key).clone(), source })?;
+        sizes.cover(&needed.0);
+    }
+    let floats = phase.settings.working_set_bytes as usize / 4 / 2;
+    sizes.cover(&Sizes { read: floats, written: floats, tokens: 0 });
+
+    let cores = core_affinity::get_core_ids().unwrap_or_default();
+    let gave_up = AtomicBool::new(false);
+    let (device, deadline, stop, seed) = (phase.device, phase.deadline, phase.stop, phase.settings.seed);
+    let give_up = || stop() || gave_up.load(Ordering::Relaxed);
+    let mut timings: Vec<Vec<f64>> = vec![Vec::new(); keys.len()];
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..busy)
+            .map(|slot| {
+                let core = cores.get(slot as usize).copied();
+                let (context, gave_up, give_up) = (&context, &gave_up, &give_up);
+                scope.spawn(move || {
+                    if let Some(core) = core {
+                        core_affinity::set_for_current(core);
+                    }
+                    let seed = mix(seed ^ mix(u64::from(slot)));
+                    let arena = Arena::new(device, &sizes, context.vocab, seed).map_err(MeasureError::Memory);
+                    let times = arena.and_then(|arena| work(arena, keys, context, deadline, give_up));
+                    if times.is_err() {
+                        gave_up.store(true, Ordering::Relaxed);
+                    }
+                    times
+                })
+            })
+            .collect();
+        while !workers.iter().all(|worker| worker.is_finished()) {
+            (phase.tick)();
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let mut first_error = None;
+        for worker in workers {
+            match worker.join() {
+                Ok(Ok(of_worker)) => timings.iter_mut().zip(of_worker).for_each(|(all, own)| all.extend(own)),
+                // What stopped the others is the cause, their stopping is not.
+                Ok(Err(error)) => match &first_error {
+                    None | Some(MeasureError::Stopped) => first_error = Some(error),
+                    Some(_) => {}
+                },
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        first_error.map_or(Ok(()), Err)
+    })?;
+    let results = keys.iter().zip(timings).filter_map(|(key, seconds)| {
+        let subject = Subject::Kernel((*key).clone());
+        Summary::of(seconds).map(|summary| Measured { subject, dtype: "f32", busy_devices: busy, summary })
+    });
+    Ok(results.collect())
+}
+
+/// One device's timings of all cases, in order of `keys`.
+fn work(
+    mut arena: Arena,
+    keys: &[&KernelKey],
+    context: &Context,
+    deadline: Instant,
+    give_up: &dyn Fn() -> bool,
+) -> Result<Vec<Vec<f64>>, MeasureError> {
+    let mut timings: Vec<Vec<f64>> = vec![Vec::new(); keys.len()];
+    let mut order: Vec<usize> = (0..keys.len()).collect();
+    // The first round warms up: pages, code, the clock.
+    for round in 0.. {
+        arena.shuffle(&mut order);
+        for &case in &order {
+            if give_up() {
+                return Err(MeasureError::Stopped);
+            }
+            if round > LEAST_ROUNDS && Instant::now() >= deadline {
+                return Ok(timings);
+            }
+            let failed = |source| MeasureError::Kernel { key: keys[case].clone(), source };
+            let seconds = arena.time(keys[case], context).map_err(failed)?;
+            if round > 0 && timings[case].len() < MOST_SAMPLES {
+                timings[case].push(seconds);
+            }
+        }
+    }
+    Ok(timings)
+}
+
+/// The call of a key on operands that are not there.
+#[cfg(test)]
+pub(super) fn sketch(key: &KernelKey, context: &Context) -> Call {
+    Sizes::of(key, context).1
+}
+
+/// Elements that the largest case needs.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sizes {
+    /// `f32` that calls only read.
+    read: usize,
+    /// `f32` that calls write, and fresh operands.
+    written: usize,
+    tokens: usize,
+}
+
+impl Sizes {
+    /// Of one case; and its call on operands that are not there.
+    fn of(key: &KernelKey, context: &Context) -> (Sizes, Call) {
+        let nowhere: &dyn Block = &Nowhere;
+        let mut sizes = Sizes::default();
+        let mut next = 0;
+        let call = call(key, context, &mut |role, len| {
+            let (dtype, sum) = match role {
+                Role::Read => (DType::F32, Some(&mut sizes.read)),
+                Role::Fresh | Role::Written => (DType::F32, Some(&mut sizes.written)),
+                Role::Tokens => (DType::U32, Some(&mut sizes.tokens)),
+                Role::Wide => (DType::F64, None),
+            };
+            if let Some(sum) = sum {
+                *sum += lines(len);
+            }
+            let start = next;
+            next += lines(len) * 4 + 64;
+            nowhere.view(start, len, dtype)
+        });
+        (sizes, call)
+    }
+
+    fn cover(&mut self, other: &Sizes) {
+        self.read = self.read.max(other.read);
+        self.written = self.written.max(other.written);
+        self.tokens = self.tokens.max(other.tokens);
+    }
+}
+
+/// Elements rounded up to whole cache lines.
+fn lines(len: usize) -> usize {
+    len.div_ceil(LINE) * LINE
+}
+
+/// Addresses to count with.
+struct Nowhere;
+
+impl Block for Nowhere {
+    fn address(&self) -> u64 {
+        0
+    }
+
+    fn bytes(&self) -> usize {
+        usize::MAX / 2
+    }
+}
+
+/// A device's working set.
+struct Arena<'d> {
+    device: &'d dyn Device,
+    read: Region,
+    written: Region,
+    tokens: Box<dyn Block>,
+    wide: Box<dyn Block>,
+    random: u64,
+}
+
+/// Memory in which operands are placed.
+struct Region {
+    block: Box<dyn Block>,
+    floats: usize,
+}
+
+impl Region {
+    fn new(device: &dyn Device, floats: usize) -> Result<Region, KernelError> {
+        let floats = lines(floats.max(1));
+        Ok(Region { block: device.allocate(floats * 4)?, floats })
+    }
+
+    fn all(&self) -> View {
+        self.block.view(0, self.floats, DType::F32)
+    }
+
+    /// A place to begin so that `needed` elements follow.
+    fn begin(&self, needed: usize, random: u64) -> usize {
+        let free = (self.floats - needed) / LINE;
+        (random % (free as u64 + 1)) as usize * LINE
+    }
+}
+
+impl<'d> Arena<'d> {
+    fn new(device: &'d dyn Device, sizes: &Sizes, vocab: u32, seed: u64) -> Result<Arena<'d>, KernelError> {
+        // Room to move even for the largest case.
+        let read = Region::new(device, sizes.read + sizes.read / 4)?;
+        let written = Region::new(device, sizes.written + sizes.written / 4)?;
+        let tokens = device.allocate(4 * lines(sizes.tokens.max(1)))?;
+        let wide = device.allocate(64)?;
+        let mut arena = Arena { device, read, written, tokens, wide, random: seed };
+        // Values between -1 and 1: no product, sum or exponential of them overflows.
+        const CHUNK: usize = 1 << 16;
+        let mut values = vec![0u8; 4 * CHUNK];
+        for start in (0..arena.read.floats).step_by(CHUNK) {
+            let len = CHUNK.min(arena.read.floats - start);
+            for bytes in values[..4 * len].chunks_exact_mut(4) {
+                let value = (arena.random() >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
+                bytes.copy_from_slice(&value.to_ne_bytes());
+            }
+            let to = arena.read.all().slice(start, len);
+            // SAFETY: this thread alone knows the block.
+            unsafe { device.upload(&values[..4 * len], to) }?;
+        }
+        let count = arena.tokens.bytes() / 4;
+        let tokens: Vec<u8> =
+            (0..count).flat_map(|_| ((arena.random() % u64::from(vocab.max(1))) as u32).to_ne_bytes()).collect();
+        // SAFETY: as above.
+        unsafe { device.upload(&tokens, arena.tokens.view(0, count, DType::U32)) }?;
+        for start in (0..arena.written.floats).step_by(arena.read.floats) {
+            let len = arena.read.floats.min(arena.written.floats - start);
+            let (from, to) = (arena.read.all().slice(0, len), arena.written.all().slice(start, len));
+            // SAFETY: as above.
+            unsafe { device.run(&Call::Copy { from, to }) }?;
+        }
+        let zero = arena.wide.view(0, 8, DType::F64);
+        // SAFETY: as above.
+        unsafe { device.upload(&[0; 64], zero) }?;
+        Ok(arena)
+    }
+
+    fn random(&mut self) -> u64 {
+        self.random = mix(self.random);
+        self.random
+    }
+
+    fn shuffle(&mut self, order: &mut [usize]) {
+        for n in (1..order.len()).rev() {
+            order.swap(n, (self.random() % (n as u64 + 1)) as usize);
+        }
+    }
+
+    /// Runs a call once and tells its seconds.
+    fn time(&mut self, key: &KernelKey, context: &Context) -> Result<f64, KernelError> {
+        let (needed, _) = Sizes::of(key, context);
+        let (here, there) = (self.random(), self.random());
+        let mut read = self.read.begin(needed.read, here);
+        let mut written = self.written.begin(needed.written, there);
+        let mut tokens = 0;
+        let mut fresh: Option<View> = None;
+        let call = call(key, context, &mut |role, len| {
+            let take = |at: &mut usize, block: &(dyn Block + 'static), dtype| {
+                let view = block.view(*at * 4, len, dtype);
+                *at += lines(len);
+                view
+            };
+            match role {
+                Role::Read => take(&mut read, &*self.read.block, DType::F32),
+                Role::Written => take(&mut written, &*self.written.block, DType::F32),
+                Role::Fresh => *fresh.insert(take(&mut written, &*self.written.block, DType::F32)),
+                Role::Tokens => take(&mut tokens, &*self.tokens, DType::U32),
+                Role::Wide => self.wide.view(0, len, DType::F64),
+            }
+        });
+        if let Some(to) = fresh {
+            for start in (0..to.len()).step_by(self.read.floats) {
+                let len = self.read.floats.min(to.len() - start);
+                let from = self.read.all().slice(0, len);
+                // SAFETY: the blocks live as long as the arena, which this thread alone has.
+                unsafe { self.device.run(&Call::Copy { from, to: to.slice(start, len) }) }?;
+            }
+        }
+        let start = Instant::now();
+        // SAFETY: as above; operands that are written lie next to each other in their region, never over each other.
+        unsafe { self.device.run(&call) }?;
+        Ok(start.elapsed().as_secs_f64())
+    }
+}
