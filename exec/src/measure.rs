@@ -163,6 +163,7 @@ struct Run<'a> {
     stop: Option<&'a AtomicBool>,
     /// Parts of the budget that will be used.
     planned: f64,
+    /// Part of the whole that is done.
     done: f64,
     progress: &'a mut dyn FnMut(MeasureProgress),
     rows: Vec<Row>,
@@ -193,16 +194,16 @@ impl Run<'_> {
     ) -> Result<(), MeasureError> {
         let length = self.settings.budget.mul_f64(part / self.planned);
         let started = Instant::now();
-        let before = self.done / self.planned;
+        let part_of_all = part / self.planned;
+        let (before, after) = (self.done, (self.done + part_of_all).min(1.0));
         let stop = self.stop;
         let stopped = move || stop.is_some_and(|stop| stop.load(Ordering::Relaxed));
         let progress = &mut *self.progress;
-        let share = part / self.planned;
+        progress(MeasureProgress { phase: what, fraction: before });
         let mut tick = || {
-            let within = (started.elapsed().as_secs_f64() / length.as_secs_f64().max(1e-9)).min(1.0);
-            progress(MeasureProgress { phase: what, fraction: before + share * within });
+            let within = started.elapsed().as_secs_f64() / length.as_secs_f64().max(1e-9);
+            progress(MeasureProgress { phase: what, fraction: (before + part_of_all * within).min(after) });
         };
-        tick();
         let measured = measure(&mut Phase {
             device: self.device,
             settings: self.settings,
@@ -213,8 +214,8 @@ impl Run<'_> {
         if stopped() {
             return Err(MeasureError::Stopped);
         }
-        self.done += part;
-        progress(MeasureProgress { phase: what, fraction: (self.done / self.planned).min(1.0) });
+        self.done = after;
+        progress(MeasureProgress { phase: what, fraction: after });
         let date = machine::today();
         self.rows.extend(measured.into_iter().map(|m| Row {
             dtype: m.dtype.into(),

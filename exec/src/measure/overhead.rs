@@ -204,7 +204,11 @@ fn compute(n: u32) -> OpKind {
 
 fn op(stream: Stream, kind: OpKind, wait: Option<OpId>) -> Op {
     let none = SmallVec::new;
-    Op { stream, kind, waits: wait.into_iter().collect(), alloc: none(), uses: smallvec![], free: none() }
+    let uses = match kind {
+        OpKind::Send { buffer, .. } | OpKind::Recv { buffer, .. } => smallvec![buffer],
+        _ => smallvec![],
+    };
+    Op { stream, kind, waits: wait.into_iter().collect(), alloc: none(), uses, free: none() }
 }
 
 fn program(devices: u32, ranks: impl Iterator<Item = (DeviceId, Vec<Op>)>) -> Program {
