@@ -1,7 +1,7 @@
 //! Correcting a profile by what real runs showed: times inside a run differ from times measured alone, because caches
 //! hold what the last kernel left.
 
-use crate::predictor::{Class, Predictor};
+use crate::predictor::{Class, Predictor, median};
 use crate::profile::{Profile, ProfileError};
 use crate::row::{Row, Source, Subject};
 use serde::{Deserialize, Serialize};
@@ -97,19 +97,30 @@ fn estimate(predictor: &Predictor, subject: &Subject, busy: u32) -> f64 {
     .seconds
 }
 
-/// One row for all runs: the mean, each run weighing as its calls.
+/// A run whose time for a subject is further than this from the median run was disturbed, not different: the caches that
+/// one configuration finds warm and another does not make a smaller difference to most kernels.
+const DISTURBED: f64 = 1.5;
+
+/// One row for all runs: the mean, each run weighing as its calls, without runs that were disturbed.
 fn pooled(rows: &[&Row]) -> Option<Row> {
-    let last = rows.last()?;
-    let repetitions: u64 = rows.iter().map(|row| row.repetitions).sum();
+    let middle = median(rows.iter().map(|row| row.median_seconds).collect())?;
+    let usual = |row: &&&Row| (1.0 / DISTURBED..DISTURBED).contains(&(row.median_seconds / middle));
+    let mut kept: Vec<&Row> = rows.iter().filter(usual).copied().collect();
+    if kept.is_empty() {
+        // Two runs that far apart: the machine was slower in one of them.
+        kept.extend(rows.iter().min_by(|a, b| a.median_seconds.total_cmp(&b.median_seconds)));
+    }
+    let last = *kept.last()?;
+    let repetitions: u64 = kept.iter().map(|row| row.repetitions).sum();
     let mean = |value: fn(&Row) -> f64| {
-        rows.iter().map(|row| value(row) * row.repetitions as f64).sum::<f64>() / repetitions as f64
+        kept.iter().map(|row| value(row) * row.repetitions as f64).sum::<f64>() / repetitions as f64
     };
     Some(Row {
         median_seconds: mean(|row| row.median_seconds),
         spread_seconds: mean(|row| row.spread_seconds),
         repetitions,
         source: Source::Trace,
-        ..(*last).clone()
+        ..last.clone()
     })
 }
 

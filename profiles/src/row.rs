@@ -174,7 +174,7 @@ pub struct Row {
     pub dtype: String,
     /// How many devices of the machine worked at that time: they share caches and memory bandwidth.
     pub busy_devices: u32,
-    /// Median over the repetitions.
+    /// Median over the repetitions; inside a run, the mean over the calls of a typical step.
     pub median_seconds: f64,
     /// Distance between the quartiles.
     pub spread_seconds: f64,

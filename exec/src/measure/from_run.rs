@@ -7,8 +7,10 @@ use paceline_profiles::{Overhead, Predictor, Row, Source, Subject};
 use paceline_sim::program::{OpKind, Program, Stream};
 use std::collections::BTreeMap;
 
-/// The rows of a run of `program`. The time outside kernels is split over ops and calls as `measured` would split it;
-/// without, it is all the ops'.
+/// The rows of a run of `program`. A kernel's time is its mean over the calls of a typical step: within a run, the same
+/// shape finds its operands in the cache at one place of the model and not at another, and only the mean makes the sum of
+/// all calls right; what single steps lost to other work of the machine is taken out. The time outside kernels is split
+/// over ops and calls as `measured` would split it; without, it is all the ops'.
 pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Predictor>) -> Vec<Row> {
     let busy_devices = program.devices.len() as u32;
     let row = |subject, dtype: &str, seconds: f64, spread: f64, repetitions| Row {
@@ -22,11 +24,15 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
         date: machine::today(),
         versions: machine::versions(),
     };
+    let typical = typical(report);
     let mut rows: Vec<Row> = report
         .kernels
         .iter()
         .filter(|times| times.count > 0)
-        .map(|times| row(Subject::Kernel(times.key.clone()), "f32", times.median_seconds, 0.0, times.count))
+        .map(|times| {
+            let mean = times.total_seconds / times.count as f64;
+            row(Subject::Kernel(times.key.clone()), "f32", mean * typical, 0.0, times.count)
+        })
         .collect();
 
     let mut copies: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
@@ -44,7 +50,7 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
         }
     }
 
-    let in_kernels: f64 = report.kernels.iter().map(|times| times.total_seconds).sum();
+    let in_kernels: f64 = report.kernels.iter().map(|times| times.total_seconds).sum::<f64>() * typical;
     let calls: u64 = report.kernels.iter().map(|times| times.count).sum();
     let steps = report.steps.len() - usize::from(report.steps.len() > 1);
     let outside = report.outside_kernels / (1.0 - report.outside_kernels).max(f64::EPSILON) * in_kernels;
@@ -69,4 +75,12 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
         rows.push(row(Subject::Overhead(overhead), "", seconds, 0.0, count));
     }
     rows
+}
+
+/// The median step over the mean one, of the steps whose kernels are counted.
+fn typical(report: &RunReport) -> f64 {
+    let counted = &report.steps[usize::from(report.steps.len() > 1)..];
+    let mean = counted.iter().map(|step| step.seconds).sum::<f64>() / counted.len() as f64;
+    let typical = report.median_seconds() / mean;
+    if typical.is_finite() { typical } else { 1.0 }
 }

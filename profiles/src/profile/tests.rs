@@ -198,3 +198,14 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_shipped_profile_foretells_shapes_it_has_not_seen() {
+    let profile = Profile::read(&include_bytes!("../../data/cpu.csv")[..]).unwrap();
+    assert!(profile.rows.iter().all(|row| row.source == Source::Measured && row.repetitions >= 3));
+    let residuals = crate::Predictor::new(&profile).unwrap().residuals().unwrap();
+    for op in [KernelOp::MatmulNn, KernelOp::MatmulNt, KernelOp::MatmulTn, KernelOp::AttentionBackward] {
+        let of_op = residuals.iter().find(|residual| residual.class == crate::Class::Kernel(op)).unwrap();
+        assert!(of_op.points >= 16 && of_op.median_error.unwrap() < 0.1, "{of_op:?}");
+    }
+}

@@ -69,3 +69,22 @@ fn runs_alone_make_a_profile() {
     let overhead = Row { subject: Subject::Overhead(Overhead::Op), ..traced[0].clone() };
     assert!(matches!(recalibrate(&empty, &[overhead]), Err(ProfileError::Incomplete { .. })));
 }
+
+#[test]
+fn disturbed_runs_are_left_out() {
+    let alone = f64::from(1u32 << 16) * 1e-9;
+    let of_runs = |times: &[f64]| {
+        let traced: Vec<Row> =
+            times.iter().map(|times| row(KernelOp::Add, 1 << 16, Source::Trace, times * alone, 100)).collect();
+        let corrected = recalibrate(&measured(), &traced).unwrap().profile;
+        let found = corrected.rows.iter().find(|row| row.source == Source::Trace).unwrap();
+        (found.median_seconds / alone, found.repetitions)
+    };
+    let (seconds, repetitions) = of_runs(&[1.0, 4.0, 1.2]);
+    assert!((seconds - 1.1).abs() < 1e-9 && repetitions == 200, "{seconds} {repetitions}");
+    // Different caches, and no disturbance.
+    assert!((of_runs(&[1.0, 1.3]).0 - 1.15).abs() < 1e-9);
+    // Of two that disagree, the one that nothing held up.
+    assert_eq!(of_runs(&[5.0, 1.0]).1, 100);
+    assert!((of_runs(&[5.0, 1.0]).0 - 1.0).abs() < 1e-9);
+}
