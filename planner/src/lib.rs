@@ -5,11 +5,13 @@
 //! - [`blocks`]: the building-block algebra, for schedules made by repetition and rearrangement.
 //! - [`drawing`]: a replayed schedule as terminal cells and as SVG.
 //! - [`interchange`]: schedules as files of other tools.
+//! - [`predict`]: an iteration of a layout on a real cluster, second by second and byte by byte.
 //! - [`replay`]: exact times and memory of an order, and its validation.
 
 pub mod blocks;
 pub mod drawing;
 pub mod interchange;
 pub mod order;
+pub mod predict;
 pub mod replay;
 pub mod schedules;

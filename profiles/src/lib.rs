@@ -3,11 +3,14 @@
 //! - [`Profile`]: measurements of one machine and their CSV file.
 //! - [`Predictor`]: times of kernels, messages and collectives from a profile, exact where measured, interpolated
 //!   elsewhere, each with its [`Provenance`].
+//! - [`Gpu`] and [`Cluster`]: devices and networks that are planned for, as stated and measured elsewhere.
 //! - [`recalibrate`]: corrects a profile by what a real run showed.
 
+mod cluster;
 mod curve;
 mod estimate;
 mod fit;
+mod gpu;
 mod kernel_key;
 mod predictor;
 mod profile;
@@ -15,8 +18,10 @@ mod recalibrate;
 mod row;
 mod work;
 
+pub use cluster::{Cluster, ClusterError, Fabric, cluster_names, find_cluster};
 pub use estimate::*;
 pub use fit::Line;
+pub use gpu::{Generation, Gpu, GpuError, find_gpu, gpus, parse as parse_gpus};
 pub use kernel_key::*;
 pub use predictor::{Class, Predictor, Residual};
 pub use profile::*;

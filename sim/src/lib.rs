@@ -3,10 +3,12 @@
 //! - [`units`]: ids and quantities.
 //! - [`model`]: the arithmetic of a decoder transformer (parameters, FLOPs, bytes, kernel calls).
 //! - [`program`]: the one representation that the simulator predicts and the executor runs.
+//! - [`cluster`]: the arithmetic of five-dimensional layouts on real clusters.
 //! - [`cost`]: what an op costs, asked by the engine.
 //! - `engine`: the discrete-event interpreter of a program.
 //! - [`trace`]: the timeline and the memory curve, predicted or measured, in one schema.
 
+pub mod cluster;
 pub mod compare;
 pub mod cost;
 pub mod model;

@@ -1,0 +1,490 @@
+//! Predicts an iteration of a layout on a cluster: where each second goes and where each byte lies.
+//!
+//! The real schedule is replayed with the real times of every stage. A long iteration is replayed for a few rounds of
+//! microbatches and continued at the pace of its steady state.
+
+mod stages;
+
+pub use stages::{Groups, PassTimes, Stage, Timer, cut};
+
+use crate::order::ComputeOrder;
+use crate::replay::{OrderError, Replayer, StageMemory, StageTimes, peaks};
+use crate::schedules::{self, Request, ScheduleError};
+use paceline_profiles::Cluster;
+use paceline_sim::cluster::device::Device;
+use paceline_sim::cluster::memory::{RankParameters, expert_replicas, states};
+use paceline_sim::cluster::network::Network;
+use paceline_sim::cluster::{Architecture, Layout, LayoutError, Physics, Recompute, Sharding, activations};
+use serde::{Deserialize, Serialize};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+use thiserror::Error;
+
+/// A predicted iteration on a cluster.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ClusterPrediction {
+    /// Time of one iteration.
+    pub iteration_seconds: f64,
+    /// Tokens per second and GPU.
+    pub tokens_per_second_per_gpu: f64,
+    /// Share of the GPU's stated rate that the model's FLOPs make (attention counted in full, nothing twice).
+    pub mfu: f64,
+    /// The same with recomputed FLOPs.
+    pub hfu: f64,
+    /// Parts of the iteration; they sum to it.
+    pub time: TimeParts,
+    /// Memory.
+    pub memory: MemoryParts,
+    /// Shares of the predicted time by where they come from; they sum to 1.
+    pub provenance: Origin,
+}
+
+/// Where an iteration goes, on its critical pipeline rank, in seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct TimeParts {
+    /// Forward and backward passes.
+    pub compute: f64,
+    /// Tensor-parallel communication that nothing hides.
+    pub exposed_tp: f64,
+    /// Data-parallel communication that nothing hides.
+    pub exposed_dp: f64,
+    /// Messages between pipeline ranks that nothing hides.
+    pub exposed_pp: f64,
+    /// Context-parallel communication that nothing hides.
+    pub exposed_cp: f64,
+    /// Expert-parallel communication that nothing hides.
+    pub exposed_ep: f64,
+    /// Waiting for other pipeline ranks, and for the slowest node.
+    pub bubble: f64,
+    /// Forward passes done again.
+    pub recompute: f64,
+    /// The optimizer.
+    pub optimizer: f64,
+}
+
+impl TimeParts {
+    /// Sum of the parts.
+    pub fn total(&self) -> f64 {
+        self.compute
+            + self.exposed_tp
+            + self.exposed_dp
+            + self.exposed_pp
+            + self.exposed_cp
+            + self.exposed_ep
+            + self.bubble
+            + self.recompute
+            + self.optimizer
+    }
+}
+
+/// Memory by pipeline rank, in bytes.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct MemoryParts {
+    /// What the allocator reserves at its highest, by pipeline rank.
+    pub peak_bytes: Vec<f64>,
+    /// What is allocated at its highest, by pipeline rank.
+    pub allocated_bytes: Vec<f64>,
+    /// What the GPU has for the allocator.
+    pub limit_bytes: f64,
+    /// Whether every rank fits.
+    pub fits: bool,
+    /// Parts of the peak, by pipeline rank; they sum to `peak_bytes`.
+    pub by_class: Vec<MemoryClasses>,
+}
+
+/// Parts of a peak in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct MemoryClasses {
+    /// Parameters.
+    pub parameters: f64,
+    /// Gradients.
+    pub gradients: f64,
+    /// Master weights and moments.
+    pub optimizer: f64,
+    /// Kept activations of all microbatches in flight.
+    pub activations: f64,
+    /// Buffers of collectives and messages.
+    pub communication: f64,
+    /// Gradients of activations, recomputed activations, logits and loss.
+    pub workspace: f64,
+    /// What the allocator holds on top.
+    pub overhead: f64,
+}
+
+impl MemoryClasses {
+    /// Sum of the parts.
+    pub fn total(&self) -> f64 {
+        self.parameters
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.communication
+            + self.workspace
+            + self.overhead
+    }
+}
+
+/// Shares of a time by where they come from.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Origin {
+    /// Measured on the cluster.
+    pub measured: f64,
+    /// From datasheets through fitted efficiencies.
+    pub fitted: f64,
+    /// From datasheets and vendors' tables as they are.
+    pub datasheet: f64,
+}
+
+/// A layout that cannot be predicted.
+#[derive(Debug, Error)]
+pub enum PredictError {
+    /// The layout itself.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Its schedule.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// Its order.
+    #[error(transparent)]
+    Order(#[from] OrderError),
+    /// More stages than blocks.
+    #[error("{stages} stages, but the model has {layers} blocks; use at most {layers} (pp x chunks)")]
+    Stages { stages: u64, layers: u64 },
+}
+
+/// Rounds of `pp` microbatches that are replayed before the steady state is continued.
+const ROUNDS: u64 = 4;
+
+/// Bytes that the optimizer reads and writes per parameter: gradient, master weight and moments read, the last three and
+/// the parameter written, and the gradient's norm and zeroing.
+fn optimizer_bytes(layout: &Layout) -> f64 {
+    let n = &layout.numerics;
+    let gradient = if n.accumulated > 0.0 { n.accumulated } else { n.gradient };
+    3.0 * gradient + 2.0 * (n.master + n.moments) + n.parameter
+}
+
+/// Predicts one iteration.
+///
+/// # Errors
+/// When the layout or its schedule is impossible.
+pub fn predict_cluster(
+    model: &Architecture,
+    layout: &Layout,
+    cluster: &Cluster,
+    physics: &Physics,
+) -> Result<ClusterPrediction, PredictError> {
+    layout.check()?;
+    let timer = Timer {
+        model,
+        layout,
+        device: Device::of(&cluster.gpu, layout, physics),
+        network: Network::of(cluster, physics),
+        groups: Groups::of(layout, u64::from(cluster.gpus_per_node)),
+        physics,
+    };
+    let count = layout.pp * layout.chunks;
+    if count > model.layers + 2 {
+        return Err(PredictError::Stages { stages: count, layers: model.layers });
+    }
+    let stages = cut(model, layout.partition, count);
+    let schedule = schedules::find(&layout.schedule)?;
+    let asked = (layout.chunks > 1).then_some(layout.chunks as u32);
+    let placement = schedule.placement(layout.pp as u32, asked)?;
+    let device_of = &placement.device_of_stage;
+
+    let of_stage = |stage: &Stage| RankParameters::of(model, layout, stage.blocks.clone(), stage.embedding, stage.head);
+    let parameters: Vec<RankParameters> = stages.iter().map(of_stage).collect();
+    // Stages of equal content take equal times; most are equal.
+    let mut known: Vec<(usize, PassTimes)> = Vec::new();
+    let key = |s: &Stage| {
+        let routed = s.blocks.clone().filter(|l| model.routed(*l)).count();
+        (s.blocks.end - s.blocks.start, routed, s.embedding, s.head)
+    };
+    let passes: Vec<PassTimes> = stages
+        .iter()
+        .enumerate()
+        .map(|(n, stage)| {
+            if let Some((_, times)) = known.iter().find(|(other, _)| key(&stages[*other]) == key(stage)) {
+                return *times;
+            }
+            let times = timer.stage(stage, &parameters[n]);
+            known.push((n, times));
+            times
+        })
+        .collect();
+
+    let message = layout.numerics.activation * layout.tokens() * model.hidden as f64 / layout.tp as f64;
+    let hop = if layout.pp > 1 { timer.network.message(timer.groups.pipeline_across, message) } else { 0.0 };
+    let pipeline = Pipeline::replay(layout, &passes, hop, device_of)?;
+    let ends = ends(&timer, &stages, &parameters, &passes, device_of);
+    let time = timeline(&timer, cluster, &pipeline, &ends, &passes, hop, device_of);
+    let iteration = time.total();
+
+    let memory = memory(&timer, cluster, &stages, &parameters, device_of)?;
+    let tokens = (layout.global_batch() * layout.seq) as f64;
+    let flops = model.flops_per_token(layout.seq, false);
+    let rate = cluster.gpu.bf16_tflops * 1e12;
+    let per_gpu = tokens / iteration / layout.gpus() as f64;
+    let mfu = per_gpu * flops / rate;
+    let head = 6.0 * (model.hidden * model.vocab) as f64;
+    let again = match layout.recompute {
+        Recompute::None => 0.0,
+        Recompute::Full => (flops - head) / 3.0,
+        Recompute::Selective => {
+            let (query, _, _) = model.attention.widths();
+            2.0 * (model.layers * layout.seq * (query + model.attention.output_width())) as f64
+        }
+    };
+    let latencies = time.exposed_pp;
+    Ok(ClusterPrediction {
+        iteration_seconds: iteration,
+        tokens_per_second_per_gpu: per_gpu,
+        mfu,
+        hfu: mfu * (flops + again) / flops,
+        time,
+        memory,
+        provenance: Origin { measured: 0.0, fitted: 1.0 - latencies / iteration, datasheet: latencies / iteration },
+    })
+}
+
+/// Totals of the replayed pipeline, the whole iteration's microbatches included.
+struct Pipeline {
+    makespan: f64,
+}
+
+/// Orders by schedule, pipeline ranks, chunks and microbatches.
+type Orders = HashMap<(String, u32, u32, u32), Rc<ComputeOrder>>;
+
+thread_local! {
+    static ORDERS: RefCell<Orders> = RefCell::new(HashMap::new());
+    static REPLAYER: RefCell<Replayer> = RefCell::new(Replayer::default());
+}
+
+/// The order of a layout for some microbatches; built once per thread.
+fn order(layout: &Layout, microbatches: u64) -> Result<Rc<ComputeOrder>, PredictError> {
+    let key = (layout.schedule.clone(), layout.pp as u32, layout.chunks as u32, microbatches as u32);
+    if let Some(order) = ORDERS.with(|orders| orders.borrow().get(&key).cloned()) {
+        return Ok(order);
+    }
+    let chunks = (layout.chunks > 1).then_some(layout.chunks as u32);
+    let request = Request { chunks, ..Request::new(layout.pp as u32, microbatches as u32) };
+    let order = Rc::new(schedules::build(&layout.schedule, &request)?);
+    ORDERS.with(|orders| {
+        let mut orders = orders.borrow_mut();
+        // A bound, not a policy: a sweep has few shapes of pipelines.
+        if orders.len() > 512 {
+            orders.clear();
+        }
+        orders.insert(key, Rc::clone(&order));
+    });
+    Ok(order)
+}
+
+impl Pipeline {
+    fn replay(layout: &Layout, passes: &[PassTimes], hop: f64, device_of: &[u32]) -> Result<Pipeline, PredictError> {
+        // Sending blocks a rank in the runtimes of the field, unless its neighbour is the rank itself.
+        let sends = |n: usize, other: Option<usize>| {
+            other.filter(|o| *o < device_of.len() && device_of[*o] != device_of[n]).map_or(0.0, |_| hop)
+        };
+        let times = StageTimes {
+            f: passes.iter().enumerate().map(|(n, p)| p.f() + sends(n, Some(n + 1))).collect(),
+            b: passes.iter().enumerate().map(|(n, p)| p.b() + sends(n, n.checked_sub(1))).collect(),
+            w: passes.iter().map(|p| p.weights).collect(),
+            comm: 0.0,
+        };
+        let run = |microbatches: u64| -> Result<f64, PredictError> {
+            let order = order(layout, microbatches)?;
+            REPLAYER.with(|replayer| Ok(replayer.borrow_mut().run(&order, &times)?.makespan))
+        };
+        let m = layout.microbatches;
+        let whole = (ROUNDS + 1) * layout.pp;
+        if layout.pp == 1 && layout.chunks == 1 {
+            let each = times.f[0] + times.b[0] + times.w[0];
+            return Ok(Pipeline { makespan: m as f64 * each });
+        }
+        if m <= whole {
+            return Ok(Pipeline { makespan: run(m)? });
+        }
+        // Keep the remainder, so that schedules in rounds of `pp` see the same end.
+        let short = (ROUNDS - 1) * layout.pp + m % layout.pp;
+        let long = short + layout.pp;
+        let (a, b) = (run(short)?, run(long)?);
+        let rounds = ((m - long) / layout.pp) as f64;
+        Ok(Pipeline { makespan: b + rounds * (b - a) })
+    }
+}
+
+/// What happens once per iteration beside the pipeline, by pipeline rank.
+struct Ends {
+    data: Vec<f64>,
+    optimizer: Vec<f64>,
+}
+
+fn ends(
+    timer: &Timer<'_>,
+    stages: &[Stage],
+    parameters: &[RankParameters],
+    passes: &[PassTimes],
+    device_of: &[u32],
+) -> Ends {
+    let layout = timer.layout;
+    let ranks = layout.pp as usize;
+    let mut ends = Ends { data: vec![0.0; ranks], optimizer: vec![0.0; ranks] };
+    let (mut dense, mut routed, mut backward, mut forward) =
+        (vec![0.0; ranks], vec![0.0; ranks], vec![0.0; ranks], vec![0.0; ranks]);
+    for n in 0..stages.len() {
+        let rank = device_of[n] as usize;
+        dense[rank] += parameters[n].dense;
+        routed[rank] += parameters[n].routed;
+        backward[rank] += passes[n].backward + passes[n].weights + passes[n].recompute;
+        forward[rank] += passes[n].forward;
+    }
+    let numerics = &layout.numerics;
+    let dense_ranks = (layout.dp * layout.cp) as f64;
+    for rank in 0..ranks {
+        let span = timer.groups.data;
+        let expert_span = timer.groups.expert_data;
+        let gather = |element: f64| {
+            timer.network.gather(span, dense[rank] * element)
+                + timer.network.gather(expert_span, routed[rank] * element)
+        };
+        let hide = |overlap: bool, communication: f64, behind: f64| {
+            if overlap { stages::exposed(communication, behind, timer.physics) } else { communication }
+        };
+        let overlap = layout.overlap;
+        ends.data[rank] = match layout.sharding {
+            Sharding::None => {
+                let reduce = timer.network.all_reduce(span, dense[rank] * numerics.reduced)
+                    + timer.network.all_reduce(expert_span, routed[rank] * numerics.reduced);
+                hide(overlap.gradients, reduce, backward[rank])
+            }
+            Sharding::Optimizer | Sharding::Gradients => {
+                let reduce = hide(overlap.gradients, gather(numerics.reduced), backward[rank]);
+                let parameter = numerics.parameter.min(numerics.activation);
+                reduce + hide(overlap.parameters, gather(parameter), forward[rank])
+            }
+            Sharding::Full => 0.0,
+        };
+        let sharded = layout.sharding != Sharding::None;
+        let own = if sharded {
+            dense[rank] / dense_ranks + routed[rank] / expert_replicas(layout)
+        } else {
+            dense[rank] + routed[rank]
+        };
+        // Gradients that are not sharded are zeroed and measured in full.
+        let whole = if layout.sharding == Sharding::Optimizer { (dense[rank] + routed[rank]) * 4.0 } else { 0.0 };
+        ends.optimizer[rank] = timer.device.traffic(own * optimizer_bytes(layout) + whole);
+    }
+    ends
+}
+
+/// The parts of the iteration on the pipeline rank that ends last.
+fn timeline(
+    timer: &Timer<'_>,
+    cluster: &Cluster,
+    pipeline: &Pipeline,
+    ends: &Ends,
+    passes: &[PassTimes],
+    hop: f64,
+    device_of: &[u32],
+) -> TimeParts {
+    let layout = timer.layout;
+    let m = layout.microbatches as f64;
+    let last = |rank: &usize| ends.data[*rank] + ends.optimizer[*rank];
+    let critical = (0..layout.pp as usize).max_by(|a, b| last(a).total_cmp(&last(b))).unwrap_or(0);
+    let mut parts = TimeParts::default();
+    for (n, pass) in passes.iter().enumerate() {
+        if device_of[n] as usize != critical {
+            continue;
+        }
+        parts.compute += m * (pass.forward + pass.backward + pass.weights);
+        parts.recompute += m * pass.recompute;
+        parts.exposed_tp += m * (pass.tensor[0] + pass.tensor[1]);
+        parts.exposed_cp += m * (pass.context[0] + pass.context[1]);
+        parts.exposed_ep += m * (pass.experts[0] + pass.experts[1]);
+        parts.exposed_dp += m * (pass.sharded[0] + pass.sharded[1]);
+        let sends = |other: Option<usize>| other.is_some_and(|o| o < device_of.len() && device_of[o] != device_of[n]);
+        parts.exposed_pp += m * hop * f64::from(u8::from(sends(Some(n + 1))) + u8::from(sends(n.checked_sub(1))));
+    }
+    parts.bubble = (pipeline.makespan - parts.total()).max(0.0);
+    parts.exposed_dp += ends.data[critical];
+    parts.optimizer += ends.optimizer[critical];
+    let nodes = (layout.gpus() as f64 / f64::from(cluster.gpus_per_node)).max(1.0);
+    parts.bubble += parts.total() * timer.physics.jitter * nodes.log2();
+    parts
+}
+
+fn memory(
+    timer: &Timer<'_>,
+    cluster: &Cluster,
+    stages: &[Stage],
+    parameters: &[RankParameters],
+    device_of: &[u32],
+) -> Result<MemoryParts, PredictError> {
+    let (model, layout, physics) = (timer.model, timer.layout, timer.physics);
+    let kept_by = |stage: &Stage| {
+        let mut known: [Option<f64>; 2] = [None; 2];
+        let mut kept: f64 = stage
+            .blocks
+            .clone()
+            .map(|l| {
+                *known[usize::from(model.routed(l))].get_or_insert_with(|| activations::kept_by_block(model, layout, l))
+            })
+            .sum();
+        if stage.embedding {
+            kept += activations::embedding(model, layout);
+        }
+        kept
+    };
+    let kept: Vec<f64> = stages.iter().map(kept_by).collect();
+    let ranks = layout.pp as usize;
+    let activations_peak: Vec<f64> = if ranks == 1 && layout.chunks == 1 {
+        vec![kept[0]]
+    } else {
+        let rounds = layout.microbatches.min(ROUNDS * layout.pp + layout.microbatches % layout.pp);
+        let order = order(layout, rounds)?;
+        // B needs the input of every matrix no longer than W does; only what elementwise operators kept is freed.
+        let until_w = kept.iter().map(|k| k * (1.0 - StageMemory::FREED_AT_B)).collect();
+        let memory = StageMemory { until_b: kept.clone(), until_w, checkpoint: vec![0.0; kept.len()] };
+        peaks(&order, &memory).peak
+    };
+    let limit = cluster.gpu.memory_bytes() - physics.context;
+    let mut parts = MemoryParts { limit_bytes: limit, fits: true, ..MemoryParts::default() };
+    for (rank, in_flight) in activations_peak.into_iter().enumerate() {
+        let mut classes = MemoryClasses { activations: in_flight, ..MemoryClasses::default() };
+        let mut held = RankParameters::default();
+        let mut work = 0.0f64;
+        for n in (0..stages.len()).filter(|n| device_of[*n] as usize == rank) {
+            held.dense += parameters[n].dense;
+            held.routed += parameters[n].routed;
+            held.largest_unit = held.largest_unit.max(parameters[n].largest_unit);
+            if let Some(last) = stages[n].blocks.clone().last() {
+                work = work.max(activations::working_set(model, layout, last));
+            }
+            if stages[n].head {
+                work = work.max(activations::loss(model, layout));
+            }
+        }
+        let states = states(layout, &held);
+        classes.parameters = states.parameters;
+        classes.gradients = states.gradients;
+        classes.optimizer = states.optimizer;
+        classes.communication = states.communication;
+        if layout.pp > 1 {
+            // A received and a sent message each way.
+            classes.communication +=
+                4.0 * layout.numerics.activation * layout.tokens() * model.hidden as f64 / layout.sequence_cut();
+        }
+        classes.workspace = work;
+        parts.allocated_bytes.push(classes.total());
+        classes.overhead = physics.fragmentation * (classes.activations + classes.workspace + classes.communication);
+        parts.fits &= classes.total() <= limit;
+        parts.peak_bytes.push(classes.total());
+        parts.by_class.push(classes);
+    }
+    Ok(parts)
+}
+
+#[cfg(test)]
+mod tests;

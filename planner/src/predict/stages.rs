@@ -1,0 +1,311 @@
+//! Which blocks a pipeline stage holds, and what its passes take.
+
+use paceline_sim::cluster::device::{Device, Passing};
+use paceline_sim::cluster::memory::RankParameters;
+use paceline_sim::cluster::network::{Network, Span};
+use paceline_sim::cluster::work::{self, Work};
+use paceline_sim::cluster::{Architecture, AttentionKernel, Layout, Partition, Physics, Recompute, Sharding};
+use std::ops::Range;
+
+/// The blocks and ends of one stage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stage {
+    /// Blocks.
+    pub blocks: Range<u64>,
+    /// Holds the embedding.
+    pub embedding: bool,
+    /// Holds final norm, output projection and loss.
+    pub head: bool,
+}
+
+/// Cuts a model into `stages` stages.
+pub fn cut(model: &Architecture, partition: Partition, stages: u64) -> Vec<Stage> {
+    let sizes = match partition {
+        Partition::Even => even(model.layers, stages),
+        Partition::ByCost => by_cost(model, stages),
+    };
+    let mut first = 0;
+    let stage = |(n, size): (usize, u64)| {
+        let blocks = first..first + size;
+        first += size;
+        Stage { blocks, embedding: n == 0, head: n as u64 + 1 == stages }
+    };
+    sizes.into_iter().enumerate().map(stage).collect()
+}
+
+/// Equal sizes; what is missing to a multiple is left out at the last stage, the first, and then from the end inwards.
+fn even(layers: u64, stages: u64) -> Vec<u64> {
+    let most = layers.div_ceil(stages);
+    let mut sizes = vec![most; stages as usize];
+    let mut missing = most * stages - layers;
+    let ends = [stages - 1, 0];
+    for stage in ends.into_iter().chain((1..stages.saturating_sub(1)).rev()).cycle() {
+        if missing == 0 {
+            break;
+        }
+        if sizes[stage as usize] > 0 {
+            sizes[stage as usize] -= 1;
+            missing -= 1;
+        }
+    }
+    sizes
+}
+
+fn by_cost(model: &Architecture, stages: u64) -> Vec<u64> {
+    let cost = |layer| {
+        let matrices: u64 = model.attention.matrices(model.hidden).iter().map(|m| m.0 * m.1).sum();
+        let ffn = match model.experts {
+            Some(e) if model.routed(layer) => e.top_k * e.ffn + e.shared_ffn,
+            _ => model.ffn,
+        };
+        matrices + model.mlp_matrices(ffn).iter().map(|m| m.0 * m.1).sum::<u64>()
+    };
+    let total = (0..model.layers).map(cost).sum::<u64>() + model.vocab * model.hidden;
+    let mut sizes = vec![0; stages as usize];
+    let (mut sum, mut stage) = (0u64, 0usize);
+    for layer in 0..model.layers {
+        sum += cost(layer);
+        if stage + 1 < sizes.len() && u128::from(sum) * u128::from(stages) > u128::from(total) * (stage as u128 + 1) {
+            stage += 1;
+        }
+        sizes[stage] += 1;
+    }
+    sizes
+}
+
+/// Times of the passes of one stage over one microbatch, in seconds, communication that nothing hides included.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct PassTimes {
+    /// Forward without communication.
+    pub forward: f64,
+    /// Backward for the input, without communication and recomputation.
+    pub backward: f64,
+    /// Backward for the weights.
+    pub weights: f64,
+    /// Recomputation in the backward pass, its communication included.
+    pub recompute: f64,
+    /// Exposed tensor-parallel communication, forward and backward.
+    pub tensor: [f64; 2],
+    /// Exposed context-parallel communication, forward and backward.
+    pub context: [f64; 2],
+    /// Exposed expert-parallel communication, forward and backward.
+    pub experts: [f64; 2],
+    /// Exposed gathering of sharded parameters, and reducing of gradients, per microbatch: forward and backward.
+    pub sharded: [f64; 2],
+}
+
+impl PassTimes {
+    /// Forward pass, communication included.
+    pub fn f(&self) -> f64 {
+        self.forward + self.tensor[0] + self.context[0] + self.experts[0] + self.sharded[0]
+    }
+
+    /// Backward pass for the input, communication and recomputation included.
+    pub fn b(&self) -> f64 {
+        self.backward + self.recompute + self.tensor[1] + self.context[1] + self.experts[1] + self.sharded[1]
+    }
+}
+
+/// The groups of ranks of a layout, ranks ordered tp, cp, dp, pp from the inside out.
+#[derive(Debug, Clone, Copy)]
+pub struct Groups {
+    /// Tensor-parallel.
+    pub tensor: Span,
+    /// Context-parallel.
+    pub context: Span,
+    /// Data-parallel, context ranks included: those that hold the same parameters.
+    pub data: Span,
+    /// Expert-parallel.
+    pub experts: Span,
+    /// Replicas of the same experts.
+    pub expert_data: Span,
+    /// Whether neighbour pipeline ranks are in different nodes.
+    pub pipeline_across: bool,
+}
+
+impl Groups {
+    /// On nodes of `node` GPUs.
+    pub fn of(layout: &Layout, node: u64) -> Groups {
+        let inner = layout.tp * layout.cp * layout.dp;
+        // Expert groups take the tensor ranks too when there are not enough others.
+        let expert_stride = if layout.ep > 1 && layout.ep <= layout.dp * layout.cp { layout.tp } else { 1 };
+        let expert_replicas = (inner / layout.ep / expert_stride.max(1)).max(1);
+        Groups {
+            tensor: Span::strided(layout.tp, 1, node),
+            context: Span::strided(layout.cp, layout.tp, node),
+            data: Span::strided(layout.dp * layout.cp, layout.tp, node),
+            experts: Span::strided(layout.ep, expert_stride, node),
+            expert_data: Span::strided(expert_replicas, layout.ep * expert_stride, node),
+            pipeline_across: inner >= node,
+        }
+    }
+}
+
+/// What is left of `communication` beside computation that it can hide behind.
+pub fn exposed(communication: f64, hidden_by: f64, physics: &Physics) -> f64 {
+    (communication - hidden_by).max(physics.contention * communication)
+}
+
+/// Everything that times of passes depend on.
+pub struct Timer<'a> {
+    /// The model.
+    pub model: &'a Architecture,
+    /// The layout.
+    pub layout: &'a Layout,
+    /// The GPU.
+    pub device: Device,
+    /// The network.
+    pub network: Network,
+    /// The groups.
+    pub groups: Groups,
+    /// The fitted parameters.
+    pub physics: &'a Physics,
+}
+
+/// Of the work of a layer: on the GPU, forward, backward, weights, and its messages.
+struct LayerTimes {
+    forward: Passing,
+    backward: Passing,
+    weights: Passing,
+    tensor: f64,
+    context: f64,
+    experts: f64,
+}
+
+impl Timer<'_> {
+    fn layer(&self, work: &Work) -> LayerTimes {
+        let element = self.layout.numerics.activation;
+        let (backward, weights) = self.device.backward(work, element);
+        let calls = work.messages.tensor_calls.max(1.0);
+        let tensor = if work.messages.tensor_all_reduce > 0.0 && work.messages.tensor_gather == 0.0 {
+            calls * self.network.all_reduce(self.groups.tensor, work.messages.tensor_all_reduce / calls)
+        } else {
+            calls * self.network.gather(self.groups.tensor, work.messages.tensor_gather / calls)
+        };
+        let experts = 2.0 * self.network.all_to_all(self.groups.experts, work.messages.experts / 2.0);
+        // The ring passes keys and values on; each hop is a message to the neighbour.
+        let hops = (self.layout.cp - 1) as f64;
+        let across = self.groups.context.nodes() > 1;
+        let context = if hops > 0.0 { hops * self.network.message(across, work.messages.context / hops) } else { 0.0 };
+        LayerTimes { forward: self.device.forward(work, element), backward, weights, tensor, context, experts }
+    }
+
+    /// Times of one stage.
+    pub fn stage(&self, stage: &Stage, parameters: &RankParameters) -> PassTimes {
+        let mut times = PassTimes::default();
+        // Blocks of one kind take the same time.
+        let routed = stage.blocks.clone().filter(|l| self.model.routed(*l)).count() as f64;
+        let dense = (stage.blocks.end - stage.blocks.start) as f64 - routed;
+        let dense_at = stage.blocks.clone().find(|l| !self.model.routed(*l));
+        let routed_at = stage.blocks.clone().find(|l| self.model.routed(*l));
+        for (layer, count) in [(dense_at, dense), (routed_at, routed)] {
+            if let Some(layer) = layer {
+                self.add(&mut times, &work::block(self.model, self.layout, layer), count, true);
+            }
+        }
+        if stage.embedding {
+            self.add(&mut times, &work::embedding(self.model, self.layout), 1.0, false);
+        }
+        if stage.head {
+            self.add(&mut times, &work::head(self.model, self.layout), 1.0, false);
+        }
+        if self.layout.sharding == Sharding::Full {
+            self.add_gathering(&mut times, parameters);
+        }
+        times
+    }
+
+    fn add(&self, times: &mut PassTimes, work: &Work, count: f64, block: bool) {
+        let layer = self.layer(work);
+        let physics = self.physics;
+        let (forward, backward, weights) = (layer.forward, layer.backward, layer.weights);
+        let hide_forward = if self.layout.overlap.tensor { forward.products } else { 0.0 };
+        // The backward pass has the products of the weights to hide behind, which nothing waits for.
+        let hide_backward = weights.products + if self.layout.overlap.tensor { backward.products } else { 0.0 };
+        let tensor_forward =
+            if self.layout.overlap.tensor { exposed(layer.tensor, hide_forward, physics) } else { layer.tensor };
+        // Half of the backward communication (that of the gathered inputs and of the summed input gradients) is independent.
+        let independent = if self.layout.overlap.tensor { 1.0 } else { 0.5 };
+        let tensor_backward =
+            (1.0 - independent) * layer.tensor + exposed(independent * layer.tensor, hide_backward, physics);
+        let context_forward = exposed(layer.context, work.core.map_or(0.0, |_| forward.products * 0.5), physics);
+        let context_backward =
+            exposed(2.0 * layer.context, work.core.map_or(0.0, |_| backward.products * 0.5), physics);
+
+        // The host launches ahead; where it is slower than the GPU with its communication, the GPU waits.
+        let pace = |passing: Passing, communication: f64| {
+            (passing.seconds().max(passing.host - communication)).max(passing.gpu)
+        };
+        times.forward += count * pace(forward, tensor_forward);
+        times.backward += count * pace(backward, tensor_backward);
+        times.weights += count * weights.seconds();
+        times.tensor[0] += count * tensor_forward;
+        times.tensor[1] += count * tensor_backward;
+        times.context[0] += count * context_forward;
+        times.context[1] += count * context_backward;
+        times.experts[0] += count * layer.experts;
+        times.experts[1] += count * layer.experts;
+        if block {
+            times.recompute += count * self.recompute(work, forward, tensor_forward + context_forward + layer.experts);
+        }
+    }
+
+    fn recompute(&self, work: &Work, forward: Passing, communication: f64) -> f64 {
+        match self.layout.recompute {
+            Recompute::None => 0.0,
+            Recompute::Full => forward.seconds() + communication,
+            Recompute::Selective => match self.layout.attention {
+                // Scores, softmax and the weighted sum again.
+                AttentionKernel::Naive | AttentionKernel::FusedSoftmax => {
+                    let core: Vec<_> = work.products.iter().copied().filter(|p| p.count > 1.0).collect();
+                    let heads = self.model.attention.heads() as f64 / self.layout.tp as f64;
+                    let traffic =
+                        4.0 * self.layout.numerics.activation * heads * self.layout.tokens() * self.layout.seq as f64;
+                    let core = Work { kernels: 4.0, products: core, traffic, ..Work::default() };
+                    self.device.forward(&core, self.layout.numerics.activation).seconds()
+                }
+                _ => {
+                    let core = Work { core: work.core, kernels: 1.0, ..Work::default() };
+                    self.device.forward(&core, self.layout.numerics.activation).seconds()
+                }
+            },
+        }
+    }
+
+    /// Gathering the parameters before each pass and reducing the gradients after it, layer by layer beside the passes.
+    fn add_gathering(&self, times: &mut PassTimes, parameters: &RankParameters) {
+        let numerics = &self.layout.numerics;
+        let wire = numerics.parameter.min(numerics.activation);
+        let unit = parameters.largest_unit.max(1.0);
+        let units = parameters.total() / unit;
+        let gather = self.network.gather(self.groups.data, unit * wire);
+        let reduce = self.network.gather(self.groups.data, unit * numerics.reduced);
+        // The first unit has nothing to hide behind.
+        times.sharded[0] = gather + exposed((units - 1.0).max(0.0) * gather, times.forward, self.physics);
+        let backward = units * gather + (units - 1.0).max(0.0) * reduce;
+        times.sharded[1] = reduce + exposed(backward, times.backward + times.weights + times.recompute, self.physics);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_cut_evenly_and_short_at_the_ends() {
+        assert_eq!(even(32, 4), [8, 8, 8, 8]);
+        assert_eq!(even(30, 4), [7, 8, 8, 7]);
+        assert_eq!(even(31, 4), [8, 8, 8, 7]);
+        assert_eq!(even(5, 4), [1, 2, 1, 1]);
+        assert_eq!(even(3, 4), [1, 1, 1, 0]);
+        assert_eq!(even(1, 1), [1]);
+    }
+
+    #[test]
+    fn what_hides_is_paid_by_its_contention() {
+        let physics = Physics { contention: 0.25, ..Physics::default() };
+        assert_eq!(exposed(4.0, 10.0, &physics), 1.0);
+        assert_eq!(exposed(4.0, 1.0, &physics), 3.0);
+        assert_eq!(exposed(0.0, 1.0, &physics), 0.0);
+    }
+}

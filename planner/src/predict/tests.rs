@@ -1,0 +1,139 @@
+use super::*;
+use paceline_profiles::find_cluster;
+use paceline_sim::cluster::{Attention, Numerics, Overlap, PositionTable};
+
+fn gpt() -> Architecture {
+    Architecture {
+        name: "GPT-3 175B".into(),
+        layers: 96,
+        hidden: 12288,
+        attention: Attention::Grouped { heads: 96, kv_heads: 96, head_dim: 128 },
+        ffn: 4 * 12288,
+        gated: false,
+        experts: None,
+        vocab: 51200,
+        tied: true,
+        biases: true,
+        positions: PositionTable::Learned(2048),
+        dropout: true,
+    }
+}
+
+fn layout() -> Layout {
+    Layout {
+        tp: 8,
+        sp: true,
+        pp: 8,
+        dp: 2,
+        microbatches: 64,
+        sharding: Sharding::Optimizer,
+        recompute: Recompute::Selective,
+        ..Layout::single(2048, 1)
+    }
+}
+
+fn predict(layout: &Layout) -> ClusterPrediction {
+    predict_cluster(&gpt(), layout, find_cluster("dgx-a100-ib").unwrap(), &Physics::default()).unwrap()
+}
+
+#[test]
+fn parts_sum_to_the_whole() {
+    for layout in [
+        layout(),
+        Layout { schedule: "interleaved".into(), chunks: 3, ..layout() },
+        Layout { schedule: "zb-h1".into(), ..layout() },
+        Layout { pp: 1, sharding: Sharding::Full, dp: 8, numerics: Numerics::GATHERED_16_BIT, ..layout() },
+        Layout { cp: 2, ..layout() },
+    ] {
+        let p = predict(&layout);
+        assert!((p.time.total() / p.iteration_seconds - 1.0).abs() < 1e-12);
+        for (classes, peak) in p.memory.by_class.iter().zip(&p.memory.peak_bytes) {
+            assert!((classes.total() / peak - 1.0).abs() < 1e-12);
+        }
+        assert_eq!(p.memory.peak_bytes.len() as u64, layout.pp);
+        assert!((p.provenance.measured + p.provenance.fitted + p.provenance.datasheet - 1.0).abs() < 1e-12);
+        assert!(p.mfu > 0.1 && p.mfu < 0.8, "{}", p.mfu);
+        assert!(p.hfu >= p.mfu);
+    }
+}
+
+/// A steady state that is continued equals one that is replayed in full.
+#[test]
+fn continued_iterations_equal_replayed_ones() {
+    for (schedule, chunks) in [("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("v-half", 2)] {
+        let model = gpt();
+        let layout = Layout { schedule: schedule.into(), chunks, pp: 4, microbatches: 64, ..layout() };
+        let cluster = find_cluster("dgx-a100-ib").unwrap();
+        let predicted = predict_cluster(&model, &layout, cluster, &Physics::default()).unwrap();
+        let physics = Physics::default();
+        let timer = Timer {
+            model: &model,
+            layout: &layout,
+            device: Device::of(&cluster.gpu, &layout, &physics),
+            network: Network::of(cluster, &physics),
+            groups: Groups::of(&layout, 8),
+            physics: &physics,
+        };
+        let stages = cut(&model, layout.partition, layout.pp * layout.chunks);
+        let placement = schedules::find(schedule).unwrap().placement(4, (chunks > 1).then_some(2)).unwrap();
+        let passes: Vec<PassTimes> = stages
+            .iter()
+            .map(|s| {
+                let p = RankParameters::of(&model, &layout, s.blocks.clone(), s.embedding, s.head);
+                timer.stage(s, &p)
+            })
+            .collect();
+        let message = 2.0 * layout.tokens() * model.hidden as f64 / layout.tp as f64;
+        let hop = timer.network.message(true, message);
+        let device_of = &placement.device_of_stage;
+        let sends = |n: usize, o: usize| if device_of[o] == device_of[n] { 0.0 } else { hop };
+        let last = stages.len() - 1;
+        let times = StageTimes {
+            f: (0..=last).map(|n| passes[n].f() + if n < last { sends(n, n + 1) } else { 0.0 }).collect(),
+            b: (0..=last).map(|n| passes[n].b() + if n > 0 { sends(n, n - 1) } else { 0.0 }).collect(),
+            w: passes.iter().map(|p| p.weights).collect(),
+            comm: 0.0,
+        };
+        let whole = Replayer::default().run(&order(&layout, 64).unwrap(), &times).unwrap().makespan;
+        let continued = Pipeline::replay(&layout, &passes, hop, device_of).unwrap().makespan;
+        assert!((continued / whole - 1.0).abs() < 2e-3, "{schedule}: {continued} {whole}");
+        assert!(predicted.iteration_seconds > whole);
+    }
+}
+
+#[test]
+fn what_is_not_there_costs_nothing() {
+    let alone = predict_cluster(
+        &Architecture { layers: 2, ..gpt() },
+        &Layout::single(2048, 1),
+        find_cluster("dgx-a100-ib").unwrap(),
+        &Physics::default(),
+    )
+    .unwrap();
+    let t = alone.time;
+    assert_eq!([t.exposed_tp, t.exposed_dp, t.exposed_pp, t.exposed_cp, t.exposed_ep, t.bubble, t.recompute], [0.0; 7]);
+    assert_eq!(alone.memory.by_class[0].communication, 0.0);
+}
+
+#[test]
+fn more_work_takes_longer_and_more_room() {
+    let base = predict(&layout());
+    let full = predict(&Layout { recompute: Recompute::Full, ..layout() });
+    assert!(full.time.recompute > base.time.recompute);
+    assert!(full.memory.peak_bytes[0] < base.memory.peak_bytes[0]);
+    let hidden = predict(&Layout { overlap: Overlap { gradients: true, tensor: true, parameters: true }, ..layout() });
+    assert!(hidden.iteration_seconds < base.iteration_seconds);
+    let longer = predict(&Layout { microbatches: 128, ..layout() });
+    assert!(longer.iteration_seconds > 1.8 * base.iteration_seconds);
+    assert_eq!(longer.memory.peak_bytes, base.memory.peak_bytes);
+}
+
+#[test]
+fn impossible_layouts_say_why() {
+    let cluster = find_cluster("dgx-a100-ib").unwrap();
+    let error =
+        |layout: Layout| predict_cluster(&gpt(), &layout, cluster, &Physics::default()).unwrap_err().to_string();
+    assert!(error(Layout { dp: 0, ..layout() }).contains("dp is 0"));
+    assert!(error(Layout { pp: 128, ..layout() }).contains("96 blocks"));
+    assert!(error(Layout { schedule: "magic".into(), ..layout() }).contains("magic"));
+}

@@ -1,0 +1,261 @@
+//! Clusters: a GPU, nodes, and the network between them. Shipped ones in `data/clusters.toml`, others in a TOML file of the
+//! user's with one `[cluster]` table and, for a GPU that is not shipped, one `[gpu]` table.
+
+use crate::gpu::{Gpu, GpuError, find_gpu};
+use serde::{Deserialize, Serialize};
+use std::sync::LazyLock;
+use thiserror::Error;
+
+/// A cluster of equal nodes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Cluster {
+    /// Its name.
+    pub name: String,
+    /// What computes.
+    pub gpu: Gpu,
+    /// GPUs of a node: those that the fast links join.
+    pub gpus_per_node: u32,
+    /// Bandwidth between GPUs of a node, per GPU and direction, in 10^9 bytes per second.
+    pub intra_gbps: f64,
+    /// What joins the nodes.
+    pub fabric: Fabric,
+    /// Share of the network adapters of one GPU, per direction, in 10^9 bytes per second.
+    pub inter_gbps: f64,
+    /// Time of a step between nodes in a collective algorithm, in microseconds.
+    pub inter_latency_us: f64,
+    /// Where the figures come from.
+    pub source: String,
+}
+
+/// Networks between nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fabric {
+    /// InfiniBand.
+    Infiniband,
+    /// RDMA over converged Ethernet.
+    Roce,
+    /// AWS Elastic Fabric Adapter.
+    Efa,
+    /// TCP.
+    Ethernet,
+}
+
+/// A cluster that cannot be had.
+#[derive(Debug, Error)]
+pub enum ClusterError {
+    /// No cluster of this name.
+    #[error("unknown cluster {name:?}; known: {known}. Or give a TOML file with a [cluster] table")]
+    Unknown { name: String, known: String },
+    /// A file that cannot be read.
+    #[error("cluster file: {0}")]
+    Parse(#[from] toml::de::Error),
+    /// Its GPU.
+    #[error("cluster {cluster}: {source}")]
+    Gpu { cluster: String, source: GpuError },
+    /// A file from a newer version.
+    #[error("cluster file: format {format} is newer than 1, which this version reads; update paceline")]
+    Format { format: u32 },
+    /// A figure that cannot be.
+    #[error("cluster {cluster}: {key} = {value}, but it has to be a finite number above zero")]
+    Value { cluster: String, key: &'static str, value: f64 },
+    /// Neither a name nor a table of a GPU.
+    #[error("cluster {cluster}: no GPU; name a shipped one (gpu = \"H100-SXM\") or describe one in a [gpu] table")]
+    NoGpu { cluster: String },
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    name: String,
+    #[serde(default)]
+    aliases: Vec<String>,
+    gpu: Option<String>,
+    gpus_per_node: u32,
+    intra_gbps: Option<f64>,
+    fabric: Fabric,
+    inter_gbps: f64,
+    inter_latency_us: f64,
+    source: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Shipped {
+    format: u32,
+    cluster: Vec<Entry>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Own {
+    #[serde(default = "one")]
+    format: u32,
+    cluster: Entry,
+    gpu: Option<Gpu>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+impl Entry {
+    fn build(self, own: Option<Gpu>) -> Result<Cluster, ClusterError> {
+        let cluster = self.name.clone();
+        let wrap = |source| ClusterError::Gpu { cluster: cluster.clone(), source };
+        let gpu = match (own, &self.gpu) {
+            (Some(gpu), _) => {
+                gpu.check().map_err(wrap)?;
+                gpu
+            }
+            (None, Some(name)) => find_gpu(name).map_err(wrap)?.clone(),
+            (None, None) => return Err(ClusterError::NoGpu { cluster }),
+        };
+        let built = Cluster {
+            intra_gbps: self.intra_gbps.unwrap_or_else(|| gpu.nvlink_gbps.unwrap_or(gpu.pcie_gbps)),
+            name: self.name,
+            gpu,
+            gpus_per_node: self.gpus_per_node,
+            fabric: self.fabric,
+            inter_gbps: self.inter_gbps,
+            inter_latency_us: self.inter_latency_us,
+            source: self.source,
+        };
+        built.check()?;
+        Ok(built)
+    }
+}
+
+static SHIPPED: LazyLock<Vec<(Vec<String>, Cluster)>> =
+    LazyLock::new(|| match shipped(include_str!("../data/clusters.toml")) {
+        Ok(clusters) => clusters,
+        Err(error) => unreachable!("the shipped file is checked by a test: {error}"),
+    });
+
+fn shipped(text: &str) -> Result<Vec<(Vec<String>, Cluster)>, ClusterError> {
+    let file: Shipped = toml::from_str(text)?;
+    if file.format > 1 {
+        return Err(ClusterError::Format { format: file.format });
+    }
+    let named = |entry: Entry| {
+        let names = std::iter::once(entry.name.clone()).chain(entry.aliases.clone()).collect();
+        Ok((names, entry.build(None)?))
+    };
+    file.cluster.into_iter().map(named).collect()
+}
+
+/// Names of the shipped clusters.
+pub fn cluster_names() -> impl Iterator<Item = &'static str> {
+    SHIPPED.iter().map(|(_, cluster)| cluster.name.as_str())
+}
+
+/// A shipped cluster by name or alias.
+///
+/// # Errors
+/// When there is none; the message lists the known ones.
+pub fn find_cluster(name: &str) -> Result<&'static Cluster, ClusterError> {
+    let found = SHIPPED.iter().find(|(names, _)| names.iter().any(|n| n.eq_ignore_ascii_case(name)));
+    found.map(|(_, cluster)| cluster).ok_or_else(|| ClusterError::Unknown {
+        name: name.to_owned(),
+        known: cluster_names().collect::<Vec<_>>().join(", "),
+    })
+}
+
+impl Cluster {
+    /// Reads a user's file.
+    ///
+    /// # Errors
+    /// When it is no TOML, has unknown or missing keys, an unknown GPU or figures that cannot be.
+    pub fn from_toml(text: &str) -> Result<Cluster, ClusterError> {
+        let own: Own = toml::from_str(text)?;
+        if own.format > 1 {
+            return Err(ClusterError::Format { format: own.format });
+        }
+        own.cluster.build(own.gpu)
+    }
+
+    /// Checks the figures.
+    ///
+    /// # Errors
+    /// The first that cannot be.
+    pub fn check(&self) -> Result<(), ClusterError> {
+        for (key, value) in [
+            ("gpus_per_node", f64::from(self.gpus_per_node)),
+            ("intra_gbps", self.intra_gbps),
+            ("inter_gbps", self.inter_gbps),
+            ("inter_latency_us", self.inter_latency_us),
+        ] {
+            if !(value.is_finite() && value > 0.0) {
+                return Err(ClusterError::Value { cluster: self.name.clone(), key, value });
+            }
+        }
+        Ok(())
+    }
+
+    /// A cluster of a GPU that is not described otherwise: eight GPUs per node (or its NVLink domain) and the network that
+    /// vendors usually sell with its generation.
+    pub fn usual(gpu: &Gpu) -> Cluster {
+        use crate::gpu::Generation;
+        let inter_gbps = match gpu.generation {
+            Generation::Volta | Generation::Ada => 12.5,
+            Generation::Ampere => 25.0,
+            Generation::Hopper | Generation::Blackwell => 50.0,
+        };
+        Cluster {
+            name: format!("usual nodes of {}", gpu.name),
+            gpu: gpu.clone(),
+            gpus_per_node: gpu.nvlink_domain.max(8),
+            intra_gbps: gpu.nvlink_gbps.unwrap_or(gpu.pcie_gbps),
+            fabric: Fabric::Infiniband,
+            inter_gbps,
+            inter_latency_us: 14.0,
+            source: "assumed: the usual network of this generation".into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shipped_clusters_are_sound_and_names_are_unique() {
+        let all = shipped(include_str!("../data/clusters.toml")).unwrap();
+        let mut names: Vec<&String> = all.iter().flat_map(|(names, _)| names).collect();
+        let count = names.len();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), count);
+        assert_eq!(find_cluster("selene").unwrap().gpu.name, "A100-80G-SXM");
+        assert_eq!(find_cluster("P5").unwrap().intra_gbps, 450.0);
+    }
+
+    const OWN: &str = r#"
+        [cluster]
+        name = "lab"
+        gpu = "H100-PCIe"
+        gpus_per_node = 4
+        fabric = "roce"
+        inter_gbps = 12.5
+        inter_latency_us = 20.0
+        source = "measured with nccl-tests"
+    "#;
+
+    #[test]
+    fn own_clusters() {
+        let lab = Cluster::from_toml(OWN).unwrap();
+        assert_eq!((lab.gpus_per_node, lab.intra_gbps, lab.fabric), (4, 64.0, Fabric::Roce));
+        for (from, to, phrase) in [
+            ("H100-PCIe", "H1000", "unknown GPU \"H1000\""),
+            ("gpus_per_node = 4", "gpus_per_node = 0", "gpus_per_node = 0"),
+            ("roce", "carrier pigeon", "carrier pigeon"),
+            ("inter_gbps = 12.5", "", "inter_gbps"),
+            ("gpu = \"H100-PCIe\"", "", "[gpu] table"),
+            ("[cluster]", "format = 9\n[cluster]", "newer"),
+        ] {
+            let error = Cluster::from_toml(&OWN.replace(from, to)).unwrap_err().to_string();
+            assert!(error.contains(phrase), "{error}");
+        }
+        assert!(find_cluster("x").unwrap_err().to_string().contains("dgx-h100-ib"));
+    }
+}

@@ -1,0 +1,303 @@
+//! How a model is cut over ranks, and the numerics and kernels that it runs with.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// A five-dimensional layout with its batch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Layout {
+    /// Tensor-parallel ranks.
+    pub tp: u64,
+    /// Norms and dropout cut along the sequence over the tensor-parallel ranks.
+    pub sp: bool,
+    /// Context-parallel ranks.
+    pub cp: u64,
+    /// Pipeline ranks.
+    pub pp: u64,
+    /// Stages of each pipeline rank.
+    pub chunks: u64,
+    /// Replicas.
+    pub dp: u64,
+    /// Expert-parallel ranks, out of `dp * cp`.
+    pub ep: u64,
+    /// What the data-parallel ranks share out.
+    pub sharding: Sharding,
+    /// How blocks are spread over the stages.
+    pub partition: Partition,
+    /// Name of the pipeline schedule, as the registry of the planner knows it.
+    pub schedule: String,
+    /// Tokens of a sequence.
+    pub seq: u64,
+    /// Sequences of a microbatch.
+    pub micro_batch: u64,
+    /// Microbatches of a replica in one iteration.
+    pub microbatches: u64,
+    /// What the forward pass throws away and computes again.
+    pub recompute: Recompute,
+    /// Kernel of the attention.
+    pub attention: AttentionKernel,
+    /// Kernels of logits and loss.
+    pub loss: LossKernel,
+    /// Number formats.
+    pub numerics: Numerics,
+    /// Which communication runs beside computation.
+    pub overlap: Overlap,
+}
+
+/// How blocks are spread over the stages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Partition {
+    /// Equal numbers; where they do not divide, the first and the last stage hold fewer.
+    Even,
+    /// Equal arithmetic, the output projection included: a stage ends where the running sum passes its share.
+    ByCost,
+}
+
+/// What data-parallel ranks share out (Rajbhandari et al., arXiv 1910.02054).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sharding {
+    /// Nothing.
+    None,
+    /// Optimizer states.
+    Optimizer,
+    /// Optimizer states and gradients (parameters are gathered once and kept).
+    Gradients,
+    /// Parameters too: gathered layer by layer.
+    Full,
+}
+
+/// What is computed again in the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recompute {
+    /// Nothing.
+    None,
+    /// The attention core (Korthikanti et al., arXiv 2205.05198, section 5).
+    Selective,
+    /// Whole blocks; only their inputs are kept.
+    Full,
+}
+
+/// Kernels of the attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AttentionKernel {
+    /// One kernel per operation.
+    Naive,
+    /// Scale, mask and softmax in one kernel.
+    FusedSoftmax,
+    /// FlashAttention 1 (arXiv 2205.14135).
+    Flash1,
+    /// FlashAttention 2 (arXiv 2307.08691).
+    Flash2,
+    /// FlashAttention 3 or cuDNN on Hopper and later.
+    Flash3,
+}
+
+/// Kernels of logits and loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LossKernel {
+    /// Logits, a 32-bit copy and its exponentials all stay.
+    Eager,
+    /// The exponentials overwrite the 32-bit copy.
+    InPlace,
+    /// Fused: the logits only, and their gradients in place.
+    Fused,
+}
+
+/// Number formats by class, in bytes per parameter.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Numerics {
+    /// Format of the matrix products.
+    pub compute: Compute,
+    /// Bytes of a parameter as the forward pass reads it.
+    pub parameter: f64,
+    /// Bytes of a gradient as the backward pass writes it, where that is kept beside `accumulated`.
+    pub gradient: f64,
+    /// Bytes of an accumulated gradient in a second buffer; 0 where gradients accumulate in place.
+    pub accumulated: f64,
+    /// Bytes of the master weight.
+    pub master: f64,
+    /// Bytes of both moments.
+    pub moments: f64,
+    /// Bytes of an activation.
+    pub activation: f64,
+    /// Bytes of a gradient on the wire between replicas.
+    pub reduced: f64,
+}
+
+/// Formats of matrix products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compute {
+    /// 32-bit (TF32 on tensor cores).
+    Fp32,
+    /// 16-bit, either format.
+    Bf16,
+    /// 8-bit, scaled per tensor or per block.
+    Fp8,
+    /// 4-bit, scaled per block.
+    Fp4,
+}
+
+/// Which communication runs beside computation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Overlap {
+    /// Gradient reduction beside the last backward pass.
+    pub gradients: bool,
+    /// Tensor-parallel communication beside the products of the same layer (pipelined in chunks).
+    pub tensor: bool,
+    /// Parameter gathering beside the forward pass.
+    pub parameters: bool,
+}
+
+impl Numerics {
+    /// 32-bit everywhere.
+    pub const FP32: Numerics = Numerics {
+        compute: Compute::Fp32,
+        parameter: 4.0,
+        gradient: 4.0,
+        accumulated: 0.0,
+        master: 0.0,
+        moments: 8.0,
+        activation: 4.0,
+        reduced: 4.0,
+    };
+
+    /// 16-bit parameters and gradients, 32-bit master weights and moments: 16 bytes per parameter.
+    pub const MIXED: Numerics = Numerics {
+        compute: Compute::Bf16,
+        parameter: 2.0,
+        gradient: 2.0,
+        accumulated: 0.0,
+        master: 4.0,
+        moments: 8.0,
+        activation: 2.0,
+        reduced: 2.0,
+    };
+
+    /// As [`Numerics::MIXED`] with gradients written and summed in 32 bits (Megatron-LM): 18 bytes.
+    pub const MIXED_FP32_GRADIENTS: Numerics = Numerics { gradient: 4.0, reduced: 4.0, ..Numerics::MIXED };
+
+    /// As [`Numerics::MIXED`] with a second, 32-bit gradient that sums microbatches (nanotron): 20 bytes.
+    pub const MIXED_FP32_ACCUMULATION: Numerics = Numerics { accumulated: 4.0, reduced: 4.0, ..Numerics::MIXED };
+
+    /// 32-bit parameters, cast to 16 bits when they are gathered (PyTorch FSDP with mixed precision): 16 bytes.
+    pub const GATHERED_16_BIT: Numerics =
+        Numerics { parameter: 4.0, gradient: 4.0, master: 0.0, reduced: 2.0, ..Numerics::MIXED };
+
+    /// Bytes of all states of one parameter, unsharded.
+    pub fn bytes_per_parameter(&self) -> f64 {
+        self.parameter + self.gradient + self.accumulated + self.master + self.moments
+    }
+}
+
+impl Layout {
+    /// One GPU, one microbatch, 16-bit mixed precision.
+    pub fn single(seq: u64, micro_batch: u64) -> Layout {
+        Layout {
+            tp: 1,
+            sp: false,
+            cp: 1,
+            pp: 1,
+            chunks: 1,
+            dp: 1,
+            ep: 1,
+            sharding: Sharding::None,
+            partition: Partition::Even,
+            schedule: "1f1b".into(),
+            seq,
+            micro_batch,
+            microbatches: 1,
+            recompute: Recompute::None,
+            attention: AttentionKernel::Flash2,
+            loss: LossKernel::InPlace,
+            numerics: Numerics::MIXED_FP32_GRADIENTS,
+            overlap: Overlap { gradients: false, tensor: false, parameters: false },
+        }
+    }
+
+    /// GPUs of the job.
+    pub fn gpus(&self) -> u64 {
+        self.tp * self.cp * self.pp * self.dp
+    }
+
+    /// Sequences of one iteration.
+    pub fn global_batch(&self) -> u64 {
+        self.micro_batch * self.microbatches * self.dp
+    }
+
+    /// Tokens of a microbatch on one rank of the context-parallel group.
+    pub fn tokens(&self) -> f64 {
+        (self.seq * self.micro_batch) as f64 / self.cp as f64
+    }
+
+    /// By how much the norms' tensors are cut.
+    pub fn sequence_cut(&self) -> f64 {
+        if self.sp { self.tp as f64 } else { 1.0 }
+    }
+
+    /// Whether the layout is one that ranks can run.
+    ///
+    /// # Errors
+    /// The first violation.
+    pub fn check(&self) -> Result<(), LayoutError> {
+        let counts = [
+            ("tp", self.tp),
+            ("cp", self.cp),
+            ("pp", self.pp),
+            ("chunks", self.chunks),
+            ("dp", self.dp),
+            ("ep", self.ep),
+            ("seq", self.seq),
+            ("micro_batch", self.micro_batch),
+            ("microbatches", self.microbatches),
+        ];
+        if let Some((what, _)) = counts.iter().find(|(_, n)| *n == 0) {
+            return Err(LayoutError::Zero { what });
+        }
+        if !(self.dp * self.cp * self.tp).is_multiple_of(self.ep) {
+            return Err(LayoutError::Experts { ep: self.ep, ranks: self.dp * self.cp * self.tp });
+        }
+        Ok(())
+    }
+}
+
+/// A layout that no set of ranks can run.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum LayoutError {
+    /// A count of zero.
+    #[error("{what} is 0; it has to be at least 1")]
+    Zero { what: &'static str },
+    /// Expert groups that do not divide the ranks of a stage.
+    #[error("ep = {ep} does not divide the {ranks} ranks of a pipeline stage (dp x cp x tp); choose a divisor")]
+    Experts { ep: u64, ranks: u64 },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The playbook's table of bytes per parameter (Ultra-Scale Playbook, memory for weights, gradients and optimizer states):
+    /// 16 in full precision and in mixed precision, 20 with a 32-bit gradient beside the 16-bit one.
+    #[test]
+    fn bytes_per_parameter_of_the_recipes() {
+        assert_eq!(Numerics::FP32.bytes_per_parameter(), 16.0);
+        assert_eq!(Numerics::MIXED.bytes_per_parameter(), 16.0);
+        assert_eq!(Numerics::MIXED_FP32_GRADIENTS.bytes_per_parameter(), 18.0);
+        assert_eq!(Numerics::MIXED_FP32_ACCUMULATION.bytes_per_parameter(), 20.0);
+        assert_eq!(Numerics::GATHERED_16_BIT.bytes_per_parameter(), 16.0);
+    }
+
+    #[test]
+    fn refuses_what_cannot_run() {
+        let layout = Layout { tp: 0, ..Layout::single(128, 1) };
+        assert_eq!(layout.check(), Err(LayoutError::Zero { what: "tp" }));
+        let layout = Layout { dp: 4, ep: 3, ..Layout::single(128, 1) };
+        assert_eq!(layout.check(), Err(LayoutError::Experts { ep: 3, ranks: 4 }));
+        assert_eq!(Layout { dp: 4, ep: 2, ..Layout::single(128, 1) }.check(), Ok(()));
+    }
+}

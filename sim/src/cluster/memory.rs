@@ -1,0 +1,164 @@
+//! Parameters, gradients and optimizer states that one rank holds, and the buffers that gathering and reducing them takes.
+
+use super::{Architecture, Layout, Sharding};
+use serde::{Deserialize, Serialize};
+
+/// Parameters of one pipeline rank on one tensor-parallel rank.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct RankParameters {
+    /// Replicated over the data-parallel (and context-parallel) ranks.
+    pub dense: f64,
+    /// Routed experts, replicated over the groups that hold the same experts.
+    pub routed: f64,
+    /// The largest unit that is gathered at a time under full sharding: one block or the embedding.
+    pub largest_unit: f64,
+}
+
+/// Bytes of states by class.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct States {
+    /// Parameters as the forward pass reads them.
+    pub parameters: f64,
+    /// Gradients.
+    pub gradients: f64,
+    /// Master weights and moments.
+    pub optimizer: f64,
+    /// Buffers of gathering and reducing.
+    pub communication: f64,
+}
+
+impl RankParameters {
+    /// Of a rank that holds the blocks `layers`, and perhaps the embedding and the head.
+    pub fn of(
+        model: &Architecture,
+        layout: &Layout,
+        layers: impl Iterator<Item = u64>,
+        embedding: bool,
+        head: bool,
+    ) -> RankParameters {
+        let tp = layout.tp as f64;
+        let mut rank = RankParameters::default();
+        for layer in layers {
+            // Norms are replicated; next to the matrices they are nothing.
+            let dense = model.block_parameters(layer) as f64 / tp;
+            // Experts are spread over `ep` ranks and, where those do not cover them, cut by tensor parallelism.
+            let routed = model.expert_parameters(layer) as f64 / layout.ep as f64 / expert_tensor_cut(layout);
+            rank.dense += dense;
+            rank.routed += routed;
+            rank.largest_unit = rank.largest_unit.max(dense + routed);
+        }
+        let mut ends = 0.0;
+        if embedding {
+            ends += model.embedding_parameters() as f64 / tp;
+        }
+        if head {
+            ends += model.head_parameters() as f64 / tp;
+            if model.tied && !embedding {
+                ends += (model.vocab * model.hidden) as f64 / tp;
+            }
+        }
+        rank.dense += ends;
+        rank.largest_unit = rank.largest_unit.max(ends);
+        rank
+    }
+
+    /// All of them.
+    pub fn total(&self) -> f64 {
+        self.dense + self.routed
+    }
+}
+
+/// By how much tensor parallelism cuts an expert: not at all where expert parallelism takes the tensor ranks too.
+fn expert_tensor_cut(layout: &Layout) -> f64 {
+    if layout.ep > 1 { 1.0 } else { layout.tp as f64 }
+}
+
+/// Over how many ranks the states of the routed experts are sharded.
+pub fn expert_replicas(layout: &Layout) -> f64 {
+    let ranks = (layout.dp * layout.cp) as f64 * layout.tp as f64 / expert_tensor_cut(layout);
+    (ranks / layout.ep as f64).max(1.0)
+}
+
+/// Bytes of the states of a rank.
+pub fn states(layout: &Layout, rank: &RankParameters) -> States {
+    let numerics = &layout.numerics;
+    let dense_ranks = (layout.dp * layout.cp) as f64;
+    let share = |sharded: bool, ranks: f64| if sharded { 1.0 / ranks } else { 1.0 };
+    let sum = |sharded: bool, bytes: f64| {
+        bytes * (rank.dense * share(sharded, dense_ranks) + rank.routed * share(sharded, expert_replicas(layout)))
+    };
+    let full = layout.sharding == Sharding::Full;
+    let gradients = matches!(layout.sharding, Sharding::Gradients | Sharding::Full);
+    let optimizer = layout.sharding != Sharding::None;
+    let mut states = States {
+        parameters: sum(full, numerics.parameter),
+        gradients: sum(gradients, numerics.gradient + numerics.accumulated),
+        optimizer: sum(optimizer, numerics.master + numerics.moments),
+        communication: 0.0,
+    };
+    if full && dense_ranks > 1.0 {
+        // Two units gathered (one prefetched) and one unit of gradients before it is reduced.
+        let wire = numerics.parameter.min(numerics.activation);
+        states.communication += rank.largest_unit * (2.0 * wire + numerics.reduced);
+    }
+    states
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{Attention, Numerics, PositionTable};
+
+    fn layout(sharding: Sharding, numerics: Numerics) -> Layout {
+        Layout { dp: 64, sharding, numerics, ..Layout::single(2048, 1) }
+    }
+
+    /// The ZeRO paper's figure 1 (arXiv 1910.02054): 7.5B parameters, 64 ranks, K = 12: 120, 31.4, 16.6 and 1.9 GB.
+    #[test]
+    fn figure_1_of_zero() {
+        let rank = RankParameters { dense: 7.5e9, routed: 0.0, largest_unit: 0.0 };
+        for (sharding, gigabytes) in
+            [(Sharding::None, 120.0), (Sharding::Optimizer, 31.4), (Sharding::Gradients, 16.6), (Sharding::Full, 1.9)]
+        {
+            let s = states(&layout(sharding, Numerics::MIXED), &rank);
+            let total = (s.parameters + s.gradients + s.optimizer) / 1e9;
+            assert!((total - gigabytes).abs() < 0.05, "{sharding:?}: {total}");
+        }
+    }
+
+    /// The playbook's table: 1B, 7B, 70B, 405B take 16 and 20 bytes per parameter.
+    #[test]
+    fn table_of_the_playbook() {
+        for (billions, mixed, accumulated) in
+            [(1.0, 16.0, 20.0), (7.0, 112.0, 140.0), (70.0, 1120.0, 1400.0), (405.0, 6480.0, 8100.0)]
+        {
+            let rank = RankParameters { dense: billions * 1e9, routed: 0.0, largest_unit: 0.0 };
+            for (numerics, gigabytes) in [(Numerics::MIXED, mixed), (Numerics::MIXED_FP32_ACCUMULATION, accumulated)] {
+                let s = states(&layout(Sharding::None, numerics), &rank);
+                assert_eq!((s.parameters + s.gradients + s.optimizer) / 1e9, gigabytes);
+            }
+        }
+    }
+
+    #[test]
+    fn pipeline_ranks_hold_the_model_once() {
+        let model = Architecture {
+            name: String::new(),
+            layers: 8,
+            hidden: 512,
+            attention: Attention::Grouped { heads: 8, kv_heads: 8, head_dim: 64 },
+            ffn: 2048,
+            gated: true,
+            experts: None,
+            vocab: 32000,
+            tied: false,
+            biases: false,
+            positions: PositionTable::None,
+            dropout: false,
+        };
+        let layout = Layout { pp: 2, tp: 2, ..Layout::single(2048, 1) };
+        let first = RankParameters::of(&model, &layout, 0..4, true, false);
+        let last = RankParameters::of(&model, &layout, 4..8, false, true);
+        assert_eq!(2.0 * (first.total() + last.total()), model.parameters() as f64);
+    }
+}

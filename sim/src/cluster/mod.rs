@@ -1,0 +1,27 @@
+//! Transformers on real clusters: what every rank of a five-dimensional layout (TP and SP, CP, PP, DP with sharded states,
+//! EP) computes, sends and holds. The arithmetic only; devices and links come from `paceline_profiles`, the schedule and
+//! the sum over an iteration from the planner.
+//!
+//! - [`Architecture`]: models by shape, mixtures of experts and latent attention included, and their parameters.
+//! - [`Layout`]: how a model is cut, and the numerics and kernels that it runs with.
+//! - [`activations`]: bytes kept per layer for the backward pass, tensor by tensor.
+//! - [`memory`]: parameters, gradients and optimizer states of one rank.
+//! - [`work`]: matrix products, attention, traffic and kernel launches of a layer.
+//! - [`network`]: times of collectives over two levels of a network.
+//! - [`device`]: time of that work on a GPU.
+//! - [`Physics`]: the few fitted parameters, each with its meaning.
+
+pub mod activations;
+mod architecture;
+pub mod device;
+mod layout;
+pub mod memory;
+pub mod network;
+mod physics;
+pub mod work;
+
+pub use architecture::{Architecture, Attention, Experts, PositionTable};
+pub use layout::{
+    AttentionKernel, Compute, Layout, LayoutError, LossKernel, Numerics, Overlap, Partition, Recompute, Sharding,
+};
+pub use physics::{PARAMETERS, Parameter, Physics};

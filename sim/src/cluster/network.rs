@@ -1,0 +1,180 @@
+//! Times of collectives and messages over the two levels of a cluster: nodes joined by fast links inside, and a network
+//! between them.
+//!
+//! Latency and bandwidth: a ring over `k` ranks takes `k - 1` steps per direction, each as long as its slowest hop, and moves
+//! `(k - 1) / k` of the buffer at the bandwidth of its slowest link (Thakur et al. 2005). A group that takes `m` GPUs of
+//! every node has the network adapters of these `m` GPUs to itself. An all-reduce may go over a double binary tree, of
+//! logarithmically many steps, instead; an all-to-all over `k` ranks sends the share `(k - m) / k` over the network.
+
+use super::Physics;
+use paceline_profiles::{Cluster, Fabric};
+use serde::{Deserialize, Serialize};
+
+/// A group of ranks: how many, and how many of them in one node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Span {
+    /// Members.
+    pub ranks: u64,
+    /// Members in a node.
+    pub per_node: u64,
+}
+
+impl Span {
+    /// The group of every `stride`-th of `ranks * stride` neighbouring ranks, on nodes of `node` GPUs.
+    pub fn strided(ranks: u64, stride: u64, node: u64) -> Span {
+        let per_node = (node / stride.max(1)).clamp(1, ranks.max(1));
+        Span { ranks, per_node }
+    }
+
+    /// Nodes that it touches.
+    pub fn nodes(&self) -> u64 {
+        self.ranks.div_ceil(self.per_node)
+    }
+}
+
+/// Time of a step inside a node, for a message in the pipelined protocol (NCCL's tuning table, NVLink, `Simple`).
+const NVLINK_STEP: f64 = 3.4e-6;
+/// The same over PCIe.
+const PCIE_STEP: f64 = 5.7e-6;
+/// Start of any collective: launch of its kernel and the first handshake (NCCL's base latency of a ring, `Simple`).
+const START: f64 = 8.4e-6;
+
+/// The network of a cluster under the fitted parameters.
+#[derive(Debug, Clone, Copy)]
+pub struct Network {
+    /// Bytes per second inside a node, per GPU.
+    pub intra: f64,
+    /// Bytes per second between nodes, per GPU.
+    pub inter: f64,
+    /// Seconds of a step inside a node.
+    pub intra_step: f64,
+    /// Seconds of a step between nodes.
+    pub inter_step: f64,
+    /// Whether all-reduces use trees between nodes.
+    pub trees: bool,
+}
+
+impl Network {
+    /// Of a cluster.
+    pub fn of(cluster: &Cluster, physics: &Physics) -> Network {
+        Network {
+            intra: cluster.intra_gbps * 1e9 * physics.intra,
+            inter: cluster.inter_gbps * 1e9 * physics.inter,
+            intra_step: if cluster.gpu.nvlink_gbps.is_some() { NVLINK_STEP } else { PCIE_STEP },
+            inter_step: cluster.inter_latency_us * 1e-6,
+            // Bandwidths measured over EFA fall as rings do, not as trees would (clusters.toml, p5).
+            trees: cluster.fabric != Fabric::Efa,
+        }
+    }
+
+    /// Bandwidth of a ring, and the time of a step of it.
+    fn ring(&self, span: Span) -> (f64, f64) {
+        if span.nodes() > 1 {
+            let rails = self.inter * span.per_node as f64;
+            // A ring enters and leaves a node once; with one member per node it never uses the links inside.
+            let slowest = if span.per_node > 1 { rails.min(self.intra) } else { rails };
+            (slowest, self.inter_step)
+        } else {
+            (self.intra, self.intra_step)
+        }
+    }
+
+    /// All-gather of a buffer of `bytes` (the gathered size), or reduce-scatter of one.
+    pub fn gather(&self, span: Span, bytes: f64) -> f64 {
+        if span.ranks <= 1 || bytes <= 0.0 {
+            return 0.0;
+        }
+        let (bandwidth, step) = self.ring(span);
+        let others = (span.ranks - 1) as f64;
+        START + others * self.steps_weight(span, step) + bytes * others / span.ranks as f64 / bandwidth
+    }
+
+    /// A step's time, averaged over the ring: hops inside a node are pipelined behind those between nodes.
+    fn steps_weight(&self, span: Span, step: f64) -> f64 {
+        if span.nodes() > 1 {
+            let between = span.nodes() as f64 / span.ranks as f64;
+            between * step + (1.0 - between) * self.intra_step
+        } else {
+            step
+        }
+    }
+
+    /// All-reduce of a buffer of `bytes`.
+    pub fn all_reduce(&self, span: Span, bytes: f64) -> f64 {
+        if span.ranks <= 1 || bytes <= 0.0 {
+            return 0.0;
+        }
+        let (bandwidth, step) = self.ring(span);
+        let others = (span.ranks - 1) as f64;
+        let moved = 2.0 * bytes * others / span.ranks as f64 / bandwidth;
+        let ring = 2.0 * others * self.steps_weight(span, step);
+        let nodes = span.nodes() as f64;
+        let tree = 2.0 * ((span.per_node - 1) as f64 * self.intra_step + nodes.log2() * self.inter_step);
+        START + moved + if self.trees && nodes > 1.0 { ring.min(tree) } else { ring }
+    }
+
+    /// All-to-all in which every rank sends `bytes` in all.
+    pub fn all_to_all(&self, span: Span, bytes: f64) -> f64 {
+        if span.ranks <= 1 || bytes <= 0.0 {
+            return 0.0;
+        }
+        let k = span.ranks as f64;
+        let inside = bytes * (span.per_node as f64 - 1.0) / k / self.intra;
+        let outside = bytes * (k - span.per_node as f64) / k / self.inter;
+        let step = if span.nodes() > 1 { self.inter_step } else { self.intra_step };
+        // All pairs exchange at once; each further peer adds the posting of a message.
+        START + step + (k - 1.0) * 1e-6 + inside.max(outside)
+    }
+
+    /// A message between two ranks.
+    pub fn message(&self, across: bool, bytes: f64) -> f64 {
+        if bytes <= 0.0 {
+            return 0.0;
+        }
+        let (bandwidth, step) = if across { (self.inter, self.inter_step) } else { (self.intra, self.intra_step) };
+        START + step + bytes / bandwidth
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use paceline_profiles::find_cluster;
+
+    fn network(name: &str) -> Network {
+        let ideal = Physics { intra: 1.0, inter: 1.0, ..Physics::default() };
+        Network::of(find_cluster(name).unwrap(), &ideal)
+    }
+
+    #[test]
+    fn textbook_times_of_large_buffers() {
+        let n = network("dgx-h100-ib");
+        let node = Span::strided(8, 1, 8);
+        let bytes = 8e12;
+        assert!((n.gather(node, bytes) / (bytes * 7.0 / 8.0 / 450e9) - 1.0).abs() < 1e-3);
+        assert!((n.all_reduce(node, bytes) / (2.0 * n.gather(node, bytes)) - 1.0).abs() < 1e-3);
+        // Eight adapters of 50 GB/s carry the ring of whole nodes, one that of one GPU per node.
+        let wide = Span::strided(32, 1, 8);
+        assert!((n.gather(wide, bytes) / (bytes * 31.0 / 32.0 / 400e9) - 1.0).abs() < 1e-3);
+        let narrow = Span::strided(4, 8, 8);
+        assert_eq!(narrow, Span { ranks: 4, per_node: 1 });
+        assert!((n.gather(narrow, bytes) / (bytes * 0.75 / 50e9) - 1.0).abs() < 1e-3);
+        assert!((n.message(true, bytes) / (bytes / 50e9) - 1.0).abs() < 1e-3);
+        assert!((n.all_to_all(wide, bytes) / (bytes * 0.75 / 50e9) - 1.0).abs() < 1e-3);
+    }
+
+    #[test]
+    fn one_rank_sends_nothing_and_more_ranks_take_longer() {
+        let n = network("p5");
+        let one = Span::strided(1, 8, 8);
+        assert_eq!(n.gather(one, 1e9) + n.all_reduce(one, 1e9) + n.all_to_all(one, 1e9), 0.0);
+        let times: Vec<f64> = [2u64, 4, 8, 16, 64, 512].map(|k| n.all_reduce(Span::strided(k, 1, 8), 2.5e8)).into();
+        assert!(times.windows(2).all(|w| w[0] < w[1]), "{times:?}");
+    }
+
+    #[test]
+    fn small_all_reduces_take_trees_where_there_are_any() {
+        let far = Span { ranks: 512, per_node: 8 };
+        assert!(network("dgx-h100-ib").all_reduce(far, 1e3) < 0.2 * network("p5").all_reduce(far, 1e3));
+    }
+}

@@ -1,0 +1,119 @@
+//! The fitted parameters: few, each with a physical meaning, the same for every source and every model.
+
+use serde::{Deserialize, Serialize};
+
+/// What datasheets do not say.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Physics {
+    /// Share of the stated tensor-core rate that a large product reaches on Ampere.
+    pub matmul_ampere: f64,
+    /// The same on Hopper, where the power limit lowers the clock.
+    pub matmul_hopper: f64,
+    /// The same on Blackwell.
+    pub matmul_blackwell: f64,
+    /// Rate of fused attention (FlashAttention 2), forward, as a share of the rate of a large product on Ampere.
+    pub attention: f64,
+    /// Share of the stated memory bandwidth that memory-bound operators reach.
+    pub memory: f64,
+    /// Elements of the summed dimension that filling and draining a product's pipeline costs.
+    pub prologue: f64,
+    /// Time of the host to launch one kernel, in seconds.
+    pub launch: f64,
+    /// Share of the stated NVLink or PCIe bandwidth that collectives reach.
+    pub intra: f64,
+    /// Share of the stated network bandwidth that collectives reach.
+    pub inter: f64,
+    /// Share of overlapped communication that is paid all the same: contention for memory and multiprocessors.
+    pub contention: f64,
+    /// Growth of an iteration with each doubling of the nodes, as a share: waiting for the slowest.
+    pub jitter: f64,
+    /// Share of the transient memory (activations, working set, buffers) that the caching allocator holds on top of it.
+    pub fragmentation: f64,
+    /// Memory outside the allocator: CUDA context, loaded kernels, communicators. In bytes.
+    pub context: f64,
+}
+
+/// A parameter by name, for lists and fits.
+#[derive(Debug, Clone, Copy)]
+pub struct Parameter {
+    /// Its name.
+    pub name: &'static str,
+    /// What it means.
+    pub meaning: &'static str,
+    /// The least and the greatest value that make sense.
+    pub range: (f64, f64),
+    /// Reads it.
+    pub get: fn(&Physics) -> f64,
+    /// Writes it.
+    pub set: fn(&mut Physics, f64),
+}
+
+macro_rules! parameter {
+    ($name:ident, $low:expr, $high:expr, $meaning:expr) => {
+        Parameter {
+            name: stringify!($name),
+            meaning: $meaning,
+            range: ($low, $high),
+            get: |physics| physics.$name,
+            set: |physics, value| physics.$name = value,
+        }
+    };
+}
+
+/// All of them.
+pub const PARAMETERS: &[Parameter] = &[
+    parameter!(matmul_ampere, 0.4, 0.98, "share of the stated rate that a large product reaches on Ampere"),
+    parameter!(matmul_hopper, 0.4, 0.98, "the same on Hopper, under its power limit"),
+    parameter!(matmul_blackwell, 0.3, 0.98, "the same on Blackwell"),
+    parameter!(attention, 0.2, 1.2, "rate of fused attention, forward, over that of a large product on Ampere"),
+    parameter!(memory, 0.3, 0.98, "share of the stated memory bandwidth that memory-bound operators reach"),
+    parameter!(prologue, 1.0, 2000.0, "elements of the summed dimension that starting a product costs"),
+    parameter!(launch, 1e-6, 1e-4, "seconds of the host per kernel launch"),
+    parameter!(intra, 0.2, 1.0, "share of the stated bandwidth inside a node that collectives reach"),
+    parameter!(inter, 0.1, 1.0, "share of the stated bandwidth between nodes that collectives reach"),
+    parameter!(contention, 0.0, 1.0, "share of overlapped communication that is paid all the same"),
+    parameter!(jitter, 0.0, 0.1, "growth of an iteration with each doubling of the nodes"),
+    parameter!(fragmentation, 0.0, 0.5, "share of transient memory that the caching allocator holds on top of it"),
+    parameter!(context, 2e8, 6e9, "bytes outside the allocator: CUDA context, loaded kernels, communicators"),
+];
+
+impl Default for Physics {
+    /// Fitted to the public runs of `docs/accuracy.md`.
+    fn default() -> Physics {
+        Physics {
+            matmul_ampere: 0.80,
+            matmul_hopper: 0.70,
+            matmul_blackwell: 0.70,
+            attention: 0.75,
+            memory: 0.75,
+            prologue: 200.0,
+            launch: 2e-5,
+            intra: 0.7,
+            inter: 0.7,
+            contention: 0.3,
+            jitter: 0.005,
+            fragmentation: 0.05,
+            context: 1.6e9,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_parameter_is_its_own_and_in_its_range() {
+        let base = Physics::default();
+        for parameter in PARAMETERS {
+            let value = (parameter.get)(&base);
+            assert!((parameter.range.0..=parameter.range.1).contains(&value), "{} = {value}", parameter.name);
+            let mut moved = base;
+            (parameter.set)(&mut moved, parameter.range.1 * 2.0);
+            let changed: Vec<_> =
+                PARAMETERS.iter().filter(|p| (p.get)(&moved) != (p.get)(&base)).map(|p| p.name).collect();
+            assert_eq!(changed, [parameter.name]);
+        }
+        assert!(PARAMETERS.len() <= 13);
+    }
+}

@@ -1,0 +1,301 @@
+//! What a rank computes in one layer for one microbatch: matrix products by shape, attention, traffic of memory-bound
+//! operators, kernel launches, and the messages between ranks of the same layer.
+
+use super::{Architecture, Attention, AttentionKernel, Layout};
+
+/// A matrix product `m x k` by `k x n`, `count` of them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Product {
+    /// Rows of the result.
+    pub m: f64,
+    /// Columns of the result.
+    pub n: f64,
+    /// Summed dimension.
+    pub k: f64,
+    /// How many.
+    pub count: f64,
+}
+
+impl Product {
+    /// Multiplications and additions.
+    pub fn flops(&self) -> f64 {
+        2.0 * self.m * self.n * self.k * self.count
+    }
+}
+
+/// Fused attention.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Core {
+    /// FLOPs that the kernel does in the forward pass.
+    pub flops: f64,
+    /// Bytes that it must read and write.
+    pub bytes: f64,
+    /// The kernel.
+    pub kernel: AttentionKernel,
+}
+
+/// Messages of one pass of one layer, in bytes of the whole buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Messages {
+    /// All-reduces over the tensor-parallel ranks.
+    pub tensor_all_reduce: f64,
+    /// All-gathers, or reduce-scatters, over them.
+    pub tensor_gather: f64,
+    /// How many tensor-parallel collectives these are.
+    pub tensor_calls: f64,
+    /// What a rank passes on in the context-parallel ring, or exchanges.
+    pub context: f64,
+    /// What a rank sends to the experts' ranks and back.
+    pub experts: f64,
+}
+
+/// One pass over a layer.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Work {
+    /// Matrix products.
+    pub products: Vec<Product>,
+    /// Fused attention; naive attention is in `products` and `traffic`.
+    pub core: Option<Core>,
+    /// Bytes read and written by memory-bound operators.
+    pub traffic: f64,
+    /// Kernel launches.
+    pub kernels: f64,
+    /// Messages.
+    pub messages: Messages,
+}
+
+/// Forward kernels of a block beside products and attention: norms, rotary embedding, activation, residuals, casts.
+const ELEMENTWISE_KERNELS: f64 = 12.0;
+/// Launches of one collective: the kernel, and the events that order it.
+const KERNELS_PER_COLLECTIVE: f64 = 2.0;
+
+fn product(m: f64, n: f64, k: f64) -> Product {
+    Product { m, n, k, count: 1.0 }
+}
+
+/// Forward pass of a block.
+pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Work {
+    let tokens = layout.tokens();
+    let (tp, cut) = (layout.tp as f64, layout.sequence_cut());
+    let element = layout.numerics.activation;
+    let hidden = model.hidden as f64;
+    let row = element * tokens * hidden;
+    let mut work = Work::default();
+
+    let matrices = model.attention.matrices(model.hidden);
+    let last = matrices.len() - 1;
+    for (i, (input, output, cut)) in matrices.into_iter().enumerate() {
+        let ways = if cut { tp } else { 1.0 };
+        let (input, output) = (input as f64, output as f64);
+        // The output projection is cut by rows, the others by columns.
+        work.products.push(if i == last {
+            product(tokens, output, input / ways)
+        } else {
+            product(tokens, output / ways, input)
+        });
+    }
+
+    // Norm, norm, two residuals (two reads, one write each); dropout adds a mask.
+    work.traffic += (2.0 * 2.0 + 2.0 * 3.0) * row / cut + if model.dropout { 2.0 * tokens * hidden / cut } else { 0.0 };
+    let (query, key, value) = model.attention.widths();
+    let projected = (query + key + value) as f64;
+    work.traffic += 2.0 * element * tokens * projected / tp;
+    work.kernels = ELEMENTWISE_KERNELS;
+
+    attention_core(model, layout, &mut work);
+    mlp(model, layout, layer, &mut work);
+
+    if layout.tp > 1 {
+        if layout.sp {
+            work.messages.tensor_gather += 4.0 * row;
+            work.messages.tensor_calls += 4.0;
+        } else {
+            work.messages.tensor_all_reduce += 2.0 * row;
+            work.messages.tensor_calls += 2.0;
+        }
+    }
+    if layout.cp > 1 {
+        let kv_cut = match model.attention {
+            Attention::Grouped { kv_heads, .. } => tp.min(kv_heads as f64),
+            Attention::Latent { .. } => tp,
+        };
+        work.messages.context = element * tokens * (key + value) as f64 / kv_cut * (layout.cp - 1) as f64;
+    }
+    work.kernels += work.products.len() as f64 + work.messages.tensor_calls * KERNELS_PER_COLLECTIVE;
+    work
+}
+
+fn attention_core(model: &Architecture, layout: &Layout, work: &mut Work) {
+    let tokens = layout.tokens();
+    let tp = layout.tp as f64;
+    let element = layout.numerics.activation;
+    let heads = model.attention.heads() as f64 / tp;
+    let (query, key, value) = model.attention.widths();
+    let seq = layout.seq as f64;
+    let widths = (query + model.attention.output_width()) as f64 / tp;
+    match layout.attention {
+        AttentionKernel::Naive | AttentionKernel::FusedSoftmax => {
+            // Batched products, one per head and sequence.
+            let count = heads * layout.micro_batch as f64;
+            let rows = seq / layout.cp as f64;
+            let width = query as f64 / model.attention.heads() as f64;
+            let out = model.attention.output_width() as f64 / model.attention.heads() as f64;
+            work.products.push(Product { m: rows, n: seq, k: width, count });
+            work.products.push(Product { m: rows, n: out, k: seq, count });
+            // Naive: scale, mask, softmax, dropout, one read and one write each; fused: softmax and dropout.
+            let passes = if layout.attention == AttentionKernel::Naive { 4.0 } else { 2.0 };
+            work.traffic += passes * 2.0 * element * heads * tokens * seq;
+            work.kernels += passes;
+        }
+        kernel => {
+            // Only the causal half is computed.
+            let flops = 2.0 * tokens * seq * widths / 2.0;
+            let bytes = element * tokens * ((query + key + value + query) as f64) / tp;
+            work.core = Some(Core { flops, bytes, kernel });
+            work.kernels += 1.0;
+        }
+    }
+}
+
+fn mlp(model: &Architecture, layout: &Layout, layer: u64, work: &mut Work) {
+    let tokens = layout.tokens();
+    let tp = layout.tp as f64;
+    let element = layout.numerics.activation;
+    let hidden = model.hidden as f64;
+    let up = if model.gated { 2.0 } else { 1.0 };
+    let dense = |width: f64, work: &mut Work| {
+        work.products.push(product(tokens, up * width / tp, hidden));
+        work.products.push(product(tokens, hidden, width / tp));
+        work.traffic += element * tokens * width * (up + 1.0) / tp;
+    };
+    match model.experts {
+        Some(experts) if model.routed(layer) => {
+            work.products.push(product(tokens / layout.sequence_cut(), experts.count as f64, hidden));
+            if experts.shared_ffn > 0 {
+                dense(experts.shared_ffn as f64, work);
+            }
+            // Balanced routing: every local expert gets the same number of rows.
+            let visits = tokens * experts.top_k as f64 / tp;
+            let local = (experts.count as f64 / layout.ep as f64).max(1.0);
+            let rows = visits / local;
+            let width = experts.ffn as f64;
+            work.products.push(Product { m: rows, n: up * width, k: hidden, count: local });
+            work.products.push(Product { m: rows, n: hidden, k: width, count: local });
+            // Into the order of experts and back, each a read and a write; activation; the weighted sum.
+            work.traffic += element * visits * (hidden * 6.0 + width * (up + 1.0));
+            work.kernels += 10.0 + 2.0 * local.min(8.0);
+            if layout.ep > 1 {
+                work.messages.experts += 2.0 * element * visits * hidden;
+            }
+        }
+        _ => dense(model.ffn as f64, work),
+    }
+}
+
+/// Forward pass of final norm, output projection and loss.
+pub fn head(model: &Architecture, layout: &Layout) -> Work {
+    let tokens = layout.tokens();
+    let tp = layout.tp as f64;
+    let logits = tokens * model.vocab as f64 / tp;
+    let row = layout.numerics.activation * tokens * model.hidden as f64;
+    let mut work = Work {
+        products: vec![product(tokens, model.vocab as f64 / tp, model.hidden as f64)],
+        // Norm; the 32-bit copy, the maximum, the exponentials and their sum.
+        traffic: 2.0 * row / layout.sequence_cut() + logits * (layout.numerics.activation + 4.0 + 4.0 + 8.0),
+        kernels: 10.0,
+        ..Work::default()
+    };
+    if layout.tp > 1 {
+        if layout.sp {
+            work.messages.tensor_gather = row;
+        }
+        // The maxima, the sums and the logits of the targets.
+        work.messages.tensor_all_reduce = 3.0 * 4.0 * tokens;
+        work.messages.tensor_calls = 4.0;
+    }
+    work
+}
+
+/// Forward pass of the embedding.
+pub fn embedding(model: &Architecture, layout: &Layout) -> Work {
+    let row = layout.numerics.activation * layout.tokens() * model.hidden as f64;
+    let mut work = Work { traffic: 2.0 * row, kernels: 4.0, ..Work::default() };
+    if layout.tp > 1 {
+        if layout.sp {
+            work.messages.tensor_gather = row;
+        } else {
+            work.messages.tensor_all_reduce = row;
+        }
+        work.messages.tensor_calls = 1.0;
+    }
+    work
+}
+
+impl Work {
+    /// The backward pass for the input: as many product FLOPs as forward, twice the traffic (gradient in, input, gradient out).
+    pub fn backward_input(&self) -> Work {
+        let products = self.products.iter().map(|p| Product { n: p.k, k: p.n, ..*p }).collect();
+        Work { products, core: None, traffic: 1.6 * self.traffic, kernels: 1.2 * self.kernels, messages: self.messages }
+    }
+
+    /// The backward pass for the weights.
+    pub fn backward_weights(&self) -> Work {
+        let products: Vec<Product> = self.products.iter().map(|p| Product { m: p.k, k: p.m, ..*p }).collect();
+        Work { kernels: products.len() as f64, products, ..Work::default() }
+    }
+
+    /// FLOPs of the pass.
+    pub fn flops(&self) -> f64 {
+        self.products.iter().map(Product::flops).sum::<f64>() + self.core.map_or(0.0, |c| c.flops)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::PositionTable;
+
+    fn llama() -> Architecture {
+        Architecture {
+            name: String::new(),
+            layers: 32,
+            hidden: 4096,
+            attention: Attention::Grouped { heads: 32, kv_heads: 8, head_dim: 128 },
+            ffn: 14336,
+            gated: true,
+            experts: None,
+            vocab: 128256,
+            tied: false,
+            biases: false,
+            positions: PositionTable::None,
+            dropout: false,
+        }
+    }
+
+    /// The parts of all layers make the FLOPs per token, however the layout cuts them.
+    #[test]
+    fn parts_make_the_flops_of_the_model() {
+        let model = llama();
+        for (tp, cp, causal, attention) in [
+            (1, 1, true, AttentionKernel::Flash2),
+            (4, 1, false, AttentionKernel::Naive),
+            (2, 2, true, AttentionKernel::Flash2),
+        ] {
+            let layout = Layout { tp, sp: true, cp, attention, ..Layout::single(4096, 2) };
+            let layers: f64 = (0..model.layers).map(|l| block(&model, &layout, l).flops()).sum();
+            let forward = layers + head(&model, &layout).flops();
+            let per_token = 3.0 * forward * tp as f64 / layout.tokens();
+            let expected = model.flops_per_token(4096, causal);
+            assert!((per_token / expected - 1.0).abs() < 1e-9, "{tp} {cp}: {per_token} {expected}");
+        }
+    }
+
+    #[test]
+    fn backward_doubles_the_products() {
+        let model = llama();
+        let forward = block(&model, &Layout::single(4096, 1), 0);
+        let products: f64 = forward.products.iter().map(Product::flops).sum();
+        assert_eq!(forward.backward_input().flops(), products);
+        assert_eq!(forward.backward_weights().flops(), products);
+    }
+}
