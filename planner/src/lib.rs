@@ -6,6 +6,7 @@
 //! - [`drawing`]: a replayed schedule as terminal cells and as SVG.
 //! - [`interchange`]: schedules as files of other tools.
 //! - [`predict`]: an iteration of a layout on a real cluster, second by second and byte by byte.
+//! - [`validate`]: predictions against measured runs, and fits to them.
 //! - [`replay`]: exact times and memory of an order, and its validation.
 
 pub mod blocks;
@@ -15,3 +16,4 @@ pub mod order;
 pub mod predict;
 pub mod replay;
 pub mod schedules;
+pub mod validate;

@@ -1,0 +1,390 @@
+//! A measured run as a model, a layout and a cluster. What a file leaves open is filled with documented defaults; what
+//! cannot be filled is a reason to skip.
+
+use super::recipe::{Recipe, recipe};
+use super::row::Row;
+use crate::schedules;
+use paceline_profiles::{Cluster, Fabric, find_cluster, find_gpu};
+use paceline_sim::cluster::{
+    Architecture, Attention, AttentionKernel, Compute, Experts, Layout, Numerics, PositionTable, Recompute, Sharding,
+};
+
+/// A run to be predicted, and what was measured.
+#[derive(Debug, Clone)]
+pub struct Case {
+    /// The run's id.
+    pub id: String,
+    /// Where it was published.
+    pub source: String,
+    /// The model.
+    pub model: Architecture,
+    /// The layout.
+    pub layout: Layout,
+    /// The cluster.
+    pub cluster: Cluster,
+    /// Seconds of an iteration, where they were measured and may be scored.
+    pub seconds: Option<f64>,
+    /// Why the time is not scored although there is one.
+    pub time_skipped: Option<&'static str>,
+    /// Peak memory in GiB, where it was measured.
+    pub peak_gib: Option<f64>,
+    /// The peak is what was allocated, not what the allocator reserved.
+    pub allocated: bool,
+    /// Whether it ran out of memory.
+    pub oom: bool,
+}
+
+/// Builds a case, or says in a few words why not.
+///
+/// # Errors
+/// The reason to skip the run.
+pub fn case(row: &Row) -> Result<Case, String> {
+    let recipe = recipe(row);
+    let outcome = row.text("outcome").to_ascii_lowercase();
+    let oom = outcome.contains("oom") || outcome.contains("out of memory");
+    if !oom && !["", "ok", "success", "completed"].contains(&outcome.as_str()) {
+        return Err(format!("outcome {outcome:?}"));
+    }
+    let model = architecture(row, &recipe)?;
+    let layout = layout(row, &recipe, &model)?;
+    let cluster = cluster(row)?;
+    let (seconds, time_skipped) = if oom { (None, None) } else { seconds(row, &model, &layout, &cluster) };
+    let id = match row.text("id") {
+        "" => format!("line {}", row.line),
+        id => id.to_owned(),
+    };
+    Ok(Case {
+        source: match row.text("source") {
+            "" => id.rsplit_once('-').map_or("unnamed", |(s, _)| s).to_owned(),
+            s => s.to_owned(),
+        },
+        id,
+        seconds,
+        time_skipped,
+        peak_gib: if oom { None } else { row.number("peak_mem_gib") },
+        allocated: row.noted("max_allocated") || row.noted("allocated peak") || row.noted("peak allocated"),
+        oom,
+        model,
+        layout,
+        cluster,
+    })
+}
+
+fn need(row: &Row, column: &str) -> Result<u64, String> {
+    row.count(column).filter(|n| *n > 0).ok_or_else(|| format!("{column} not known"))
+}
+
+/// Whether a text holds any of some words.
+fn any(text: &str, words: &[&str]) -> bool {
+    words.iter().any(|w| text.contains(w))
+}
+
+fn number_in(row: &Row, keys: &[&str]) -> Option<u64> {
+    keys.iter().find_map(|key| row.note(key)).and_then(|text| {
+        let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().ok()
+    })
+}
+
+/// The model. GELU, biases, learned positions and tied embeddings for the GPT family; gated MLPs without biases, rotary
+/// positions and an own output projection for all others; corrected where a published parameter count says so.
+fn architecture(row: &Row, recipe: &Recipe) -> Result<Architecture, String> {
+    let name = row.text("model").to_ascii_lowercase();
+    let (layers, hidden, heads) = (need(row, "layers")?, need(row, "hidden")?, need(row, "heads")?);
+    let gpt = any(&name, &["gpt", "mpt", "bloom", "opt-", "neox", "megatron", "turing"]) && !name.contains("gpt-oss");
+    let alibi = any(&name, &["bloom", "falcon"]);
+    let head_dim = number_in(row, &["head_dim"]).unwrap_or(hidden.div_ceil(heads));
+    let kv_heads = row.count("kv_heads").filter(|n| *n > 0).unwrap_or(heads);
+    let latent = row.noted("MLA") || any(&name, &["deepseek-v2", "deepseek-v3", "kimi-k2"]);
+    let attention = if latent {
+        // DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437); the small models compress keys and values only.
+        let query_rank = if name.contains("lite") { 0 } else { 1536 };
+        Attention::Latent { heads, query_rank, kv_rank: 512, nope_dim: 128, rope_dim: 64, value_dim: 128 }
+    } else {
+        Attention::Grouped { heads, kv_heads, head_dim }
+    };
+    let vocab = row.count("vocab").filter(|n| *n > 0).unwrap_or(50_304);
+    let count = row.count("experts").unwrap_or(0);
+    let ffn = match row.count("ffn_hidden").filter(|n| *n > 0) {
+        Some(ffn) => ffn,
+        None if gpt => 4 * hidden,
+        // Two thirds of four, as Llama has it.
+        None => (hidden * 8).div_ceil(3),
+    };
+    let experts = (count > 1).then(|| Experts {
+        count,
+        top_k: row.count("topk").filter(|n| *n > 0).unwrap_or(1).min(count),
+        ffn: number_in(row, &["moe_ffn", "expert_ffn", "moe_ffn_hidden"]).unwrap_or(ffn),
+        shared_ffn: number_in(row, &["shared ffn", "shared_ffn", "shared expert ffn"]).unwrap_or(0),
+        dense_layers: number_in(row, &["first dense layers", "first_dense_layers", "dense layers"]).unwrap_or(0).min(layers),
+    });
+    let seq = need(row, "seq")?;
+    let tied = if row.noted("tied_emb=True") || row.noted(" tied emb") {
+        true
+    } else if row.noted("tied_emb=False") || row.noted("untied") {
+        false
+    } else {
+        gpt
+    };
+    let usual = Architecture {
+        name: row.text("model").to_owned(),
+        layers,
+        hidden,
+        attention,
+        ffn,
+        gated: !gpt && !alibi,
+        experts,
+        vocab,
+        tied,
+        biases: gpt,
+        positions: if gpt && !alibi { PositionTable::Learned(seq) } else { PositionTable::None },
+        dropout: recipe.dropout && gpt,
+    };
+    Ok(match row.number("params_b").filter(|b| *b > 0.0) {
+        Some(billions) => agree(usual, billions * 1e9),
+        None => usual,
+    })
+}
+
+/// The variant of a model, gated or not, that comes close to a published count, if the usual one does not.
+fn agree(usual: Architecture, published: f64) -> Architecture {
+    let error = |model: &Architecture| (model.parameters() as f64 / published - 1.0).abs();
+    if error(&usual) < 0.04 {
+        return usual;
+    }
+    let other = Architecture { gated: !usual.gated, ..usual.clone() };
+    if error(&other) < 0.02 { other } else { usual }
+}
+
+fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, String> {
+    let or_one = |column| row.count(column).filter(|n| *n > 0).unwrap_or(1);
+    let gpus = need(row, "gpus")?;
+    let (tp, cp, pp, ep) = (or_one("tp"), or_one("cp"), or_one("pp"), or_one("ep"));
+    let dp = row.count("dp").filter(|n| *n > 0).unwrap_or((gpus / (tp * cp * pp)).max(1));
+    if tp * cp * pp * dp != gpus {
+        return Err("gpus is not tp x cp x pp x dp".into());
+    }
+    let mbs = row.count("mbs").filter(|n| *n > 0).ok_or("mbs not known")?;
+    let gbs = row.count("gbs").filter(|n| *n > 0).ok_or("gbs not known")?;
+    let microbatches = gbs / (mbs * dp);
+    if microbatches == 0 || microbatches * mbs * dp != gbs {
+        return Err("gbs is not a multiple of mbs x dp".into());
+    }
+    let chunks = or_one("vpp");
+    let stated = row.text("schedule").to_ascii_lowercase();
+    let schedule = match stated.as_str() {
+        "" | "1f1b" | "interleaved-1f1b" | "interleaved" => {
+            if chunks > 1 { "interleaved" } else { "1f1b" }
+        }
+        "zb-1p" if schedules::find("zb-1p").is_err() => "zb-h1",
+        "zb-2p" if schedules::find("zb-2p").is_err() => "zb-h2",
+        "afab" => "gpipe",
+        other => other,
+    };
+    let found = schedules::find(schedule).map_err(|_| format!("schedule {schedule:?} not known"))?;
+    let chunks = found.chunks_for((chunks > 1).then_some(chunks as u32)).map_err(|e| e.to_string())?;
+    let chunks = if pp == 1 { 1 } else { u64::from(chunks) };
+    let schedule = if pp == 1 || (schedule == "interleaved" && !microbatches.is_multiple_of(pp)) {
+        // Without rounds of full groups Megatron refuses interleaving; the run was one.
+        "1f1b"
+    } else {
+        schedule
+    };
+    let chunks = if schedule == "1f1b" { 1 } else { chunks };
+    let recompute = match row.text("recompute").to_ascii_lowercase().as_str() {
+        t if t.starts_with("full") => Recompute::Full,
+        t if t.starts_with("sel") || t.contains("attn") || t.contains("core") => Recompute::Selective,
+        _ => Recompute::None,
+    };
+    let flash = match row.text("flash_attn").to_ascii_lowercase().as_str() {
+        "true" | "1" | "yes" => true,
+        "false" | "0" | "no" => false,
+        _ => recipe.flash,
+    };
+    let attention = if !flash {
+        if row.noted("kernel=torch") { AttentionKernel::Naive } else { AttentionKernel::FusedSoftmax }
+    } else if row.noted("flash_attn1") || row.noted("FlashAttention 1") || row.noted("flash attention 1") {
+        AttentionKernel::Flash1
+    } else {
+        recipe.attention
+    };
+    let stated = row.text("zero_stage_or_fsdp").to_ascii_lowercase();
+    let sharding = match stated.as_str() {
+        "" | "zero0" | "0" | "none" | "ddp" => Sharding::None,
+        "zero1" | "1" | "distributed-optimizer" => Sharding::Optimizer,
+        "zero2" | "2" | "fsdp-grad-op" => Sharding::Gradients,
+        t if t.contains("fsdp") || t.contains("zero3") || t == "3" => Sharding::Full,
+        t => return Err(format!("sharding {t:?} not known")),
+    };
+    let sp = match row.text("sp").to_ascii_lowercase().as_str() {
+        "true" | "1" | "yes" => true,
+        "" => recipe.sequence_parallel,
+        _ => false,
+    };
+    let precision = row.text("precision").to_ascii_lowercase();
+    let compute = if any(&precision, &["fp4", "nvfp4"]) {
+        Compute::Fp4
+    } else if any(&precision, &["fp8", "mxfp8", "e4m3"]) {
+        Compute::Fp8
+    } else if precision == "fp32" || precision == "tf32" {
+        Compute::Fp32
+    } else {
+        Compute::Bf16
+    };
+    let numerics = if compute == Compute::Fp32 { Numerics::FP32 } else { Numerics { compute, ..recipe.numerics } };
+    let layout = Layout {
+        tp,
+        sp: sp && tp > 1,
+        cp,
+        pp,
+        chunks,
+        dp,
+        ep,
+        sharding,
+        partition: recipe.partition,
+        schedule: schedule.into(),
+        seq: need(row, "seq")?,
+        micro_batch: mbs,
+        microbatches,
+        recompute,
+        attention,
+        loss: recipe.loss,
+        numerics,
+        overlap: recipe.overlap,
+    };
+    layout.check().map_err(|e| e.to_string())?;
+    if pp * chunks > model.layers + 2 {
+        return Err("more stages than blocks".into());
+    }
+    Ok(layout)
+}
+
+/// The cluster: its GPU by name, its network from the words of `interconnect`, otherwise the usual one of its generation.
+fn cluster(row: &Row) -> Result<Cluster, String> {
+    let gpu = find_gpu(row.text("gpu")).map_err(|e| e.to_string())?;
+    let text = row.text("interconnect");
+    let lower = text.to_ascii_lowercase();
+    let mut cluster = Cluster::usual(gpu);
+    if let Some(node) = row.count("gpus_per_node").filter(|n| *n > 0) {
+        // A rack of NVLink-joined trays is one node to the network.
+        cluster.gpus_per_node = if gpu.nvlink_domain > 8 { gpu.nvlink_domain } else { node as u32 };
+    }
+    if lower.contains("efa") {
+        let name = if gpu.memory_gib > 60.0 && gpu.name.starts_with('H') { "p5" } else { "p4d" };
+        if let Ok(known) = find_cluster(name) {
+            cluster.fabric = Fabric::Efa;
+            cluster.inter_gbps = known.inter_gbps;
+            cluster.inter_latency_us = known.inter_latency_us;
+        }
+    } else if lower.contains("roce") || lower.contains("ethernet") {
+        cluster.fabric = Fabric::Roce;
+        cluster.inter_latency_us = 20.0;
+    }
+    if let Some(per_node) = gigabits_per_node(&lower) {
+        cluster.inter_gbps = per_node / 8.0 / f64::from(cluster.gpus_per_node);
+    }
+    if lower.contains("pcie") && !lower.contains("nvlink") {
+        cluster.intra_gbps = gpu.pcie_gbps;
+        cluster.gpu.nvlink_gbps = None;
+    }
+    Ok(cluster)
+}
+
+/// Finds `8x200Gbps`, `4 x 100 Gb/s` or `1600Gbps/node`.
+fn gigabits_per_node(text: &str) -> Option<f64> {
+    let at = text.find("gb")?;
+    let before = text[..at].trim_end();
+    let digits = |t: &str| {
+        let start = t.rfind(|c: char| !c.is_ascii_digit()).map_or(0, |n| n + 1);
+        t[start..].parse::<f64>().ok().map(|n| (n, start))
+    };
+    let (rate, start) = digits(before)?;
+    let rest = before[..start].trim_end();
+    let adapters = rest.strip_suffix('x').and_then(|r| digits(r.trim_end())).map(|(n, _)| n);
+    match adapters {
+        Some(n) => Some(n * rate),
+        None if text[at..].contains("/node") || text[at..].contains("per node") => Some(rate),
+        None => None,
+    }
+}
+
+fn seconds(row: &Row, model: &Architecture, layout: &Layout, cluster: &Cluster) -> (Option<f64>, Option<&'static str>) {
+    if row.noted("throughput_suspect") {
+        return (None, Some("throughput marked as suspect"));
+    }
+    let tokens = (layout.global_batch() * layout.seq) as f64;
+    let gpus = layout.gpus() as f64;
+    if let Some(seconds) = row.number("iter_time_s") {
+        return (Some(seconds), None);
+    }
+    if let Some(rate) = row.number("tokens_per_sec_per_gpu").filter(|r| *r > 0.0) {
+        return (Some(tokens / rate / gpus), None);
+    }
+    let mut flops = model.flops_per_token(layout.seq, false) * tokens;
+    if let Some(rate) = row.number("tflops_per_gpu").filter(|r| *r > 0.0) {
+        if row.noted("hardware TFLOPs") && layout.recompute == Recompute::Full {
+            let head = 6.0 * (model.hidden * model.vocab) as f64 * tokens;
+            flops = head + (flops - head) * 4.0 / 3.0;
+        }
+        return (Some(flops / (rate * 1e12 * gpus)), None);
+    }
+    if let Some(mfu) = row.number("mfu").filter(|r| *r > 0.0) {
+        return (Some(flops / (mfu / 100.0 * cluster.gpu.bf16_tflops * 1e12 * gpus)), None);
+    }
+    (None, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::validate::row::read;
+
+    #[test]
+    fn bandwidth_of_a_node_from_its_words() {
+        for (text, found) in [
+            ("nvlink/nvswitch + 8x200gbps hdr ib per node (selene)", Some(1600.0)),
+            ("nvlink + roce 1600gbps/node", Some(1600.0)),
+            ("4 x 100 gb/s omni-path", Some(400.0)),
+            ("nvlink + inter-node not stated", None),
+            ("nvlink 600gb/s", None),
+            ("", None),
+        ] {
+            assert_eq!(gigabits_per_node(text), found, "{text}");
+        }
+    }
+
+    const HEAD: &str = "id,source,model,layers,hidden,ffn_hidden,heads,kv_heads,vocab,experts,topk,seq,params_b,gpu,gpus,tp,pp,dp,mbs,gbs,tflops_per_gpu,outcome,notes\n";
+
+    fn one(line: &str) -> Result<Case, String> {
+        case(&read(&format!("{HEAD}{line}\n")).unwrap()[0])
+    }
+
+    #[test]
+    fn defaults_fill_what_is_open() {
+        let case = one("x-1,,llama3-8b,32,4096,14336,32,8,128256,,,8192,8.03,H100,16,,,,1,32,400,ok,").unwrap();
+        assert_eq!(case.source, "x");
+        assert_eq!(case.model.parameters(), 8_030_261_248);
+        assert_eq!((case.layout.dp, case.layout.microbatches, case.layout.tp), (16, 2, 1));
+        let expected = case.model.flops_per_token(8192, false) * 32.0 * 8192.0 / (400e12 * 16.0);
+        assert!((case.seconds.unwrap() / expected - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_published_count_decides_about_gates() {
+        let case = one("x-1,s,mystery,32,4096,16384,32,32,32000,,,2048,6.7,A100,8,,,,1,8,100,ok,").unwrap();
+        assert!(!case.model.gated, "{}", case.model.parameters());
+    }
+
+    #[test]
+    fn reasons_to_skip() {
+        for (line, reason) in [
+            ("a,s,m,2,64,,4,,,,,128,,MI300X,1,,,,1,1,,ok,", "unknown GPU \"MI300X\""),
+            ("a,s,m,2,64,,4,,,,,128,,A100,8,3,,,1,8,,ok,", "gpus is not"),
+            ("a,s,m,2,64,,4,,,,,128,,A100,8,,,,,8,,ok,", "mbs not known"),
+            ("a,s,m,2,64,,4,,,,,128,,A100,8,,,,3,8,,ok,", "multiple"),
+            ("a,s,m,2,64,,4,,,,,128,,A100,8,,,,1,8,,crashed,", "outcome"),
+        ] {
+            assert!(one(line).unwrap_err().contains(reason), "{line}");
+        }
+    }
+}

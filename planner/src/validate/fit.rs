@@ -1,0 +1,214 @@
+//! Fits the physical parameters to measured runs, every source with the same weight, and checks the fit on sources that it
+//! has not seen.
+//!
+//! Times and peaks count by the absolute logarithm of their ratio, cut off at one e-fold, so that broken runs do not bend the
+//! rest; verdicts about memory count by how far the prediction is on the wrong side of the limit. The search is Nelder
+//! and Mead's (argmin), in logits of each parameter's place in its range.
+
+use super::{Case, Scored, score, scored};
+use crate::predict::predict_cluster;
+use argmin::core::{CostFunction, Error, Executor, State};
+use argmin::solver::neldermead::NelderMead;
+use paceline_sim::cluster::{PARAMETERS, Physics};
+use rayon::prelude::*;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use thiserror::Error as ThisError;
+
+/// A fit.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Fit {
+    /// The parameters.
+    pub physics: Physics,
+    /// The loss at the start.
+    pub before: f64,
+    /// The loss at the end.
+    pub after: f64,
+    /// Runs that it is made of.
+    pub runs: usize,
+}
+
+/// The error of a source by a fit to all others.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CrossValidation {
+    /// The source that was left out.
+    pub source: String,
+    /// Median absolute error of its times.
+    pub time_median_error: Option<f64>,
+    /// Median absolute error of its peaks.
+    pub memory_median_error: Option<f64>,
+    /// Share of right verdicts.
+    pub oom_right: Option<f64>,
+    /// The parameters without it.
+    pub physics: Physics,
+}
+
+/// A fit that cannot be made.
+#[derive(Debug, ThisError)]
+pub enum FitError {
+    /// Nothing measured.
+    #[error("no run has a time, a peak or an out-of-memory outcome that could be fitted")]
+    Nothing,
+    /// The search failed.
+    #[error("fit: {0}")]
+    Search(String),
+}
+
+/// Runs of a source that take part in a fit at most: enough to show its variety.
+const MOST_PER_SOURCE: usize = 160;
+
+/// An evenly spaced choice of the runs of every source; the same every time.
+fn choose<'a>(cases: impl Iterator<Item = &'a Case>) -> BTreeMap<&'a str, Vec<&'a Case>> {
+    let mut by_source: BTreeMap<&str, Vec<&Case>> = BTreeMap::new();
+    for case in cases {
+        if case.seconds.is_some() || case.peak_gib.is_some() || case.oom {
+            by_source.entry(&case.source).or_default().push(case);
+        }
+    }
+    for list in by_source.values_mut() {
+        let step = list.len().div_ceil(MOST_PER_SOURCE);
+        *list = list.iter().copied().step_by(step.max(1)).collect();
+    }
+    by_source
+}
+
+/// Weight of peaks and verdicts beside times.
+const MEMORY_WEIGHT: f64 = 1.0;
+/// Errors beyond an e-fold count as one.
+const CUT: f64 = 1.0;
+
+fn loss(chosen: &BTreeMap<&str, Vec<&Case>>, physics: &Physics) -> f64 {
+    let sources: Vec<f64> = chosen
+        .values()
+        .map(|cases| {
+            let errors: Vec<(Option<f64>, Option<f64>)> =
+                cases.par_iter().map(|case| errors(case, physics)).collect();
+            let mean = |errors: Vec<f64>| {
+                let count = errors.len().max(1) as f64;
+                errors.into_iter().sum::<f64>() / count
+            };
+            mean(errors.iter().filter_map(|e| e.0).collect())
+                + MEMORY_WEIGHT * mean(errors.iter().filter_map(|e| e.1).collect())
+        })
+        .collect();
+    sources.iter().sum::<f64>() / sources.len() as f64
+}
+
+fn errors(case: &Case, physics: &Physics) -> (Option<f64>, Option<f64>) {
+    let Ok(prediction) = predict_cluster(&case.model, &case.layout, &case.cluster, physics) else {
+        return (None, None);
+    };
+    let distance = |a: f64, b: f64| (a / b).ln().abs().min(CUT);
+    let time = case.seconds.map(|t| distance(prediction.iteration_seconds, t));
+    let row: Scored = scored(case, &prediction);
+    let highest = prediction.memory.peak_bytes.iter().copied().fold(0.0, f64::max);
+    let limit = prediction.memory.limit_bytes.max(1.0);
+    let memory = match (case.peak_gib, case.oom) {
+        (Some(gib), _) => Some(distance(row.predicted_peak_gib, gib)),
+        (None, true) => Some(if highest > limit { 0.0 } else { distance(highest, limit) }),
+        (None, false) => None,
+    };
+    (time, memory)
+}
+
+struct Problem<'a, 'b> {
+    chosen: &'a BTreeMap<&'b str, Vec<&'b Case>>,
+    base: Physics,
+}
+
+fn place(value: f64, (low, high): (f64, f64)) -> f64 {
+    let share = ((value - low) / (high - low)).clamp(1e-3, 1.0 - 1e-3);
+    (share / (1.0 - share)).ln()
+}
+
+fn moved(base: &Physics, places: &[f64]) -> Physics {
+    let mut physics = *base;
+    for (parameter, place) in PARAMETERS.iter().zip(places) {
+        let (low, high) = parameter.range;
+        (parameter.set)(&mut physics, low + (high - low) / (1.0 + (-place).exp()));
+    }
+    physics
+}
+
+impl CostFunction for Problem<'_, '_> {
+    type Param = Vec<f64>;
+    type Output = f64;
+
+    fn cost(&self, places: &Vec<f64>) -> Result<f64, Error> {
+        Ok(loss(self.chosen, &moved(&self.base, places)))
+    }
+}
+
+/// Fits the parameters to runs, beginning at `start`, in at most `evaluations` predictions of all chosen runs.
+///
+/// # Errors
+/// When there is nothing to fit to.
+pub fn fit<'a>(
+    cases: impl Iterator<Item = &'a Case>,
+    start: &Physics,
+    evaluations: u64,
+) -> Result<Fit, FitError> {
+    let chosen = choose(cases);
+    let runs = chosen.values().map(Vec::len).sum();
+    if runs == 0 {
+        return Err(FitError::Nothing);
+    }
+    let before = loss(&chosen, start);
+    let mut best: Vec<f64> = PARAMETERS.iter().map(|p| place((p.get)(start), p.range)).collect();
+    // A simplex can collapse early; begun again around its best point, it goes on.
+    let steps = [0.8, 0.4, 0.2];
+    for step in steps {
+        let corner = |n: usize| {
+            let mut corner = best.clone();
+            corner[n] += step;
+            corner
+        };
+        let simplex = (0..best.len()).map(corner).chain([best.clone()]).collect();
+        let search = |e: Error| FitError::Search(e.to_string());
+        let solver = NelderMead::new(simplex).with_sd_tolerance(1e-5).map_err(search)?;
+        let problem = Problem { chosen: &chosen, base: *start };
+        let iterations = evaluations / steps.len() as u64;
+        let result = Executor::new(problem, solver)
+            .configure(|state| state.max_iters(iterations))
+            .run()
+            .map_err(search)?;
+        if let Some(found) = result.state().get_best_param() {
+            best.clone_from(found);
+        }
+    }
+    let physics = moved(start, &best);
+    Ok(Fit { physics, before, after: loss(&chosen, &physics), runs })
+}
+
+/// Fits to all sources but one, for each in turn, and scores the one left out.
+///
+/// # Errors
+/// When there is nothing to fit to.
+pub fn cross_validate(
+    cases: &[Case],
+    start: &Physics,
+    evaluations: u64,
+) -> Result<Vec<CrossValidation>, FitError> {
+    let mut sources: Vec<&str> = cases.iter().map(|c| c.source.as_str()).collect();
+    sources.sort_unstable();
+    sources.dedup();
+    let left_out = |source: &&str| {
+        let physics = fit(cases.iter().filter(|c| c.source != *source), start, evaluations)?.physics;
+        let own = cases.iter().filter(|c| c.source == *source);
+        let rows: Vec<Scored> = own
+            .filter_map(|c| {
+                let prediction = predict_cluster(&c.model, &c.layout, &c.cluster, &physics).ok()?;
+                Some(scored(c, &prediction))
+            })
+            .collect();
+        let result = score(source, rows.len(), BTreeMap::new(), &rows.iter().collect::<Vec<_>>());
+        Ok(CrossValidation {
+            source: (*source).to_owned(),
+            time_median_error: result.time_median_error,
+            memory_median_error: result.memory_median_error,
+            oom_right: result.oom.right(),
+            physics,
+        })
+    };
+    sources.iter().map(left_out).collect()
+}

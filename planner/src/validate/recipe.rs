@@ -1,0 +1,83 @@
+//! What training frameworks do by default, where a file of runs leaves it open: facts about the frameworks' code, not about the runs.
+
+use super::row::Row;
+use paceline_sim::cluster::{AttentionKernel, LossKernel, Numerics, Overlap, Partition};
+
+/// Defaults of a framework.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Recipe {
+    /// Number formats of the states.
+    pub numerics: Numerics,
+    /// Logits and loss.
+    pub loss: LossKernel,
+    /// Blocks over stages.
+    pub partition: Partition,
+    /// What runs beside computation.
+    pub overlap: Overlap,
+    /// Dropout in GPT models.
+    pub dropout: bool,
+    /// Fused attention when nothing is stated.
+    pub flash: bool,
+    /// Kernel of fused attention.
+    pub attention: AttentionKernel,
+    /// Sequence parallelism when nothing is stated.
+    pub sequence_parallel: bool,
+}
+
+const NONE: Overlap = Overlap { gradients: false, tensor: false, parameters: false };
+const DATA: Overlap = Overlap { gradients: true, tensor: false, parameters: true };
+const ALL: Overlap = Overlap { gradients: true, tensor: true, parameters: true };
+
+/// The defaults of a run's framework.
+pub fn recipe(row: &Row) -> Recipe {
+    let framework = row.text("framework").to_ascii_lowercase();
+    let sharding = row.text("zero_stage_or_fsdp").to_ascii_lowercase();
+    let has = |word: &str| framework.contains(word);
+    let recent = ["H100", "H200", "H800", "B200", "B300", "GB"].iter().any(|g| row.text("gpu").starts_with(g));
+    let flash = if recent && (has("bridge") || has("nemo") || has("te ")) {
+        AttentionKernel::Flash3
+    } else {
+        AttentionKernel::Flash2
+    };
+    let base = Recipe {
+        numerics: Numerics::MIXED_FP32_GRADIENTS,
+        loss: LossKernel::InPlace,
+        partition: Partition::Even,
+        overlap: NONE,
+        dropout: false,
+        flash: true,
+        attention: flash,
+        sequence_parallel: false,
+    };
+    let mut recipe = if has("nanotron") {
+        Recipe {
+            numerics: Numerics::MIXED_FP32_ACCUMULATION,
+            partition: Partition::ByCost,
+            overlap: Overlap { gradients: true, tensor: true, parameters: false },
+            sequence_parallel: true,
+            ..base
+        }
+    } else if has("fsdp") || has("torchtitan") || has("composer") || sharding.contains("fsdp") {
+        Recipe { numerics: Numerics::GATHERED_16_BIT, overlap: DATA, loss: LossKernel::Eager, ..base }
+    } else if has("deepspeed") {
+        // 16-bit gradients, reduced in 16 bits; no FlashAttention in the Megatron-DeepSpeed of its time.
+        Recipe { numerics: Numerics::MIXED, dropout: true, flash: false, ..base }
+    } else if has("bridge") || has("nemo") {
+        Recipe { overlap: ALL, sequence_parallel: true, ..base }
+    } else if has("intern") {
+        Recipe { numerics: Numerics::MIXED, overlap: DATA, ..base }
+    } else if has("megatron") {
+        // Until 2022: dropout, no FlashAttention, nothing of the data-parallel communication overlapped.
+        let old = has("2021") || has("2022") || row.text("flash_attn").is_empty();
+        Recipe { dropout: old, flash: !old, ..base }
+    } else {
+        Recipe { overlap: DATA, ..base }
+    };
+    if row.noted("overlap off") {
+        recipe.overlap = NONE;
+    }
+    if row.noted("CE fusion") {
+        recipe.loss = LossKernel::Fused;
+    }
+    recipe
+}

@@ -1,0 +1,144 @@
+//! Reads measured runs: a CSV file with one run per line, as far as its columns go.
+
+use std::collections::HashMap;
+use thiserror::Error;
+
+/// One line of the file.
+#[derive(Debug, Clone)]
+pub struct Row {
+    /// Its line in the file, from 1.
+    pub line: u64,
+    columns: std::sync::Arc<HashMap<String, usize>>,
+    cells: Vec<String>,
+}
+
+/// A file that is no list of runs.
+#[derive(Debug, Error)]
+pub enum ReadError {
+    /// Not CSV.
+    #[error("runs: {0}")]
+    Csv(#[from] csv::Error),
+    /// Columns that nothing can be said without.
+    #[error("runs: column{} {} missing; needed are {}, of the others every one helps", if .missing.len() > 1 { "s" } else { "" }, .missing.join(", "), NEEDED.join(", "))]
+    Columns { missing: Vec<&'static str> },
+    /// A figure that cannot be.
+    #[error("runs, line {line}: {column} = {value:?}, but it has to be {allowed}")]
+    Figure { line: u64, column: &'static str, value: String, allowed: &'static str },
+}
+
+/// Columns without which a run cannot be predicted.
+pub const NEEDED: [&str; 6] = ["layers", "hidden", "heads", "seq", "gpu", "gpus"];
+
+/// Columns of numbers above zero, where they are given.
+const POSITIVE: [&str; 13] = [
+    "layers", "hidden", "ffn_hidden", "heads", "kv_heads", "vocab", "seq", "gpus", "gbs", "mbs", "dp", "iter_time_s",
+    "peak_mem_gib",
+];
+/// Columns of numbers that may be zero, where they are given.
+const COUNTS: [&str; 11] = [
+    "params_b", "tp", "cp", "pp", "vpp", "ep", "experts", "topk", "tokens_per_sec_per_gpu", "tflops_per_gpu", "mfu",
+];
+
+/// Reads a file.
+///
+/// # Errors
+/// When it is no CSV, lacks a needed column, or has figures that are no finite numbers or negative.
+pub fn read(text: &str) -> Result<Vec<Row>, ReadError> {
+    let mut reader = csv::ReaderBuilder::new().flexible(true).trim(csv::Trim::All).from_reader(text.as_bytes());
+    let columns: HashMap<String, usize> = reader
+        .headers()?
+        .iter()
+        .enumerate()
+        .map(|(n, name)| (name.trim_start_matches('\u{feff}').to_ascii_lowercase(), n))
+        .collect();
+    let missing: Vec<&str> = NEEDED.into_iter().filter(|c| !columns.contains_key(*c)).collect();
+    if !missing.is_empty() {
+        return Err(ReadError::Columns { missing });
+    }
+    let columns = std::sync::Arc::new(columns);
+    let mut rows = Vec::new();
+    for record in reader.records() {
+        let record = record?;
+        let line = record.position().map_or(0, csv::Position::line);
+        let row = Row { line, columns: columns.clone(), cells: record.iter().map(str::to_owned).collect() };
+        row.check()?;
+        rows.push(row);
+    }
+    Ok(rows)
+}
+
+impl Row {
+    /// A cell; empty when the file lacks the column.
+    pub fn text(&self, column: &str) -> &str {
+        self.columns.get(column).and_then(|n| self.cells.get(*n)).map_or("", String::as_str)
+    }
+
+    /// A cell as a number; `None` when it is empty, `unknown` or `n/a`.
+    pub fn number(&self, column: &str) -> Option<f64> {
+        self.text(column).parse().ok()
+    }
+
+    /// A cell as a count.
+    pub fn count(&self, column: &str) -> Option<u64> {
+        self.number(column).filter(|n| *n >= 0.0 && n.fract() == 0.0).map(|n| n as u64)
+    }
+
+    fn check(&self) -> Result<(), ReadError> {
+        for (columns, least, allowed) in [
+            (&POSITIVE[..], f64::MIN_POSITIVE, "a finite number above zero, or empty"),
+            (&COUNTS[..], 0.0, "a finite number not below zero, or empty"),
+        ] {
+            for column in columns {
+                let value = self.text(column);
+                let unknown = ["", "-", "?", "na", "n/a", "unknown", "none"];
+                if unknown.iter().any(|u| value.eq_ignore_ascii_case(u)) {
+                    continue;
+                }
+                if !value.parse::<f64>().is_ok_and(|n| n.is_finite() && n >= least) {
+                    return Err(ReadError::Figure { line: self.line, column, value: value.to_owned(), allowed });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The part of the notes after `key=`, up to the next semicolon.
+    pub fn note(&self, key: &str) -> Option<&str> {
+        let parts = self.text("notes").split(';').map(str::trim);
+        parts.filter_map(|part| part.strip_prefix(key)).find_map(|rest| rest.strip_prefix('=')).map(str::trim)
+    }
+
+    /// Whether the notes contain a phrase; case does not matter.
+    pub fn noted(&self, phrase: &str) -> bool {
+        self.text("notes").to_ascii_lowercase().contains(&phrase.to_ascii_lowercase())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEAD: &str = "id,source,layers,hidden,heads,seq,gpu,gpus,iter_time_s,notes\n";
+
+    #[test]
+    fn cells_and_notes() {
+        let rows = read(&format!("{HEAD}a,s,2,64,4,128,A100,8,,tied_emb=True; MLA; moe_ffn=2048\n")).unwrap();
+        assert_eq!(rows[0].line, 2);
+        assert_eq!(rows[0].count("layers"), Some(2));
+        assert_eq!(rows[0].number("iter_time_s"), None);
+        assert_eq!(rows[0].number("absent"), None);
+        assert_eq!(rows[0].note("moe_ffn"), Some("2048"));
+        assert!(rows[0].noted("mla") && !rows[0].noted("gqa"));
+    }
+
+    #[test]
+    fn bad_files_say_what_and_where() {
+        let error = read("id,layers\na,1\n").unwrap_err().to_string();
+        assert!(error.contains("hidden") && error.contains("gpus"), "{error}");
+        for (time, phrase) in [("-1", "iter_time_s = \"-1\""), ("NaN", "NaN"), ("fast", "fast"), ("inf", "inf")] {
+            let error = read(&format!("{HEAD}a,s,2,64,4,128,A100,8,{time},\n")).unwrap_err().to_string();
+            assert!(error.contains("line 2") && error.contains(phrase), "{error}");
+        }
+        assert!(read(&format!("{HEAD}a,s,0,64,4,128,A100,8,1,\n")).is_err());
+    }
+}
