@@ -116,7 +116,9 @@ fn architecture(row: &Row, recipe: &Recipe) -> Result<Architecture, String> {
         top_k: row.count("topk").filter(|n| *n > 0).unwrap_or(1).min(count),
         ffn: number_in(row, &["moe_ffn", "expert_ffn", "moe_ffn_hidden"]).unwrap_or(ffn),
         shared_ffn: number_in(row, &["shared ffn", "shared_ffn", "shared expert ffn"]).unwrap_or(0),
-        dense_layers: number_in(row, &["first dense layers", "first_dense_layers", "dense layers"]).unwrap_or(0).min(layers),
+        dense_layers: number_in(row, &["first dense layers", "first_dense_layers", "dense layers"])
+            .unwrap_or(0)
+            .min(layers),
     });
     let seq = need(row, "seq")?;
     let tied = if row.noted("tied_emb=True") || row.noted(" tied emb") {
@@ -174,7 +176,11 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
     let stated = row.text("schedule").to_ascii_lowercase();
     let schedule = match stated.as_str() {
         "" | "1f1b" | "interleaved-1f1b" | "interleaved" => {
-            if chunks > 1 { "interleaved" } else { "1f1b" }
+            if chunks > 1 {
+                "interleaved"
+            } else {
+                "1f1b"
+            }
         }
         "zb-1p" if schedules::find("zb-1p").is_err() => "zb-h1",
         "zb-2p" if schedules::find("zb-2p").is_err() => "zb-h2",

@@ -81,8 +81,7 @@ fn loss(chosen: &BTreeMap<&str, Vec<&Case>>, physics: &Physics) -> f64 {
     let sources: Vec<f64> = chosen
         .values()
         .map(|cases| {
-            let errors: Vec<(Option<f64>, Option<f64>)> =
-                cases.par_iter().map(|case| errors(case, physics)).collect();
+            let errors: Vec<(Option<f64>, Option<f64>)> = cases.par_iter().map(|case| errors(case, physics)).collect();
             let mean = |errors: Vec<f64>| {
                 let count = errors.len().max(1) as f64;
                 errors.into_iter().sum::<f64>() / count
@@ -143,11 +142,7 @@ impl CostFunction for Problem<'_, '_> {
 ///
 /// # Errors
 /// When there is nothing to fit to.
-pub fn fit<'a>(
-    cases: impl Iterator<Item = &'a Case>,
-    start: &Physics,
-    evaluations: u64,
-) -> Result<Fit, FitError> {
+pub fn fit<'a>(cases: impl Iterator<Item = &'a Case>, start: &Physics, evaluations: u64) -> Result<Fit, FitError> {
     let chosen = choose(cases);
     let runs = chosen.values().map(Vec::len).sum();
     if runs == 0 {
@@ -168,10 +163,8 @@ pub fn fit<'a>(
         let solver = NelderMead::new(simplex).with_sd_tolerance(1e-5).map_err(search)?;
         let problem = Problem { chosen: &chosen, base: *start };
         let iterations = evaluations / steps.len() as u64;
-        let result = Executor::new(problem, solver)
-            .configure(|state| state.max_iters(iterations))
-            .run()
-            .map_err(search)?;
+        let result =
+            Executor::new(problem, solver).configure(|state| state.max_iters(iterations)).run().map_err(search)?;
         if let Some(found) = result.state().get_best_param() {
             best.clone_from(found);
         }
@@ -184,11 +177,7 @@ pub fn fit<'a>(
 ///
 /// # Errors
 /// When there is nothing to fit to.
-pub fn cross_validate(
-    cases: &[Case],
-    start: &Physics,
-    evaluations: u64,
-) -> Result<Vec<CrossValidation>, FitError> {
+pub fn cross_validate(cases: &[Case], start: &Physics, evaluations: u64) -> Result<Vec<CrossValidation>, FitError> {
     let mut sources: Vec<&str> = cases.iter().map(|c| c.source.as_str()).collect();
     sources.sort_unstable();
     sources.dedup();

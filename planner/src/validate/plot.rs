@@ -6,9 +6,8 @@ use std::fmt::Write;
 const SIDE: f64 = 640.0;
 const MARGIN: f64 = 60.0;
 /// Paul Tol's colours, which people with colour-blindness can tell apart.
-const COLOURS: [&str; 10] = [
-    "#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#777777",
-];
+const COLOURS: [&str; 10] =
+    ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#777777"];
 
 /// The scatter plot of times.
 pub fn scatter(rows: &[Scored]) -> String {
@@ -55,8 +54,14 @@ pub fn scatter(rows: &[Scored]) -> String {
     }
     for power in low as i32..=high as i32 {
         let at = 10f64.powi(power);
-        let _ = writeln!(svg, "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{at} s</text>", x(at), MARGIN + SIDE + 18.0);
-        let _ = writeln!(svg, "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{at} s</text>", MARGIN - 6.0, y(at) + 4.0);
+        let _ = writeln!(
+            svg,
+            "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{at} s</text>",
+            x(at),
+            MARGIN + SIDE + 18.0
+        );
+        let _ =
+            writeln!(svg, "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{at} s</text>", MARGIN - 6.0, y(at) + 4.0);
     }
     for (measured, predicted, row) in &points {
         let colour = colour(&sources, &row.source);

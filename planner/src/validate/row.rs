@@ -31,13 +31,23 @@ pub const NEEDED: [&str; 6] = ["layers", "hidden", "heads", "seq", "gpu", "gpus"
 
 /// Columns of numbers above zero, where they are given.
 const POSITIVE: [&str; 13] = [
-    "layers", "hidden", "ffn_hidden", "heads", "kv_heads", "vocab", "seq", "gpus", "gbs", "mbs", "dp", "iter_time_s",
+    "layers",
+    "hidden",
+    "ffn_hidden",
+    "heads",
+    "kv_heads",
+    "vocab",
+    "seq",
+    "gpus",
+    "gbs",
+    "mbs",
+    "dp",
+    "iter_time_s",
     "peak_mem_gib",
 ];
 /// Columns of numbers that may be zero, where they are given.
-const COUNTS: [&str; 11] = [
-    "params_b", "tp", "cp", "pp", "vpp", "ep", "experts", "topk", "tokens_per_sec_per_gpu", "tflops_per_gpu", "mfu",
-];
+const COUNTS: [&str; 11] =
+    ["params_b", "tp", "cp", "pp", "vpp", "ep", "experts", "topk", "tokens_per_sec_per_gpu", "tflops_per_gpu", "mfu"];
 
 /// Reads a file.
 ///
