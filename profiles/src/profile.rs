@@ -6,6 +6,7 @@
 use crate::kernel_key::{KernelKey, KernelOp};
 use crate::row::{CollectiveRound, Machine, Overhead, Row, Source, Subject};
 use csv::{Position, StringRecord};
+use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -106,6 +107,21 @@ impl Profile {
     /// Whether the profile was made on another machine than `here`: a reason to warn.
     pub fn made_elsewhere(&self, here: &Machine) -> Option<OtherMachine> {
         (self.machine != *here).then(|| OtherMachine { profile: self.machine.clone(), here: here.clone() })
+    }
+
+    /// Takes the rows of a newer profile of the same machine; of two rows that measure the same, the newer one stays.
+    ///
+    /// # Errors
+    /// When the other profile was made elsewhere; this one is then as before.
+    pub fn update(&mut self, newer: Profile) -> Result<(), OtherMachine> {
+        if let Some(other) = newer.made_elsewhere(&self.machine) {
+            return Err(other);
+        }
+        let what = |row: &Row| (row.subject.clone(), row.busy_devices, row.source);
+        let replaced: HashSet<_> = newer.rows.iter().map(what).collect();
+        self.rows.retain(|row| !replaced.contains(&what(row)));
+        self.rows.extend(newer.rows);
+        Ok(())
     }
 
     /// Reads a file.

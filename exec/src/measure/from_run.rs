@@ -84,3 +84,6 @@ fn typical(report: &RunReport) -> f64 {
     let typical = report.median_seconds() / mean;
     if typical.is_finite() { typical } else { 1.0 }
 }
+
+#[cfg(test)]
+mod tests;

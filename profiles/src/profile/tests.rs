@@ -209,3 +209,20 @@ fn the_shipped_profile_foretells_shapes_it_has_not_seen() {
         assert!(of_op.points >= 16 && of_op.median_error.unwrap() < 0.1, "{of_op:?}");
     }
 }
+
+#[test]
+fn newer_rows_replace_what_they_measure_again() {
+    let mut profile = sample();
+    let slower = Row { median_seconds: 7.0, ..row(matmul(512)) };
+    let traced = Row { source: Source::Trace, ..row(matmul(512)) };
+    let newer = Profile { machine: machine(), rows: vec![slower.clone(), traced.clone(), row(matmul(64))] };
+    profile.update(newer).unwrap();
+    assert_eq!(profile.rows.len(), 6, "four, one of them replaced, a time inside a run, and a new shape");
+    assert_eq!(profile.rows.iter().filter(|row| row.subject == matmul(512)).collect::<Vec<_>>(), [&slower, &traced]);
+
+    let before = profile.clone();
+    let elsewhere = Machine { cores: 64, ..machine() };
+    let message = profile.update(Profile::new(elsewhere)).unwrap_err().to_string();
+    assert!(message.contains("64 cores") && message.contains("2 cores"), "{message}");
+    assert_eq!(profile, before);
+}

@@ -1,0 +1,148 @@
+use super::*;
+use crate::kernel_times::KernelTimes;
+use crate::report::StepReport;
+use paceline_profiles::{KernelKey, KernelOp, Machine, Profile};
+use paceline_sim::program::{
+    Buffer, Coordinates, Device, Direction, MemoryClass, Message, Op, PROGRAM_FORMAT, RankProgram, Tensor, Workload,
+};
+use paceline_sim::trace::{Event, Origin, RankTrace, TRACE_FORMAT, Trace};
+use paceline_sim::units::{BufferId, DeviceId, MicrobatchId, Nanos, OpId, RankId, StageId};
+use smallvec::SmallVec;
+
+const BYTES: u64 = 4096;
+
+fn key(elements: u32) -> KernelKey {
+    KernelKey::new(KernelOp::Add, &[elements]).unwrap()
+}
+
+/// One rank that receives twice and then has an op to compute.
+fn program() -> Program {
+    let (stage, microbatch) = (StageId(0), MicrobatchId(0));
+    let op = |stream, kind| Op {
+        stream,
+        kind,
+        waits: SmallVec::new(),
+        alloc: SmallVec::new(),
+        uses: SmallVec::new(),
+        free: SmallVec::new(),
+    };
+    let message = Message { direction: Direction::Forward, stage, microbatch };
+    let receive = OpKind::Recv { peer: RankId(0), message, buffer: BufferId(0) };
+    let tensor = Tensor::StageInput { stage, microbatch };
+    Program {
+        format: PROGRAM_FORMAT.into(),
+        workload: Workload::Abstract,
+        microbatches: 1,
+        devices: vec![Device { name: "cpu:0".into(), node: 0 }],
+        groups: vec![],
+        stages: vec![],
+        ranks: vec![RankProgram {
+            device: DeviceId(0),
+            coordinates: Coordinates::default(),
+            stages: vec![],
+            buffers: vec![Buffer { class: MemoryClass::ReceivedActivation, bytes: BYTES, tensor }],
+            persistent: vec![],
+            ops: vec![op(Stream(2), receive), op(Stream(2), receive), op(Stream::COMPUTE, OpKind::Join)],
+        }],
+    }
+}
+
+/// Four steps, of which the first warms up and the last was held up.
+fn report() -> RunReport {
+    let program = program();
+    let step = |n: u64, seconds| StepReport {
+        step: n,
+        seconds,
+        loss: 1.0,
+        gradient_norm: 1.0,
+        learning_rate: 1e-3,
+        tokens_per_second: 1.0,
+    };
+    let kernel = |elements, count, total_seconds| KernelTimes {
+        key: key(elements),
+        count,
+        total_seconds,
+        least_seconds: 0.0,
+        median_seconds: 1e-9,
+    };
+    let spans = [(0, 10), (20, 50), (50, 60)];
+    let events = program.ranks[0].ops.iter().zip(spans).enumerate().map(|(n, (op, (start, end)))| Event {
+        op: OpId(n as u32),
+        kind: op.kind,
+        stream: op.stream,
+        ready: Nanos(start),
+        start: Nanos(start),
+        end: Nanos(end),
+        wait: None,
+    });
+    RunReport {
+        steps: [(1, 9.0), (2, 1.0), (3, 1.0), (4, 2.5)].map(|(n, seconds)| step(n, seconds)).to_vec(),
+        held_out: vec![],
+        tokens_per_step: 1,
+        trace: Trace {
+            format: TRACE_FORMAT.into(),
+            origin: Origin::Measured,
+            makespan: Nanos(60),
+            ranks: vec![RankTrace {
+                events: events.collect(),
+                memory: vec![],
+                peak_bytes: 0,
+                peak_by_class: Default::default(),
+            }],
+        },
+        trace_step: 2,
+        memory: vec![],
+        kernels: vec![kernel(64, 6, 3.0), kernel(128, 3, 0.6)],
+        outside_kernels: 0.1,
+        stopped: false,
+        checkpoint: None,
+        gradients: Default::default(),
+        parameters: Default::default(),
+    }
+}
+
+fn seconds(rows: &[Row], subject: Subject) -> f64 {
+    rows.iter().find(|row| row.subject == subject).unwrap().median_seconds
+}
+
+#[test]
+fn kernels_of_a_typical_step_add_up_to_it() {
+    let rows = rows_of_run(&program(), &report(), None);
+    assert!(rows.iter().all(|row| row.source == Source::Trace && row.busy_devices == 1));
+    // The counted steps took 1, 1 and 2.5 seconds: the typical one is two thirds of the mean.
+    let typical = 1.0 / 1.5;
+    assert!((seconds(&rows, Subject::Kernel(key(64))) - 0.5 * typical).abs() < 1e-12);
+    assert!((seconds(&rows, Subject::Kernel(key(128))) - 0.2 * typical).abs() < 1e-12);
+    // Copies of 10 and 30 nanoseconds.
+    assert!((seconds(&rows, Subject::Transfer { bytes: BYTES }) - 20e-9).abs() < 1e-15);
+    // A tenth of the time was outside the 3.6 seconds of kernels, and there was one op in each of three steps.
+    let outside = 3.6 * typical / 9.0;
+    assert!((seconds(&rows, Subject::Overhead(Overhead::Op)) - outside / 3.0).abs() < 1e-12);
+}
+
+#[test]
+fn overheads_are_split_as_they_were_measured() {
+    let row = |subject, median_seconds| Row {
+        subject,
+        dtype: String::new(),
+        busy_devices: 1,
+        median_seconds,
+        spread_seconds: 0.0,
+        repetitions: 1,
+        source: Source::Measured,
+        date: String::new(),
+        versions: String::new(),
+    };
+    let machine = Machine { device: "cpu".into(), host: "test".into(), cores: 1 };
+    // Three ops of 6 and nine calls of 1: the ops take two thirds.
+    let measured = [
+        row(Subject::Kernel(key(64)), 0.5),
+        row(Subject::Overhead(Overhead::Op), 6e-6),
+        row(Subject::Overhead(Overhead::Call), 1e-6),
+    ];
+    let predictor = Predictor::new(&Profile { machine, rows: measured.to_vec() }).unwrap();
+    let rows = rows_of_run(&program(), &report(), Some(&predictor));
+    let outside = 3.6 / 1.5 / 9.0;
+    assert!((seconds(&rows, Subject::Overhead(Overhead::Op)) - outside * 2.0 / 3.0 / 3.0).abs() < 1e-12);
+    assert!((seconds(&rows, Subject::Overhead(Overhead::Call)) - outside / 3.0 / 9.0).abs() < 1e-12);
+}
