@@ -49,6 +49,10 @@ pub struct TransformerWorkload {
     pub seq: u32,
     /// Which activations are kept from F to B.
     pub recompute: Recompute,
+    /// Embedding and head of a tied model lie on the same pipeline rank (one rank, or a V placement), so that it holds
+    /// the matrix once. Untied models do not read it.
+    #[serde(default)]
+    pub tied_on_one_rank: bool,
 }
 
 /// Which activations F drops and the backward recomputes.

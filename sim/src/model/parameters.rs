@@ -1,0 +1,325 @@
+//! Parameters: exact counts, and the flat layout of a unit's parameters and gradients.
+//!
+//! Matrices are `[out, in]`. Query, key and value projections are one matrix (queries, then keys, then values); gate and
+//! up projections are one matrix (gate, then up). A tied model's embedding matrix appears once in counts of the model; the
+//! head's unit holds a copy of it unless embedding and head are on the same rank
+//! ([`TransformerWorkload::tied_on_one_rank`]) or in the same stage: then the head reads the embedding's unit and its
+//! gradient goes there. Both copies have the name `embedding.weight`, start equal, and stay equal because their gradients
+//! are summed; the gradient norm counts only the embedding's.
+
+use super::places::{OutputMatrix, holds, output_matrix};
+use super::{Activation, Layer, ModelConfig, Norm, Positions};
+use crate::program::{MemoryClass, Stage, Tensor, TransformerWorkload};
+use crate::units::StageId;
+use smallvec::SmallVec;
+use std::ops::Range;
+
+use super::passes::Operand;
+
+/// Standard deviation of the first values of matrices (Radford et al. 2019).
+const DEVIATION: f64 = 0.02;
+
+/// How a parameter starts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Initial {
+    /// Independent normal values of mean zero.
+    Normal {
+        /// Standard deviation.
+        deviation: f64,
+    },
+    /// All the same.
+    Constant(f32),
+}
+
+/// A parameter within the flat buffer of a unit.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ParameterSpec {
+    /// Unique in the model and the same in every layout, for example `blocks.3.attention.qkv.weight`.
+    pub name: String,
+    /// Row-major shape: `[out, in]` or `[width]`.
+    pub shape: Vec<usize>,
+    /// Elements of the flat buffer.
+    pub range: Range<usize>,
+    /// Its first value.
+    pub initial: Initial,
+    /// Weight decay applies: matrices yes, norms and biases no (Radford et al. 2018, section 4.1).
+    pub decay: bool,
+    /// Another unit's copy of it is the one that norms and counts include.
+    pub tied_copy: bool,
+}
+
+/// A parameter of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    Table,
+    PositionTable,
+    AttentionNormWeight,
+    AttentionNormBias,
+    QkvWeight,
+    QkvBias,
+    OutputWeight,
+    OutputBias,
+    MlpNormWeight,
+    MlpNormBias,
+    UpWeight,
+    UpBias,
+    DownWeight,
+    DownBias,
+    FinalNormWeight,
+    FinalNormBias,
+    Logits,
+}
+
+/// A role with its rows and columns; a vector has no columns.
+type Sized = (Role, usize, Option<usize>);
+
+/// The parameters of a layer in the order of the flat buffer; the head's matrix is left out where it is not its own.
+pub(crate) fn roles(model: &ModelConfig, layer: Layer, matrix: OutputMatrix) -> SmallVec<[Sized; 12]> {
+    let hidden = model.hidden as usize;
+    let layer_norm = model.norm == Norm::LayerNorm;
+    let mut all = SmallVec::new();
+    let mut add = |there: bool, role, rows: usize, cols| {
+        if there {
+            all.push((role, rows, cols));
+        }
+    };
+    match layer {
+        Layer::Embedding => {
+            add(true, Role::Table, model.vocab as usize, Some(hidden));
+            let learned = model.positions == Positions::Learned;
+            add(learned, Role::PositionTable, model.max_positions as usize, Some(hidden));
+        }
+        Layer::Block(_) => {
+            let query = model.query_width();
+            let (qkv, up) = (model.qkv_width(), model.up_width());
+            let intermediate = model.intermediate as usize;
+            add(true, Role::AttentionNormWeight, hidden, None);
+            add(layer_norm, Role::AttentionNormBias, hidden, None);
+            add(true, Role::QkvWeight, qkv, Some(hidden));
+            add(model.qkv_bias, Role::QkvBias, qkv, None);
+            add(true, Role::OutputWeight, hidden, Some(query));
+            add(model.attention_output_bias, Role::OutputBias, hidden, None);
+            add(true, Role::MlpNormWeight, hidden, None);
+            add(layer_norm, Role::MlpNormBias, hidden, None);
+            add(true, Role::UpWeight, up, Some(hidden));
+            add(model.mlp_bias, Role::UpBias, up, None);
+            add(true, Role::DownWeight, hidden, Some(intermediate));
+            add(model.mlp_bias, Role::DownBias, hidden, None);
+        }
+        Layer::Head => {
+            add(true, Role::FinalNormWeight, hidden, None);
+            add(layer_norm, Role::FinalNormBias, hidden, None);
+            let here = !matches!(matrix, OutputMatrix::Shared { .. });
+            add(here, Role::Logits, model.vocab as usize, Some(hidden));
+        }
+    }
+    all
+}
+
+impl ModelConfig {
+    /// Columns of all query heads.
+    pub fn query_width(&self) -> usize {
+        self.heads as usize * self.head_dim as usize
+    }
+
+    /// Columns of the fused query, key and value projection.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads as usize + 2 * self.kv_heads as usize) * self.head_dim as usize
+    }
+
+    /// Columns of the projection into the MLP: gate and up where there is a gate.
+    pub fn up_width(&self) -> usize {
+        match self.activation {
+            Activation::SwiGlu => 2 * self.intermediate as usize,
+            Activation::Gelu => self.intermediate as usize,
+        }
+    }
+
+    /// Parameters of a layer; the head of a tied model is counted without the matrix that it shares.
+    pub fn layer_parameters(&self, layer: Layer) -> u64 {
+        let matrix =
+            if self.tied_embeddings { OutputMatrix::Shared { stage: StageId(0), unit: 0 } } else { OutputMatrix::Own };
+        elements(&roles(self, layer, matrix)) as u64
+    }
+
+    /// Parameters of the model, a tied matrix once.
+    pub fn parameters(&self) -> u64 {
+        u64::from(self.layers) * self.layer_parameters(Layer::Block(0))
+            + self.layer_parameters(Layer::Embedding)
+            + self.layer_parameters(Layer::Head)
+    }
+}
+
+fn elements(roles: &[Sized]) -> usize {
+    roles.iter().map(|&(_, rows, cols)| rows * cols.unwrap_or(1)).sum()
+}
+
+/// Parameters of a unit as its rank holds them (a copy of a tied matrix included).
+pub fn unit_parameters(workload: &TransformerWorkload, stages: &[Stage], stage: StageId, unit: u16) -> usize {
+    let matrix = matrix_for(workload, stages, stage);
+    let layers = &stages[stage.index()].units[usize::from(unit)].layers;
+    layers.iter().map(|&layer| elements(&roles(&workload.model, layer, matrix))).sum()
+}
+
+/// The layout of a unit's flat parameters; its gradients have the same.
+pub fn unit_layout(workload: &TransformerWorkload, stages: &[Stage], stage: StageId, unit: u16) -> Vec<ParameterSpec> {
+    let (model, matrix) = (&workload.model, matrix_for(workload, stages, stage));
+    let mut specs = Vec::new();
+    let mut start = 0;
+    for &layer in &stages[stage.index()].units[usize::from(unit)].layers {
+        for (role, rows, cols) in roles(model, layer, matrix) {
+            let len = rows * cols.unwrap_or(1);
+            let tied_copy = role == Role::Logits && matrix == OutputMatrix::Copy;
+            specs.push(ParameterSpec {
+                name: if tied_copy { name(model, layer, Role::Table) } else { name(model, layer, role) },
+                shape: std::iter::once(rows).chain(cols).collect(),
+                range: start..start + len,
+                initial: initial(model, role),
+                decay: cols.is_some(),
+                tied_copy,
+            });
+            start += len;
+        }
+    }
+    specs
+}
+
+/// Where the parameters of one layer lie in the flat buffer of its unit.
+pub(crate) fn role_ranges(
+    workload: &TransformerWorkload,
+    stages: &[Stage],
+    stage: StageId,
+    unit: u16,
+    layer: Layer,
+) -> SmallVec<[(Role, Range<usize>); 12]> {
+    let matrix = matrix_for(workload, stages, stage);
+    let mut start = 0;
+    for &held in &stages[stage.index()].units[usize::from(unit)].layers {
+        let roles = roles(&workload.model, held, matrix);
+        if held != layer {
+            start += elements(&roles);
+            continue;
+        }
+        return roles
+            .into_iter()
+            .map(|(role, rows, cols)| {
+                let len = rows * cols.unwrap_or(1);
+                start += len;
+                (role, start - len..start)
+            })
+            .collect();
+    }
+    SmallVec::new()
+}
+
+/// The embedding matrix of a tied model within a unit, where two ranks hold it: the range whose gradients
+/// [`crate::program::Payload::TiedEmbedding`] sums, and whether the gradient norm counts it here.
+pub fn tied_matrix(
+    workload: &TransformerWorkload,
+    stages: &[Stage],
+    stage: StageId,
+    unit: u16,
+) -> Option<(Range<usize>, bool)> {
+    let held = &stages[stage.index()].units[usize::from(unit)];
+    let head = (0..stages.len() as u16).map(StageId).find(|&s| s >= stage && holds(&stages[s.index()], Layer::Head))?;
+    let ends = held.layers.iter().any(|layer| !matches!(layer, Layer::Block(_)));
+    if !ends || output_matrix(workload, stages, head) != OutputMatrix::Copy {
+        return None;
+    }
+    let found = unit_layout(workload, stages, stage, unit).into_iter().find(|spec| spec.name == "embedding.weight")?;
+    Some((found.range, !found.tied_copy))
+}
+
+/// Where the head's matrix lies, for a stage that may not even have a head.
+pub(crate) fn matrix_for(workload: &TransformerWorkload, stages: &[Stage], stage: StageId) -> OutputMatrix {
+    if holds(&stages[stage.index()], Layer::Head) { output_matrix(workload, stages, stage) } else { OutputMatrix::Own }
+}
+
+fn initial(model: &ModelConfig, role: Role) -> Initial {
+    match role {
+        Role::AttentionNormWeight | Role::MlpNormWeight | Role::FinalNormWeight => Initial::Constant(1.0),
+        Role::AttentionNormBias | Role::MlpNormBias | Role::FinalNormBias => Initial::Constant(0.0),
+        Role::QkvBias | Role::OutputBias | Role::UpBias | Role::DownBias => Initial::Constant(0.0),
+        // Two of these per block add to the residual stream: the sum keeps its variance over depth (Radford et al. 2019,
+        // section 2.3).
+        Role::OutputWeight | Role::DownWeight => {
+            Initial::Normal { deviation: DEVIATION / (2.0 * f64::from(model.layers)).sqrt() }
+        }
+        Role::Table | Role::PositionTable | Role::QkvWeight | Role::UpWeight | Role::Logits => {
+            Initial::Normal { deviation: DEVIATION }
+        }
+    }
+}
+
+fn name(model: &ModelConfig, layer: Layer, role: Role) -> String {
+    let gated = model.activation == Activation::SwiGlu;
+    let part = match role {
+        Role::Table => return "embedding.weight".into(),
+        Role::PositionTable => return "embedding.positions".into(),
+        Role::FinalNormWeight => return "head.norm.weight".into(),
+        Role::FinalNormBias => return "head.norm.bias".into(),
+        Role::Logits => return "head.weight".into(),
+        Role::AttentionNormWeight => "attention.norm.weight",
+        Role::AttentionNormBias => "attention.norm.bias",
+        Role::QkvWeight => "attention.qkv.weight",
+        Role::QkvBias => "attention.qkv.bias",
+        Role::OutputWeight => "attention.output.weight",
+        Role::OutputBias => "attention.output.bias",
+        Role::MlpNormWeight => "mlp.norm.weight",
+        Role::MlpNormBias => "mlp.norm.bias",
+        Role::UpWeight if gated => "mlp.gate_up.weight",
+        Role::UpBias if gated => "mlp.gate_up.bias",
+        Role::UpWeight => "mlp.up.weight",
+        Role::UpBias => "mlp.up.bias",
+        Role::DownWeight => "mlp.down.weight",
+        Role::DownBias => "mlp.down.bias",
+    };
+    match layer {
+        Layer::Block(block) => format!("blocks.{block}.{part}"),
+        Layer::Embedding | Layer::Head => part.into(),
+    }
+}
+
+/// One of the equal parts that members of a group hold of a flat buffer: `ceil(len / count)` elements each, the last
+/// ones fewer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Shard {
+    /// Which part.
+    pub index: u32,
+    /// Of how many.
+    pub count: u32,
+}
+
+impl Shard {
+    /// The only part.
+    pub const WHOLE: Shard = Shard { index: 0, count: 1 };
+
+    /// Its elements of a buffer of `len`.
+    pub fn range(self, len: usize) -> Range<usize> {
+        let part = len.div_ceil(self.count.max(1) as usize);
+        let start = (self.index as usize * part).min(len);
+        start..(start + part).min(len)
+    }
+}
+
+/// What a rank holds of a stage through all steps: parameters and gradients of every unit, and both AdamW moments of its
+/// shard of them.
+pub(crate) fn persistent_operands(
+    workload: &TransformerWorkload,
+    stages: &[Stage],
+    stage: StageId,
+    moments: Shard,
+) -> Vec<Operand> {
+    let units = 0..stages[stage.index()].units.len() as u16;
+    units
+        .flat_map(|unit| {
+            let len = unit_parameters(workload, stages, stage, unit);
+            let operand = |tensor, class, elements| Operand { tensor, class, bytes: 4 * elements as u64 };
+            [
+                operand(Tensor::Parameters { stage, unit }, MemoryClass::Parameter, len),
+                operand(Tensor::Gradients { stage, unit }, MemoryClass::Gradient, len),
+                operand(Tensor::Moments { stage, unit }, MemoryClass::OptimizerState, 2 * moments.range(len).len()),
+            ]
+        })
+        .collect()
+}

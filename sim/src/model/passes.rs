@@ -1,0 +1,373 @@
+//! One pass over units of a stage: its kernels in order, and every tensor that it touches with its size.
+
+use super::activations::{Holder, Piece, Shape, held, length, padded, place};
+use super::parameters::{Role, Shard, matrix_for, persistent_operands, role_ranges, unit_parameters};
+use super::places::{OutputMatrix, Spot, spots};
+use super::steps::{Detail, Slice, Step};
+use super::{Layer, block, ends};
+use crate::program::{MemoryClass, OpKind, Pass, Stage, Tensor, TransformerWorkload};
+use crate::units::{MicrobatchId, StageId};
+use paceline_profiles::{KernelKey, KernelOp};
+use smallvec::SmallVec;
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// A tensor that an op touches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Operand {
+    /// Its name. The workspace of a pass is [`Tensor::Workspace`] `{ op: 0 }`.
+    pub tensor: Tensor,
+    /// What it is accounted as.
+    pub class: MemoryClass,
+    /// Its whole size.
+    pub bytes: u64,
+}
+
+/// A pass as kernels and operands.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelPass {
+    /// Kernels in order.
+    pub steps: Vec<Step>,
+    /// Every tensor it touches, in order of name.
+    pub operands: Vec<Operand>,
+}
+
+impl ModelPass {
+    /// The pass of an [`OpKind::Compute`] over the stages of a program with so many microbatches; nothing for other ops.
+    ///
+    /// F writes the input of the layer that follows its units, which is [`Tensor::StageOutput`] at the end of the stage. A
+    /// fused backward carries the gradient in [`Tensor::InputGradient`]; a split B writes every gradient into its place for
+    /// W. Stages on one rank hand over under the receiver's name: see [`neighbour`].
+    pub fn new(workload: &TransformerWorkload, stages: &[Stage], microbatches: u32, kind: &OpKind) -> ModelPass {
+        let &OpKind::Compute { pass, stage, microbatch, first, end } = kind else {
+            return ModelPass { steps: Vec::new(), operands: Vec::new() };
+        };
+        let all = spots(stages, stage);
+        let mut builder = Builder {
+            workload,
+            stages,
+            shape: Shape::of(workload),
+            microbatch,
+            spots: &all,
+            steps: Vec::new(),
+            workspace: Workspace::default(),
+        };
+        let within = |spot: &&Spot| (first..end).contains(&spot.unit);
+        match pass {
+            Pass::F | Pass::R => all.iter().filter(within).for_each(|spot| builder.layer(pass, spot)),
+            Pass::B | Pass::W | Pass::BW => all.iter().rev().filter(within).for_each(|spot| builder.layer(pass, spot)),
+        }
+        let operands = builder.operands(microbatches);
+        ModelPass { steps: builder.steps, operands }
+    }
+
+    /// Kernels by operator and shape, in order.
+    pub fn kernel_calls(&self) -> impl Iterator<Item = &KernelKey> {
+        self.steps.iter().map(|step| &step.key)
+    }
+
+    /// Floating-point operations of all matrix products, causal attention as it is computed.
+    pub fn flops(&self) -> f64 {
+        self.steps.iter().map(Step::flops).sum()
+    }
+
+    /// Bytes moved, each operand of each kernel once.
+    pub fn bytes_moved(&self) -> f64 {
+        self.steps.iter().map(Step::bytes).sum()
+    }
+}
+
+/// The name under which the neighbouring stage on the same rank knows a tensor: what leaves a stage is what enters the
+/// next. `None` where there is no neighbour in that direction, or for other tensors.
+pub fn neighbour(stages: &[Stage], tensor: Tensor) -> Option<Tensor> {
+    let starts = |stage: StageId| {
+        stages
+            .get(stage.index())
+            .and_then(|s| s.units.first())
+            .is_some_and(|u| u.layers.first() == Some(&Layer::Embedding))
+    };
+    match tensor {
+        Tensor::StageOutput { stage, microbatch } => {
+            let next = StageId(stage.0 + 1);
+            (next.index() < stages.len() && !starts(next)).then_some(Tensor::StageInput { stage: next, microbatch })
+        }
+        Tensor::InputGradient { stage, microbatch } => {
+            let before = StageId(stage.0.checked_sub(1)?);
+            (!starts(stage)).then_some(Tensor::OutputGradient { stage: before, microbatch })
+        }
+        _ => None,
+    }
+}
+
+/// What a rank holds of a stage through all steps: parameters and gradients of every unit, and both AdamW moments of its
+/// shard of them.
+pub fn persistent(workload: &TransformerWorkload, stages: &[Stage], stage: StageId, moments: Shard) -> Vec<Operand> {
+    persistent_operands(workload, stages, stage, moments)
+}
+
+/// Scratch of one pass: taken and given back in stack order.
+#[derive(Debug, Default)]
+pub(crate) struct Workspace {
+    next: usize,
+    highest: usize,
+}
+
+impl Workspace {
+    pub fn take(&mut self, len: usize) -> Slice {
+        let start = self.next;
+        self.next += padded(len);
+        self.highest = self.highest.max(self.next);
+        Slice { tensor: Tensor::Workspace { op: 0 }, range: start..start + len }
+    }
+
+    pub fn mark(&self) -> usize {
+        self.next
+    }
+
+    pub fn release(&mut self, mark: usize) {
+        self.next = mark;
+    }
+}
+
+/// Builds the kernels of a pass.
+pub(crate) struct Builder<'a> {
+    pub workload: &'a TransformerWorkload,
+    pub stages: &'a [Stage],
+    pub shape: Shape,
+    pub microbatch: MicrobatchId,
+    /// All layers of the stage.
+    pub spots: &'a [Spot],
+    pub steps: Vec<Step>,
+    pub workspace: Workspace,
+}
+
+impl Builder<'_> {
+    fn layer(&mut self, pass: Pass, spot: &Spot) {
+        match (spot.layer, pass) {
+            (Layer::Block(_), Pass::F) => block::forward(self, spot),
+            (Layer::Block(_), Pass::R) => block::recompute(self, spot),
+            (Layer::Block(_), Pass::B) => block::backward_input(self, spot),
+            (Layer::Block(_), Pass::W) => block::backward_weight(self, spot),
+            (Layer::Block(_), Pass::BW) => block::backward(self, spot),
+            (Layer::Embedding, Pass::F) => ends::embedding_forward(self, spot),
+            (Layer::Embedding, Pass::W) => ends::embedding_backward(self, spot, false),
+            (Layer::Embedding, Pass::BW) => ends::embedding_backward(self, spot, true),
+            (Layer::Head, Pass::F) => ends::head_forward(self, spot),
+            (Layer::Head, Pass::B) => ends::head_backward_input(self, spot),
+            (Layer::Head, Pass::W) => ends::head_backward_weight(self, spot),
+            (Layer::Head, Pass::BW) => ends::head_backward(self, spot),
+            // The embedding has no input gradient; the ends are not recomputed.
+            (Layer::Embedding, Pass::B | Pass::R) | (Layer::Head, Pass::R) => {}
+        }
+    }
+
+    fn unit_spots(&self, unit: u16) -> &[Spot] {
+        let start = self.spots.iter().position(|spot| spot.unit == unit).unwrap_or(self.spots.len());
+        let end = self.spots.iter().rposition(|spot| spot.unit == unit).map_or(start, |last| last + 1);
+        &self.spots[start..end]
+    }
+
+    fn order_of(&self, spot: &Spot) -> usize {
+        self.spots.iter().position(|s| (s.unit, s.index) == (spot.unit, spot.index)).unwrap_or(0)
+    }
+
+    /// A kept piece.
+    pub fn kept(&self, spot: &Spot, piece: Piece) -> Option<Slice> {
+        place(&self.shape, self.workload.recompute, self.unit_spots(spot.unit), spot, piece, self.microbatch)
+    }
+
+    /// A piece where it is kept, or in workspace where it is not (or must not be).
+    pub fn piece(&mut self, spot: &Spot, piece: Piece, transient: bool) -> Slice {
+        match self.kept(spot, piece).filter(|_| !transient) {
+            Some(slice) => slice,
+            None => self.workspace.take(length(&self.shape, piece, spot.layer)),
+        }
+    }
+
+    fn whole_hidden(&self, tensor: Tensor) -> Slice {
+        Slice { tensor, range: 0..self.shape.rows * self.shape.hidden }
+    }
+
+    /// `x` of a layer.
+    pub fn input(&self, spot: &Spot) -> Slice {
+        let stage_input = Tensor::StageInput { stage: spot.stage, microbatch: self.microbatch };
+        self.kept(spot, Piece::Input).unwrap_or_else(|| self.whole_hidden(stage_input))
+    }
+
+    /// Where the output of a layer goes: the input of the next, or out of the stage.
+    pub fn output(&self, spot: &Spot) -> Slice {
+        let leaves = Tensor::StageOutput { stage: spot.stage, microbatch: self.microbatch };
+        match self.spots.get(self.order_of(spot) + 1) {
+            Some(next) => self.input(next),
+            None => self.whole_hidden(leaves),
+        }
+    }
+
+    /// The gradient of a layer's output, as a split backward finds it.
+    pub fn output_delta(&self, spot: &Spot) -> Slice {
+        let enters = Tensor::OutputGradient { stage: spot.stage, microbatch: self.microbatch };
+        self.kept(spot, Piece::OutputDelta).unwrap_or_else(|| self.whole_hidden(enters))
+    }
+
+    /// Where a split backward leaves the gradient of a layer's input.
+    pub fn input_delta(&self, spot: &Spot) -> Slice {
+        match self.order_of(spot).checked_sub(1) {
+            Some(before) => self.output_delta(&self.spots[before]),
+            None => self.running_gradient(spot.stage),
+        }
+    }
+
+    /// The gradient that a fused backward carries from layer to layer.
+    pub fn running_gradient(&self, stage: StageId) -> Slice {
+        self.whole_hidden(Tensor::InputGradient { stage, microbatch: self.microbatch })
+    }
+
+    /// The gradient that enters the stage.
+    pub fn entering_gradient(&self, stage: StageId) -> Slice {
+        self.whole_hidden(Tensor::OutputGradient { stage, microbatch: self.microbatch })
+    }
+
+    /// A parameter of a layer, or its gradient.
+    pub fn parameter(&self, spot: &Spot, role: Role, gradient: bool) -> Option<Slice> {
+        let matrix = matrix_for(self.workload, self.stages, spot.stage);
+        let (stage, unit, layer, role) = match (role, matrix) {
+            (Role::Logits, OutputMatrix::Shared { stage, unit }) => (stage, unit, Layer::Embedding, Role::Table),
+            _ => (spot.stage, spot.unit, spot.layer, role),
+        };
+        let range =
+            role_ranges(self.workload, self.stages, stage, unit, layer).into_iter().find(|(r, _)| *r == role)?.1;
+        let tensor = if gradient { Tensor::Gradients { stage, unit } } else { Tensor::Parameters { stage, unit } };
+        Some(Slice { tensor, range })
+    }
+
+    /// A parameter that every model of this shape has.
+    pub fn weight(&self, spot: &Spot, role: Role, gradient: bool) -> Slice {
+        let whole = || Slice { tensor: Tensor::Parameters { stage: spot.stage, unit: spot.unit }, range: 0..0 };
+        self.parameter(spot, role, gradient).unwrap_or_else(whole)
+    }
+
+    /// Ids of the microbatch's tokens or targets.
+    pub fn ids(&self, targets: bool) -> Slice {
+        let microbatch = self.microbatch;
+        let tensor = if targets { Tensor::Targets { microbatch } } else { Tensor::Tokens { microbatch } };
+        Slice { tensor, range: 0..self.shape.rows }
+    }
+
+    pub fn push(&mut self, op: KernelOp, dims: &[usize], operands: impl IntoIterator<Item = Slice>, detail: Detail) {
+        let dims = dims.iter().map(|&d| d as u32).collect();
+        self.steps.push(Step { key: KernelKey { op, dims }, operands: operands.into_iter().collect(), detail });
+    }
+
+    /// `c[m,n] = a[m,k] b[n,k]^T`: the forward of a projection.
+    pub fn project(&mut self, a: &Slice, b: Slice, c: &Slice, n: usize, k: usize) {
+        let rows = self.shape.rows;
+        self.push(KernelOp::MatmulNt, &[rows, n, k], [a.clone(), b, c.clone()], Detail::None);
+    }
+
+    /// `c[m,n] = a[m,k] b[k,n]`: its backward for the input.
+    pub fn project_back(&mut self, a: &Slice, b: Slice, c: &Slice, n: usize, k: usize) {
+        let rows = self.shape.rows;
+        self.push(KernelOp::MatmulNn, &[rows, n, k], [a.clone(), b, c.clone()], Detail::None);
+    }
+
+    /// `c[m,n] += a[k,m]^T b[k,n]`: its backward for the weights.
+    pub fn accumulate(&mut self, a: &Slice, b: &Slice, c: Slice, m: usize, n: usize) {
+        let rows = self.shape.rows;
+        self.push(KernelOp::MatmulTn, &[m, n, rows], [a.clone(), b.clone(), c], Detail::None);
+    }
+
+    /// Adds a bias, if the layer has it.
+    pub fn bias(&mut self, spot: &Spot, role: Role, x: &Slice, cols: usize) {
+        if let Some(bias) = self.parameter(spot, role, false) {
+            self.push(KernelOp::AddBias, &[self.shape.rows, cols], [x.clone(), bias], Detail::None);
+        }
+    }
+
+    /// Accumulates the gradient of a bias, if the layer has it.
+    pub fn bias_gradient(&mut self, spot: &Spot, role: Role, dy: &Slice, cols: usize) {
+        if let Some(bias) = self.parameter(spot, role, true) {
+            self.push(KernelOp::BiasGradient, &[self.shape.rows, cols], [dy.clone(), bias], Detail::None);
+        }
+    }
+
+    /// `out = norm(x)`.
+    pub fn norm(&mut self, spot: &Spot, (weight, bias): (Role, Role), x: &Slice, out: &Slice, stats: &Slice) {
+        let dims = [self.shape.rows, self.shape.hidden];
+        let gamma = self.weight(spot, weight, false);
+        let op = if self.shape.layer_norm { KernelOp::LayerNorm } else { KernelOp::RmsNorm };
+        let beta = self.parameter(spot, bias, false);
+        let operands: SmallVec<[Slice; 7]> =
+            [x.clone(), gamma].into_iter().chain(beta).chain([out.clone(), stats.clone()]).collect();
+        self.push(op, &dims, operands, Detail::Epsilon(self.workload.model.norm_epsilon));
+    }
+
+    /// Accumulates the gradients of a norm: of its weights, and of its input into `dx`.
+    pub fn norm_backward(
+        &mut self,
+        spot: &Spot,
+        (weight, bias): (Role, Role),
+        (x, stats): (&Slice, &Slice),
+        dy: &Slice,
+        dx: &Slice,
+    ) {
+        let dims = [self.shape.rows, self.shape.hidden];
+        let (for_weight, for_input) = if self.shape.layer_norm {
+            (KernelOp::LayerNormBackwardWeight, KernelOp::LayerNormBackwardInput)
+        } else {
+            (KernelOp::RmsNormBackwardWeight, KernelOp::RmsNormBackwardInput)
+        };
+        let d_gamma = self.weight(spot, weight, true);
+        let d_beta = self.parameter(spot, bias, true);
+        let operands: SmallVec<[Slice; 7]> =
+            [x.clone(), stats.clone(), dy.clone(), d_gamma].into_iter().chain(d_beta).collect();
+        self.push(for_weight, &dims, operands, Detail::None);
+        let gamma = self.weight(spot, weight, false);
+        self.push(for_input, &dims, [x.clone(), gamma, stats.clone(), dy.clone(), dx.clone()], Detail::None);
+    }
+
+    /// An operator over elements; `len` of them.
+    pub fn elements<const N: usize>(&mut self, op: KernelOp, len: usize, operands: [&Slice; N]) {
+        self.push(op, &[len], operands.map(Clone::clone), Detail::None);
+    }
+
+    fn operands(&self, microbatches: u32) -> Vec<Operand> {
+        let mut used: BTreeMap<Tensor, usize> = BTreeMap::new();
+        for slice in self.steps.iter().flat_map(|step| &step.operands) {
+            let end = used.entry(slice.tensor).or_default();
+            *end = (*end).max(slice.range.end);
+        }
+        let sized = used.into_keys().map(|tensor| {
+            let (class, elements) = self.size(tensor, microbatches);
+            Operand { tensor, class, bytes: 4 * elements as u64 }
+        });
+        sized.collect()
+    }
+
+    /// Class and elements of a tensor.
+    fn size(&self, tensor: Tensor, microbatches: u32) -> (MemoryClass, usize) {
+        let kept = |unit: u16, holder| held(&self.shape, self.workload.recompute, self.unit_spots(unit), holder);
+        let whole = |stage, unit| unit_parameters(self.workload, self.stages, stage, unit);
+        match tensor {
+            Tensor::Parameters { stage, unit } => (MemoryClass::Parameter, whole(stage, unit)),
+            Tensor::Gradients { stage, unit } => (MemoryClass::Gradient, whole(stage, unit)),
+            Tensor::Moments { stage, unit } => (MemoryClass::OptimizerState, 2 * whole(stage, unit)),
+            Tensor::Tokens { .. } | Tensor::Targets { .. } => (MemoryClass::Activation, self.shape.rows),
+            Tensor::StageInput { .. }
+            | Tensor::StageOutput { .. }
+            | Tensor::OutputGradient { .. }
+            | Tensor::InputGradient { .. } => (MemoryClass::Activation, self.shape.rows * self.shape.hidden),
+            Tensor::Checkpoint { unit, .. } => (MemoryClass::Activation, kept(unit, Holder::Checkpoint)),
+            Tensor::SavedForB { unit, .. } => (MemoryClass::Activation, kept(unit, Holder::UntilB)),
+            Tensor::SavedForW { unit, .. } => (MemoryClass::Activation, kept(unit, Holder::UntilW)),
+            Tensor::DeltaForW { unit, .. } => (MemoryClass::Activation, kept(unit, Holder::Delta)),
+            Tensor::Losses => (MemoryClass::Activation, microbatches as usize),
+            Tensor::GradientNorm => (MemoryClass::CommScratch, 2),
+            Tensor::Workspace { .. } => (MemoryClass::Workspace, self.workspace.highest),
+        }
+    }
+}
+
+/// Elements `range` of a slice.
+pub(crate) fn part(slice: &Slice, range: Range<usize>) -> Slice {
+    Slice { tensor: slice.tensor, range: slice.range.start + range.start..slice.range.start + range.end }
+}
