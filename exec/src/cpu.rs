@@ -11,12 +11,11 @@ use crate::kernel_times::KernelTally;
 use crate::memory::RankMemory;
 use crate::seam::{Launch, Operands, Passes};
 use crate::settings::OptimizerSettings;
-use crate::shards::{Shares, shares};
 use paceline_kernels::{AdamW, Call, DType, Device, KernelError, View};
-use paceline_sim::program::{Op, OpKind, Payload, Program, RankProgram, Tensor};
+use paceline_sim::program::{Op, OpKind, Payload, Program, RankProgram, Shares, Tensor, shares};
 use paceline_sim::units::{MicrobatchId, OpId, RankId, StageId};
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// Communication by copies and sums in shared memory.
@@ -122,7 +121,7 @@ pub(crate) struct CpuHands<'a> {
     pub kernels: KernelTally,
     pub orders: StepOrders,
     /// By stage and unit: what it updates and counts.
-    shares: HashMap<(StageId, u16), Shares>,
+    shares: BTreeMap<(StageId, u16), Shares>,
     /// Losses of the microbatches whose loss it computes, of the last step.
     pub losses: Vec<f32>,
     loss_microbatches: Vec<MicrobatchId>,
@@ -137,12 +136,7 @@ impl<'a> CpuHands<'a> {
     /// Allocates the persistent buffers. Gradients, moments, losses and the norm are zero, parameters are not yet set.
     pub fn new(job: &'a Job<'a>, id: RankId) -> Result<Self, ExecError> {
         let rank = &job.program.ranks[id.index()];
-        let mut held = HashMap::new();
-        for buffer in &rank.buffers {
-            if let Tensor::Gradients { stage, unit } = buffer.tensor {
-                held.insert((stage, unit), shares(job.program, id, stage, unit)?);
-            }
-        }
+        let shares = shares(job.program, id).map_err(|error| ExecError::Program(error.to_string()))?;
         let losses = rank.ops.iter().filter_map(|op| match op.kind {
             OpKind::Compute { pass: paceline_sim::program::Pass::F, stage, microbatch, end, .. }
                 if job.passes.has_loss(stage) && usize::from(end) == job.program.stages[stage.index()].units.len() =>
@@ -156,7 +150,7 @@ impl<'a> CpuHands<'a> {
             curve: Vec::with_capacity(2 * rank.ops.len()),
             kernels: KernelTally::default(),
             orders: StepOrders::default(),
-            shares: held,
+            shares,
             losses: Vec::new(),
             loss_microbatches: losses.collect(),
             squared_norm: None,
@@ -341,9 +335,8 @@ impl Hands for CpuHands<'_> {
                     let tensor = rank.buffers[buffer.index()].tensor;
                     let Tensor::Gradients { stage, unit } = tensor else { continue };
                     let gradients = operands.view(tensor)?;
-                    let counted = self.shares[&(stage, unit)].norm.range(gradients.len());
                     let copy = job.passes.tied_copy(stage, unit).filter(|copy| !copy.counted).map(|copy| copy.range);
-                    for part in without(counted, copy.unwrap_or_default()) {
+                    for part in self.shares[&(stage, unit)].counted(gradients.len(), copy.unwrap_or_default()) {
                         launch.launch(Call::SumSquares { x: gradients.slice(part.start, part.len()), out })?;
                     }
                 }
@@ -393,7 +386,7 @@ impl Hands for CpuHands<'_> {
                     },
                 })?;
                 // AdamW zeroes the gradients that it used; the other members' shards are left from the reduction.
-                for part in without(0..gradients.len(), own) {
+                for part in self.shares[&(stage, unit)].leftover(gradients.len()) {
                     launch.launch(Call::Zero { x: gradients.slice(part.start, part.len()) })?;
                 }
             }
@@ -411,13 +404,6 @@ impl Hands for CpuHands<'_> {
         }
         self.curve.push((at, self.memory.settle()));
     }
-}
-
-/// The elements of `all` that are not in `hole`, as up to two ranges that are not empty.
-fn without(all: Range<usize>, hole: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let hole = hole.start.clamp(all.start, all.end)..hole.end.clamp(all.start, all.end);
-    let parts = if hole.is_empty() { [all, 0..0] } else { [all.start..hole.start, hole.end..all.end] };
-    parts.into_iter().filter(|part| !part.is_empty())
 }
 
 fn dtype(tensor: Tensor) -> DType {
@@ -480,21 +466,5 @@ impl Launch for Launcher<'_> {
         })?;
         self.tally.borrow_mut().add(&call, self.job.clock.now() - start);
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::without;
-
-    #[test]
-    fn without_cuts_a_hole() {
-        let cut = |all, hole| without(all, hole).map(|part| (part.start, part.end)).collect::<Vec<_>>();
-        assert_eq!(cut(0..10, 3..5), [(0, 3), (5, 10)]);
-        assert_eq!(cut(4..10, 0..6), [(6, 10)]);
-        assert_eq!(cut(4..10, 8..20), [(4, 8)]);
-        assert_eq!(cut(4..10, 0..4), [(4, 10)]);
-        assert_eq!(cut(4..10, 0..0), [(4, 10)]);
-        assert!(cut(4..10, 0..12).is_empty());
     }
 }

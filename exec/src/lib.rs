@@ -25,7 +25,6 @@ mod report;
 mod run;
 mod seam;
 mod settings;
-mod shards;
 mod slot;
 mod state;
 mod timeline;

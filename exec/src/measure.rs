@@ -12,7 +12,7 @@ mod overhead;
 mod samples;
 
 pub use from_run::rows_of_run;
-pub use grid::grid_around;
+pub use grid::{grid_around, usual_shapes};
 pub use machine::this_machine;
 
 use crate::error::ExecError;
@@ -221,6 +221,7 @@ impl Run<'_> {
             dtype: m.dtype.into(),
             subject: m.subject,
             busy_devices: m.busy_devices,
+            context: None,
             median_seconds: m.summary.median,
             spread_seconds: m.summary.spread,
             repetitions: m.summary.count,

@@ -7,6 +7,7 @@
 //! - [`recalibrate`]: corrects a profile by what a real run showed.
 
 mod cluster;
+mod context;
 mod curve;
 mod estimate;
 mod fit;
@@ -19,6 +20,7 @@ mod row;
 mod work;
 
 pub use cluster::{Cluster, ClusterError, Fabric, cluster_names, find_cluster};
+pub use context::*;
 pub use estimate::*;
 pub use fit::Line;
 pub use gpu::{Generation, Gpu, GpuError, find_gpu, gpus, parse as parse_gpus};

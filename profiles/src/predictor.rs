@@ -3,11 +3,13 @@
 //! A time is looked up in layers, each correcting the one below:
 //! 1. a curve per operator through the points measured while the usual number of devices worked;
 //! 2. the ratio to that when another number of devices works (they share caches and bandwidth);
-//! 3. the ratio of times inside real runs to times measured alone.
+//! 3. the ratio of times inside real runs to times measured alone, by the context of the run.
 //!
 //! A layer that has the very shape answers for it; a ratio is the median over the shapes that both layers have, of
-//! the operator, else of its family, else of all.
+//! the operator, else of its family, else of all. A shape that runs of other contexts showed keeps its own ratio, moved as
+//! the contexts differ for its operator.
 
+use crate::context::{Conditions, Context};
 use crate::curve::{Ladder, Sample, Surface};
 use crate::estimate::{Estimate, Provenance};
 use crate::fit::{Line, Point};
@@ -82,8 +84,10 @@ pub struct Residual {
 /// Foretells times from a profile.
 #[derive(Debug, Clone)]
 pub struct Predictor {
-    /// Seconds by subject, devices at work and source.
+    /// Seconds by subject, devices at work and source, of what was timed by itself.
     exact: HashMap<(Subject, u32, Source), f64>,
+    /// Seconds inside runs.
+    traced: HashMap<(Subject, u32, Option<Context>), f64>,
     /// How many devices worked when the curves were measured.
     usual_busy: u32,
     curves: BTreeMap<Group, Curve>,
@@ -92,10 +96,16 @@ pub struct Predictor {
     general: Line,
     /// By number of devices at work: ratio to the curves.
     busy: BTreeMap<u32, Ratios>,
-    /// By number of devices at work: ratio of times in runs to times measured alone.
-    traced: BTreeMap<u32, Ratios>,
+    /// Ratios of times in runs to times measured alone: by context and devices at work, and over all runs.
+    runs: BTreeMap<Run, Ratios>,
+    all_runs: Ratios,
+    /// By subject, over all runs.
+    shapes: HashMap<Subject, f64>,
     residuals: BTreeMap<Class, Vec<Sample>>,
 }
+
+/// A kind of run: its context, and how many devices worked.
+type Run = (Option<Context>, u32);
 
 /// What one curve goes through: a class, collectives by number of members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -232,9 +242,13 @@ impl Predictor {
     /// # Errors
     /// When the profile has no kernel at all, or a fit fails.
     pub fn new(profile: &Profile) -> Result<Predictor, ProfileError> {
-        let mut exact = HashMap::new();
+        let (mut exact, mut traced) = (HashMap::new(), HashMap::new());
         for row in &profile.rows {
-            exact.insert((row.subject.clone(), row.busy_devices, row.source), row.median_seconds);
+            let subject = row.subject.clone();
+            match row.source {
+                Source::Trace => traced.insert((subject, row.busy_devices, row.context), row.median_seconds),
+                source => exact.insert((subject, row.busy_devices, source), row.median_seconds),
+            };
         }
         let usual_busy = usual_busy(&profile.rows);
 
@@ -292,83 +306,116 @@ impl Predictor {
             .collect::<Result<_, ProfileError>>()?;
         let mut predictor = Predictor {
             exact,
+            traced,
             usual_busy,
             curves,
             families,
             general: Line::fit("all kernels", &all)?,
             busy: BTreeMap::new(),
-            traced: BTreeMap::new(),
+            runs: BTreeMap::new(),
+            all_runs: Ratios::default(),
+            shapes: HashMap::new(),
             residuals,
         };
-        predictor.busy =
-            predictor.ratios(&profile.rows, |row| row.source != Source::Trace && row.busy_devices != usual_busy);
-        predictor.busy.entry(usual_busy).or_default();
-        predictor.traced = predictor.ratios(&profile.rows, |row| row.source == Source::Trace);
+        predictor.learn_contention(&profile.rows);
+        predictor.learn_runs();
         Ok(predictor)
     }
 
-    /// The ratios of some rows to the layer below them, by number of devices at work.
-    fn ratios(&self, rows: &[Row], wanted: impl Fn(&Row) -> bool) -> BTreeMap<u32, Ratios> {
+    /// The second layer: ratios of times with another number of devices at work.
+    fn learn_contention(&mut self, rows: &[Row]) {
         let mut pairs: BTreeMap<u32, Vec<(Class, f64)>> = BTreeMap::new();
-        for row in rows.iter().filter(|row| wanted(row)) {
-            let below = match row.source {
-                Source::Trace => self.measured(&row.subject, row.busy_devices),
-                Source::Measured | Source::Datasheet => self.curve(&row.subject),
-            };
-            if let Some(below) = below.filter(|below| below.seconds > 0.0) {
+        for row in rows.iter().filter(|row| row.source != Source::Trace && row.busy_devices != self.usual_busy) {
+            if let Some(below) = self.curve(&row.subject).filter(|below| below.seconds > 0.0) {
                 let ratio = row.median_seconds / below.seconds;
                 pairs.entry(row.busy_devices).or_default().push((Class::of(&row.subject), ratio));
             }
         }
-        pairs.into_iter().map(|(busy, pairs)| (busy, Ratios::new(pairs.into_iter()))).collect()
+        self.busy = pairs.into_iter().map(|(busy, pairs)| (busy, Ratios::new(pairs.into_iter()))).collect();
+        self.busy.entry(self.usual_busy).or_default();
     }
 
-    /// Time of a kernel while `busy` devices work.
-    pub fn kernel(&self, key: &KernelKey, busy: u32) -> Estimate {
-        let found = self.seconds(&Subject::Kernel(key.clone()), busy);
+    /// The third layer: ratios of times inside runs.
+    fn learn_runs(&mut self) {
+        let mut pairs: BTreeMap<Run, Vec<(Class, f64)>> = BTreeMap::new();
+        let mut shapes: HashMap<Subject, Vec<f64>> = HashMap::new();
+        for ((subject, busy, context), seconds) in &self.traced {
+            if let Some(below) = self.measured(subject, *busy).filter(|below| below.seconds > 0.0) {
+                let ratio = seconds / below.seconds;
+                pairs.entry((*context, *busy)).or_default().push((Class::of(subject), ratio));
+                shapes.entry(subject.clone()).or_default().push(ratio);
+            }
+        }
+        self.all_runs = Ratios::new(pairs.values().flatten().copied());
+        self.runs = pairs.into_iter().map(|(run, pairs)| (run, Ratios::new(pairs.into_iter()))).collect();
+        self.shapes = shapes.into_iter().filter_map(|(shape, ratios)| Some((shape, median(ratios)?))).collect();
+    }
+
+    /// The ratios of the runs most like those that are asked about: of the same context with about as many devices at work,
+    /// else of those that compute the same again. `None` where no run was like that.
+    fn like(&self, under: Conditions) -> Option<&Ratios> {
+        let wanted = under.context?;
+        let of = |fits: &dyn Fn(Context) -> bool| {
+            let fitting = self.runs.iter().filter(|((context, _), _)| context.is_some_and(fits));
+            nearest(&fitting.map(|(&(_, busy), ratios)| (busy, ratios)).collect(), under.busy).copied()
+        };
+        of(&|context| context == wanted).or_else(|| of(&|context| context.recomputed == wanted.recomputed))
+    }
+
+    /// Time of a kernel.
+    pub fn kernel(&self, key: &KernelKey, under: impl Into<Conditions>) -> Estimate {
+        let under = under.into();
+        let found = self.seconds(&Subject::Kernel(key.clone()), under);
         found.unwrap_or_else(|| {
             let Work { flops, bytes } = Work::of(key);
             let line = self.families.get(&key.op.family()).unwrap_or(&self.general);
             let class = Class::Kernel(key.op);
-            let ratio = |layer: &BTreeMap<u32, Ratios>| nearest(layer, busy).map_or(1.0, |ratios| ratios.of(class));
-            let seconds = line.seconds(flops, bytes) * ratio(&self.busy) * ratio(&self.traced);
-            Estimate { seconds, provenance: Provenance::Assumed }
+            let contention = nearest(&self.busy, under.busy).map_or(1.0, |ratios| ratios.of(class));
+            let inside = self.like(under).unwrap_or(&self.all_runs).of(class);
+            Estimate { seconds: line.seconds(flops, bytes) * contention * inside, provenance: Provenance::Assumed }
         })
     }
 
     /// Time of the copy of a message by its receiver.
-    pub fn transfer(&self, bytes: u64, busy: u32) -> Estimate {
+    pub fn transfer(&self, bytes: u64, under: impl Into<Conditions>) -> Estimate {
         if bytes == 0 {
             return Estimate { seconds: 0.0, provenance: Provenance::Measured };
         }
-        let found = self.seconds(&Subject::Transfer { bytes }, busy);
+        let found = self.seconds(&Subject::Transfer { bytes }, under.into());
         found.unwrap_or_else(|| self.moving(2.0 * bytes as f64))
     }
 
     /// Time of one member's part of a round of a collective over an array of `bytes`.
-    pub fn collective(&self, round: CollectiveRound, members: u32, bytes: u64, busy: u32) -> Estimate {
+    pub fn collective(
+        &self,
+        round: CollectiveRound,
+        members: u32,
+        bytes: u64,
+        under: impl Into<Conditions>,
+    ) -> Estimate {
         if bytes == 0 || members <= 1 {
             return Estimate { seconds: 0.0, provenance: Provenance::Measured };
         }
         let subject = Subject::Collective { round, members, bytes };
-        let found = self.seconds(&subject, busy);
+        let found = self.seconds(&subject, under.into());
         found.unwrap_or_else(|| self.moving(Place::of(&subject).map_or(0.0, |(_, place)| place.bytes)))
     }
 
     /// A cost of the executor; nothing (assumed) where the profile does not know it.
-    pub fn overhead(&self, overhead: Overhead, busy: u32) -> Estimate {
+    pub fn overhead(&self, overhead: Overhead, under: impl Into<Conditions>) -> Estimate {
+        let Conditions { busy, context } = under.into();
         let subject = Subject::Overhead(overhead);
-        let source = |s: Source| {
-            let at: BTreeMap<u32, f64> = self
-                .exact
-                .iter()
-                .filter(|((of, _, source), _)| *of == subject && *source == s)
-                .map(|((_, busy, _), &seconds)| (*busy, seconds))
-                .collect();
-            nearest(&at, busy).copied()
+        let inside = |like: &dyn Fn(Option<Context>) -> bool| {
+            let times = self.traced.iter().filter(|((of, _, run), _)| *of == subject && like(*run));
+            nearest(&times.map(|((_, busy, _), &seconds)| (*busy, seconds)).collect(), busy).copied()
         };
-        let stated = |s| source(s).map(|seconds| (seconds, s));
-        match stated(Source::Trace).or_else(|| stated(Source::Measured)).or_else(|| stated(Source::Datasheet)) {
+        let stated = |source: Source| {
+            let times = self.exact.iter().filter(|((of, _, s), _)| *of == subject && *s == source);
+            nearest(&times.map(|((_, busy, _), &seconds)| (*busy, seconds)).collect(), busy).copied()
+        };
+        let of_runs = inside(&|run| run == context).or_else(|| inside(&|_| true)).map(|s| (s, Source::Trace));
+        let of_source = |source| stated(source).map(|seconds| (seconds, source));
+        match of_runs.or_else(|| of_source(Source::Measured)).or_else(|| of_source(Source::Datasheet)) {
             Some((seconds, source)) => Estimate { seconds, provenance: provenance(source) },
             None => match overhead {
                 // What sharing adds is unknown then; what is common is not.
@@ -386,15 +433,21 @@ impl Predictor {
     }
 
     /// Through all layers; `None` where nothing of the class was measured.
-    pub fn seconds(&self, subject: &Subject, busy: u32) -> Option<Estimate> {
-        if let Some(&seconds) = self.exact.get(&(subject.clone(), busy, Source::Trace)) {
+    pub fn seconds(&self, subject: &Subject, under: impl Into<Conditions>) -> Option<Estimate> {
+        let under = under.into();
+        if let Some(&seconds) = self.traced.get(&(subject.clone(), under.busy, under.context)) {
             return Some(Estimate { seconds, provenance: Provenance::Measured });
         }
-        let below = self.measured(subject, busy);
-        match nearest(&self.traced, busy) {
-            Some(ratios) => below.map(|estimate| estimate.scaled(ratios.of(Class::of(subject)))),
-            None => below,
+        let below = self.measured(subject, under.busy)?;
+        if self.runs.is_empty() {
+            return Some(below);
         }
+        let class = Class::of(subject);
+        let usual = self.all_runs.of(class);
+        // How runs like this one differ from all runs, for kernels of this class.
+        let special = self.like(under).and_then(|ratios| ratios.classes.get(&class)).map_or(1.0, |ratio| ratio / usual);
+        let own = self.shapes.get(subject).copied().unwrap_or(usual);
+        Some(below.scaled(own * special))
     }
 
     /// Measured alone, or as interpolated from that.

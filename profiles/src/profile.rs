@@ -3,6 +3,7 @@
 //! Every row repeats the format version and the machine, so that files can be filtered, sorted and read by any tool that
 //! reads tables, and a row keeps its meaning wherever it is copied to. Rows of two machines in one file are refused.
 
+use crate::context::Context;
 use crate::kernel_key::{KernelKey, KernelOp};
 use crate::row::{CollectiveRound, Machine, Overhead, Row, Source, Subject};
 use csv::{Position, StringRecord};
@@ -15,13 +16,14 @@ use thiserror::Error;
 pub const PROFILE_FORMAT: &str = "paceline.profile/1";
 
 /// The columns, in order.
-pub const COLUMNS: [&str; 15] = [
+pub const COLUMNS: [&str; 16] = [
     "format",
     "kind",
     "op",
     "shape",
     "dtype",
     "busy_devices_count",
+    "context",
     "median_seconds",
     "spread_seconds",
     "repetitions_count",
@@ -117,7 +119,7 @@ impl Profile {
         if let Some(other) = newer.made_elsewhere(&self.machine) {
             return Err(other);
         }
-        let what = |row: &Row| (row.subject.clone(), row.busy_devices, row.source);
+        let what = |row: &Row| (row.subject.clone(), row.busy_devices, row.source, row.context);
         let replaced: HashSet<_> = newer.rows.iter().map(what).collect();
         self.rows.retain(|row| !replaced.contains(&what(row)));
         self.rows.extend(newer.rows);
@@ -187,7 +189,7 @@ impl Profile {
         let mut writer = csv::Writer::from_writer(to);
         writer.write_record(COLUMNS).map_err(failed)?;
         let mut rows: Vec<&Row> = self.rows.iter().collect();
-        rows.sort_by_key(|row| (&row.subject, row.source, row.busy_devices));
+        rows.sort_by_key(|row| (&row.subject, row.source, row.busy_devices, row.context));
         for row in rows {
             writer
                 .write_record([
@@ -197,6 +199,7 @@ impl Profile {
                     &row.subject.shape(),
                     &row.dtype,
                     &row.busy_devices.to_string(),
+                    &row.context.map_or_else(String::new, |context| context.to_string()),
                     // `{:e}` prints the shortest text that reads back as the same number.
                     &format!("{:e}", row.median_seconds),
                     &format!("{:e}", row.spread_seconds),
@@ -266,6 +269,7 @@ impl Fields<'_> {
             subject: self.subject()?,
             dtype: self.get("dtype").into(),
             busy_devices: self.whole("busy_devices_count")?,
+            context: self.context()?,
             median_seconds: self.seconds("median_seconds", |s| s > 0.0, "a time above zero is needed")?,
             spread_seconds: self.seconds("spread_seconds", |s| s >= 0.0, "a time is needed")?,
             repetitions: self.whole("repetitions_count")?,
@@ -274,6 +278,13 @@ impl Fields<'_> {
             versions: self.get("versions").into(),
         };
         Ok((machine, row))
+    }
+
+    fn context(&self) -> Result<Option<Context>, ProfileError> {
+        match self.get("context") {
+            "" => Ok(None),
+            text => text.parse().map(Some).map_err(|allowed: String| self.refuse("context", allowed)),
+        }
     }
 
     fn subject(&self) -> Result<Subject, ProfileError> {

@@ -1,6 +1,7 @@
 //! Correcting a profile by what real runs showed: times inside a run differ from times measured alone, because caches
 //! hold what the last kernel left.
 
+use crate::context::{Conditions, Context};
 use crate::predictor::{Class, Predictor, median};
 use crate::profile::{Profile, ProfileError};
 use crate::row::{Row, Source, Subject};
@@ -44,18 +45,18 @@ impl Correction {
 }
 
 /// Adds the times that runs showed (`traced`: one row for each subject and run, with its number of calls) to a profile.
-/// They answer for their own shapes; other shapes are scaled by the median ratio of their class. What runs showed
+/// They answer for their own shapes in runs of their context; other shapes and contexts are scaled by what these show. What runs showed
 /// before of the same subject is replaced. A profile without measurements of its own becomes one of these rows.
 ///
 /// # Errors
 /// When a fit fails, or neither the profile nor the runs know a kernel time.
 pub fn recalibrate(profile: &Profile, traced: &[Row]) -> Result<Recalibration, ProfileError> {
-    let mut merged: BTreeMap<(&Subject, u32), Vec<&Row>> = BTreeMap::new();
+    let mut merged: BTreeMap<Place, Vec<&Row>> = BTreeMap::new();
     for row in traced {
-        merged.entry((&row.subject, row.busy_devices)).or_default().push(row);
+        merged.entry(place(row)).or_default().push(row);
     }
     let mut corrected = profile.clone();
-    corrected.rows.retain(|row| row.source != Source::Trace || !merged.contains_key(&(&row.subject, row.busy_devices)));
+    corrected.rows.retain(|row| row.source != Source::Trace || !merged.contains_key(&place(row)));
     for rows in merged.values() {
         corrected.rows.extend(pooled(rows));
     }
@@ -69,7 +70,7 @@ pub fn recalibrate(profile: &Profile, traced: &[Row]) -> Result<Recalibration, P
     for row in traced {
         let class = Class::of(&row.subject);
         let calls = row.repetitions as f64;
-        let foretold = |predictor: &Predictor| estimate(predictor, &row.subject, row.busy_devices) * calls;
+        let foretold = |predictor: &Predictor| estimate(predictor, row) * calls;
         let entry = classes.entry(class).or_insert(Correction {
             class,
             count: 0,
@@ -87,12 +88,20 @@ pub fn recalibrate(profile: &Profile, traced: &[Row]) -> Result<Recalibration, P
     Ok(Recalibration { profile: corrected, classes })
 }
 
-fn estimate(predictor: &Predictor, subject: &Subject, busy: u32) -> f64 {
-    match subject {
-        Subject::Kernel(key) => predictor.kernel(key, busy),
-        &Subject::Transfer { bytes } => predictor.transfer(bytes, busy),
-        &Subject::Collective { round, members, bytes } => predictor.collective(round, members, bytes, busy),
-        &Subject::Overhead(overhead) => predictor.overhead(overhead, busy),
+/// What a row of a run answers for.
+type Place<'r> = (&'r Subject, u32, Option<Context>);
+
+fn place(row: &Row) -> Place<'_> {
+    (&row.subject, row.busy_devices, row.context)
+}
+
+fn estimate(predictor: &Predictor, row: &Row) -> f64 {
+    let under = Conditions { busy: row.busy_devices, context: row.context };
+    match &row.subject {
+        Subject::Kernel(key) => predictor.kernel(key, under),
+        &Subject::Transfer { bytes } => predictor.transfer(bytes, under),
+        &Subject::Collective { round, members, bytes } => predictor.collective(round, members, bytes, under),
+        &Subject::Overhead(overhead) => predictor.overhead(overhead, under),
     }
     .seconds
 }

@@ -1,5 +1,6 @@
 //! One measurement: what was timed, on what machine, how often, and with what result.
 
+use crate::context::Context;
 use crate::kernel_key::KernelKey;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -174,6 +175,8 @@ pub struct Row {
     pub dtype: String,
     /// How many devices of the machine worked at that time: they share caches and memory bandwidth.
     pub busy_devices: u32,
+    /// The circumstances of the run, where it was timed inside one.
+    pub context: Option<Context>,
     /// Median over the repetitions; inside a run, the mean over the calls of a typical step.
     pub median_seconds: f64,
     /// Distance between the quartiles.

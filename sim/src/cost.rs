@@ -5,8 +5,10 @@ use crate::units::{Nanos, RankId};
 use smallvec::SmallVec;
 
 mod fixed;
+mod profile;
 
 pub use fixed::{FixedTimes, StageTimes};
+pub use profile::{CostError, ProfileCost, context_of, kernels_of};
 
 /// A source of op costs. Implementations are pure: the same question gets the same answer.
 pub trait CostModel: Sync {

@@ -3,7 +3,8 @@
 
 use super::machine;
 use crate::report::RunReport;
-use paceline_profiles::{Overhead, Predictor, Row, Source, Subject};
+use paceline_profiles::{Conditions, Overhead, Predictor, Row, Source, Subject};
+use paceline_sim::cost::context_of;
 use paceline_sim::program::{OpKind, Program, Stream};
 use std::collections::BTreeMap;
 
@@ -13,10 +14,12 @@ use std::collections::BTreeMap;
 /// over ops and calls as `measured` would split it; without, it is all the ops'.
 pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Predictor>) -> Vec<Row> {
     let busy_devices = program.devices.len() as u32;
+    let context = context_of(program);
     let row = |subject, dtype: &str, seconds: f64, spread: f64, repetitions| Row {
         subject,
         dtype: dtype.into(),
         busy_devices,
+        context,
         median_seconds: seconds.max(1e-9),
         spread_seconds: spread,
         repetitions,
@@ -61,7 +64,8 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
         let own = rank.ops.iter().filter(|op| op.stream == Stream::COMPUTE).count() * steps;
         ops[usize::from(shared)] += own as u64;
     }
-    let cost = |overhead| measured.map_or(0.0, |m| m.overhead(overhead, busy_devices).seconds);
+    let under = Conditions { busy: busy_devices, context };
+    let cost = |overhead| measured.map_or(0.0, |m| m.overhead(overhead, under).seconds);
     let kinds = [(Overhead::Op, ops[0]), (Overhead::SharedOp, ops[1]), (Overhead::Call, calls)];
     let expected: f64 = kinds.iter().map(|&(overhead, count)| cost(overhead) * count as f64).sum();
     for (overhead, count) in kinds.into_iter().filter(|&(_, count)| count > 0) {

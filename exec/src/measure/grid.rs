@@ -1,7 +1,94 @@
-//! Shapes around those of a job, so that what is nearly measured is well interpolated.
+//! Shapes to measure beside those of a job: around them, so that what is nearly measured is well interpolated, and
+//! those of usual models, for a profile before there is a job.
 
 use paceline_profiles::{Family, KernelKey, KernelOp};
+use paceline_sim::model::parameters::unit_parameters;
+use paceline_sim::model::{Activation, Layer, ModelConfig, ModelPass, Norm, Positions};
+use paceline_sim::program::{OpKind, Pass, Recompute, Stage, TransformerWorkload, Unit};
+use paceline_sim::units::{MicrobatchId, StageId};
 use std::collections::BTreeSet;
+
+/// Widths of usual small models.
+const WIDTHS: [u32; 4] = [128, 256, 512, 1024];
+/// Tokens of their sequences.
+const SEQUENCES: [u32; 2] = [256, 1024];
+/// Bytes, and a small vocabulary of words.
+const VOCABULARIES: [u32; 2] = [256, 8192];
+
+/// The kernels of llama-like and gpt2-like models of usual widths, over usual sequences: what a profile needs to say
+/// something about most jobs that fit a machine of a few cores. In order, without repetition.
+pub fn usual_shapes() -> Vec<KernelKey> {
+    let mut all = BTreeSet::new();
+    for width in WIDTHS {
+        for seq in SEQUENCES {
+            for vocab in VOCABULARIES {
+                for model in [llama(width, vocab), gpt(width, vocab)] {
+                    all.extend(kernels(model, seq));
+                }
+            }
+        }
+    }
+    all.into_iter().collect()
+}
+
+fn llama(width: u32, vocab: u32) -> ModelConfig {
+    let heads = (width / 64).max(2);
+    ModelConfig {
+        name: format!("llama-like {width}"),
+        layers: 1,
+        hidden: width,
+        heads,
+        kv_heads: heads / 2,
+        head_dim: width / heads,
+        // Two thirds of four times the width, to a multiple of 128.
+        intermediate: (8 * width / 3).next_multiple_of(128),
+        vocab,
+        max_positions: 1024,
+        norm: Norm::RmsNorm,
+        norm_epsilon: 1e-5,
+        activation: Activation::SwiGlu,
+        positions: Positions::Rotary { theta: 10_000.0 },
+        qkv_bias: false,
+        attention_output_bias: false,
+        mlp_bias: false,
+        tied_embeddings: false,
+    }
+}
+
+fn gpt(width: u32, vocab: u32) -> ModelConfig {
+    let llama = llama(width, vocab);
+    ModelConfig {
+        name: format!("gpt-like {width}"),
+        kv_heads: llama.heads,
+        intermediate: 4 * width,
+        norm: Norm::LayerNorm,
+        activation: Activation::Gelu,
+        positions: Positions::Learned,
+        qkv_bias: true,
+        attention_output_bias: true,
+        mlp_bias: true,
+        ..llama
+    }
+}
+
+/// Kernels of all passes of a model of one block, and of its optimizer.
+fn kernels(model: ModelConfig, seq: u32) -> BTreeSet<KernelKey> {
+    let workload =
+        TransformerWorkload { model, micro_batch: 1, seq, recompute: Recompute::None, tied_on_one_rank: false };
+    let units = [Layer::Embedding, Layer::Block(0), Layer::Head].map(|layer| Unit { layers: vec![layer] });
+    let stages = [Stage { units: units.to_vec() }];
+    let (stage, microbatch) = (StageId(0), MicrobatchId(0));
+    let mut all = BTreeSet::new();
+    for pass in [Pass::F, Pass::B, Pass::W, Pass::BW] {
+        let kind = OpKind::Compute { pass, stage, microbatch, first: 0, end: 3 };
+        all.extend(ModelPass::new(&workload, &stages, 1, &kind).kernel_calls().cloned());
+    }
+    let block = unit_parameters(&workload, &stages, stage, 1) as u32;
+    for op in [KernelOp::SumSquares, KernelOp::AdamW, KernelOp::Zero] {
+        all.extend(KernelKey::new(op, &[block]));
+    }
+    all
+}
 
 /// Shapes next to `keys` and not among them: with half and twice the tokens, and for operators whose time is that of
 /// moving bytes, a quarter and four times as many. In order, without repetition.
@@ -61,6 +148,19 @@ mod tests {
             key(KernelOp::Attention, &[2, 256, 4, 4, 64]),
         ];
         assert_eq!(around, expected);
+    }
+
+    #[test]
+    fn usual_shapes_leave_out_what_training_does_not_call() {
+        let shapes = usual_shapes();
+        assert!(shapes.is_sorted() && shapes.len() > 200, "{}", shapes.len());
+        let of = |op: KernelOp| shapes.iter().filter(move |key| key.op == op).count();
+        // The sum into a third array is left to other layers than ours.
+        for op in KernelOp::ALL.into_iter().filter(|&op| op != KernelOp::Sum) {
+            assert!(of(op) >= WIDTHS.len(), "{op}: {}", of(op));
+        }
+        assert!(shapes.contains(&key(KernelOp::MatmulNt, &[1024, 2048, 512])), "up projection of a gpt 512 wide");
+        assert!(shapes.contains(&key(KernelOp::Attention, &[1, 256, 4, 2, 64])), "a llama 256 wide");
     }
 
     #[test]

@@ -1,4 +1,5 @@
 use super::*;
+use crate::context::Recomputed;
 use crate::row::Machine;
 use proptest::prelude::*;
 
@@ -11,6 +12,7 @@ fn row(subject: Subject, busy_devices: u32, source: Source, median_seconds: f64)
         subject,
         dtype: "f32".into(),
         busy_devices,
+        context: None,
         median_seconds,
         spread_seconds: 0.0,
         repetitions: 10,
@@ -206,4 +208,38 @@ proptest! {
         let times: Vec<f64> = sizes.iter().map(|&n| predictor.kernel(&add(n), 1).seconds).collect();
         prop_assert!(times.is_sorted_by(|a, b| *a <= *b * (1.0 + 1e-12)), "{sizes:?} {times:?}");
     }
+}
+
+#[test]
+fn times_inside_runs_are_told_apart_by_context() {
+    let context = |recomputed, shared| Some(Context { recomputed, shared });
+    let (kept, again) = (context(Recomputed::Nothing, false), context(Recomputed::Blocks, false));
+    let alone = |n: u32| f64::from(n) * 1e-9;
+    let traced = |n: u32, context, ratio: f64| Row {
+        context,
+        ..row(Subject::Kernel(add(n)), 2, Source::Trace, ratio * alone(n))
+    };
+    let mut rows: Vec<Row> = [1u32 << 10, 1 << 12, 1 << 14, 1 << 16]
+        .map(|n| row(Subject::Kernel(add(n)), 2, Source::Measured, alone(n)))
+        .to_vec();
+    rows.extend([traced(1 << 10, kept, 1.2), traced(1 << 12, kept, 1.2), traced(1 << 14, kept, 1.5)]);
+    rows.extend([traced(1 << 10, again, 0.8), traced(1 << 12, again, 0.8)]);
+    let predictor = Predictor::new(&profile(rows)).unwrap();
+    let ratio = |n: u32, context| {
+        let found = predictor.kernel(&key(KernelOp::Add, &[n]), Conditions { busy: 2, context });
+        (found.seconds / alone(n), found.provenance)
+    };
+    let is = |found: (f64, Provenance), expected: f64, provenance| close(found.0, expected) && found.1 == provenance;
+    assert!(is(ratio(1 << 10, kept), 1.2, Provenance::Measured));
+    assert!(is(ratio(1 << 10, again), 0.8, Provenance::Measured));
+    // No run showed this shape: as its class in runs of the same context.
+    assert!(is(ratio(1 << 16, kept), 1.2, Provenance::Fitted));
+    assert!(is(ratio(1 << 16, again), 0.8, Provenance::Fitted));
+    // Shown by the other context only: slower than its class there, and so a slower one of the class here. The median over
+    // all runs is 1.2.
+    assert!(is(ratio(1 << 14, again), 1.5 * 0.8 / 1.2, Provenance::Fitted));
+    // A context that no run had: the nearest one, else all runs.
+    assert!(is(ratio(1 << 16, context(Recomputed::Blocks, true)), 0.8, Provenance::Fitted));
+    assert!(is(ratio(1 << 16, context(Recomputed::Some, false)), 1.2, Provenance::Fitted));
+    assert!(is(ratio(1 << 16, None), 1.2, Provenance::Fitted));
 }

@@ -10,6 +10,7 @@ fn row(subject: Subject) -> Row {
         subject,
         dtype: "f32".into(),
         busy_devices: 2,
+        context: None,
         median_seconds: 1.25e-3,
         spread_seconds: 0.0,
         repetitions: 31,
@@ -55,9 +56,9 @@ fn the_file_is_this() {
     let profile = Profile { machine: machine(), rows: vec![row(matmul(512))] };
     assert_eq!(
         text(&profile),
-        "format,kind,op,shape,dtype,busy_devices_count,median_seconds,spread_seconds,repetitions_count,source,device,\
+        "format,kind,op,shape,dtype,busy_devices_count,context,median_seconds,spread_seconds,repetitions_count,source,device,\
          host,cores_count,date_utc,versions\n\
-         paceline.profile/1,kernel,matmul-nt,m=512;n=768;k=256,f32,2,1.25e-3,0e0,31,measured,cpu,\
+         paceline.profile/1,kernel,matmul-nt,m=512;n=768;k=256,f32,2,,1.25e-3,0e0,31,measured,cpu,\
          \"A \"\"fast\"\" one, really\",2,2026-11-21,paceline 0.1.0\n"
     );
 }
@@ -84,7 +85,7 @@ fn newer_formats_and_wrong_headers_are_refused() {
     }
     let header = text(&sample()).replacen("median_seconds", "median_ms", 1);
     match Profile::read(header.as_bytes()) {
-        Err(ProfileError::Header { column: 7, found, expected: "median_seconds" }) => assert_eq!(found, "median_ms"),
+        Err(ProfileError::Header { column: 8, found, expected: "median_seconds" }) => assert_eq!(found, "median_ms"),
         other => panic!("{other:?}"),
     }
     assert!(matches!(Profile::read("".as_bytes()), Err(ProfileError::Empty)));
@@ -100,6 +101,7 @@ fn each_malformed_value_is_named_with_its_line() {
         ("shape", "m=512;n=768"),
         ("shape", "m=512;n=768;k=-1"),
         ("busy_devices_count", "0"),
+        ("context", "recompute=never"),
         ("median_seconds", "0"),
         ("median_seconds", "-1e-3"),
         ("median_seconds", "nan"),
@@ -156,11 +158,13 @@ fn subjects() -> impl Strategy<Value = Subject> {
 
 fn rows() -> impl Strategy<Value = Row> {
     let times = (1e-9f64..1e3, 0f64..1.0);
-    (subjects(), "[a-z0-9]{0,4}", 1u32.., times, 1u64.., 0..3usize, "[ -~]{0,12}", "\\PC{0,12}").prop_map(
-        |(subject, dtype, busy_devices, (median_seconds, spread_seconds), repetitions, source, date, versions)| Row {
+    let run = (1u32.., 0..=6usize);
+    (subjects(), "[a-z0-9]{0,4}", run, times, 1u64.., 0..3usize, "[ -~]{0,12}", "\\PC{0,12}").prop_map(
+        |(subject, dtype, run, (median_seconds, spread_seconds), repetitions, source, date, versions)| Row {
             subject,
             dtype,
-            busy_devices,
+            busy_devices: run.0,
+            context: Context::all().nth(run.1),
             median_seconds,
             spread_seconds,
             repetitions,
@@ -177,7 +181,7 @@ proptest! {
         let mut profile = Profile { machine: Machine { host, ..machine() }, rows };
         let read = Profile::read(text(&profile).as_bytes()).unwrap();
         // Writing sorts.
-        profile.rows.sort_by_key(|row| (row.subject.clone(), row.source, row.busy_devices));
+        profile.rows.sort_by_key(|row| (row.subject.clone(), row.source, row.busy_devices, row.context));
         prop_assert_eq!(read, profile);
     }
 

@@ -7,6 +7,7 @@ fn row(op: KernelOp, elements: u32, source: Source, median_seconds: f64, repetit
         subject: Subject::Kernel(KernelKey::new(op, &[elements]).unwrap()),
         dtype: "f32".into(),
         busy_devices: 2,
+        context: None,
         median_seconds,
         spread_seconds: 0.0,
         repetitions,

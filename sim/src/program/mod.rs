@@ -17,6 +17,8 @@
 //! walk over the list in issue order gives the same curve and the same peak in every interpreter, whatever the timing:
 //! predicted and measured peaks are compared in bytes.
 
+mod shares;
 mod types;
 
+pub use shares::{Shares, SharesError, shares};
 pub use types::*;

@@ -126,6 +126,7 @@ fn overheads_are_split_as_they_were_measured() {
         subject,
         dtype: String::new(),
         busy_devices: 1,
+        context: None,
         median_seconds,
         spread_seconds: 0.0,
         repetitions: 1,

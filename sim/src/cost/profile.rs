@@ -1,0 +1,337 @@
+//! Costs from a profile: an op is the sum of its kernels, as measured, and of what the executor adds.
+
+use super::{CostModel, Round};
+use crate::model::ModelPass;
+use crate::model::parameters::tied_matrix;
+use crate::program::{
+    Collective, Group, Op, OpKind, Pass, Program, RankProgram, Recompute, Shares, SharesError, Tensor,
+    TransformerWorkload, Workload, shares,
+};
+use crate::units::{Nanos, RankId, StageId};
+use paceline_profiles::{
+    CollectiveRound, Conditions, Context, Estimate, KernelKey, KernelOp, Overhead, Predictor, Provenance, Recomputed,
+    Shares as Parts,
+};
+use smallvec::{SmallVec, smallvec};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use thiserror::Error;
+
+/// Costs of the ops of one program on devices like those of a profile.
+///
+/// A pass costs its kernels ([`ModelPass`]) at the times that they take while all devices of the program work, the
+/// optimizer and the gradient norm likewise; every call and every op adds the executor's overhead. A message is copied
+/// by its receiver, a collective runs in the rounds of the direct algorithm, each on the devices of its members.
+///
+/// The same pass of another microbatch, a message or collective of the same size cost the same: each is looked up once,
+/// when the model is built, and a question of the engine is answered from a table.
+#[derive(Debug)]
+pub struct ProfileCost {
+    overheads: Overheads,
+    /// By device: several ranks take turns.
+    shared: Vec<bool>,
+    passes: HashMap<PassKey, Parts>,
+    /// By rank: norm, and optimizer by stage and unit.
+    state: Vec<StateCosts>,
+    /// Copies, by bytes.
+    copies: HashMap<u64, Estimate>,
+    /// A member's work in each round, by collective, members and bytes.
+    rounds: HashMap<(Collective, u32, u64), SmallVec<[Estimate; 2]>>,
+}
+
+/// What the executor itself takes.
+#[derive(Debug, Clone, Copy)]
+struct Overheads {
+    op: Estimate,
+    shared_op: Estimate,
+    message: Estimate,
+    shared_message: Estimate,
+}
+
+/// Passes that cost the same: the microbatch does not matter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct PassKey {
+    pass: Pass,
+    stage: StageId,
+    first: u16,
+    end: u16,
+}
+
+#[derive(Debug, Default)]
+struct StateCosts {
+    norm: Parts,
+    optimizer: BTreeMap<(StageId, u16), Parts>,
+}
+
+/// Why a profile cannot tell the costs of a program.
+#[derive(Debug, Clone, PartialEq, Error)]
+pub enum CostError {
+    /// Its passes compute nothing.
+    #[error("an abstract program has no kernels to look up in a profile; give its stages times instead")]
+    Abstract,
+    /// Its collectives contradict each other.
+    #[error(transparent)]
+    Shares(#[from] SharesError),
+}
+
+impl ProfileCost {
+    /// Looks up everything that `program` does.
+    ///
+    /// # Errors
+    /// When the program is abstract, or its collectives leave open who updates what.
+    pub fn new(predictor: &Predictor, program: &Program) -> Result<ProfileCost, CostError> {
+        let Workload::Transformer(workload) = &program.workload else { return Err(CostError::Abstract) };
+        let busy = program.devices.len() as u32;
+        let mut ranks_of = vec![0u32; program.devices.len()];
+        for rank in &program.ranks {
+            ranks_of[rank.device.index()] += 1;
+        }
+        let under = Conditions { busy, context: context_of(program) };
+        let overhead = |kind| predictor.overhead(kind, under);
+        let mut costs = ProfileCost {
+            overheads: Overheads {
+                op: overhead(Overhead::Op),
+                shared_op: overhead(Overhead::SharedOp),
+                message: overhead(Overhead::Message),
+                shared_message: overhead(Overhead::SharedMessage),
+            },
+            shared: ranks_of.into_iter().map(|ranks| ranks > 1).collect(),
+            passes: HashMap::new(),
+            state: Vec::with_capacity(program.ranks.len()),
+            copies: HashMap::new(),
+            rounds: HashMap::new(),
+        };
+        let mut lookup = Lookup { predictor, under, call: overhead(Overhead::Call), known: HashMap::new() };
+        for (number, rank) in (0..).zip(&program.ranks) {
+            let calls = Calls { program, workload, rank, shares: shares(program, RankId(number))? };
+            let mut state = StateCosts::default();
+            for op in &rank.ops {
+                match op.kind {
+                    OpKind::Compute { pass, stage, first, end, .. } => {
+                        let cost = || lookup.sum(calls.of(op));
+                        costs.passes.entry(PassKey { pass, stage, first, end }).or_insert_with(cost);
+                    }
+                    OpKind::GradientNorm => state.norm = lookup.sum(calls.of(op)),
+                    OpKind::Optimizer { stage, unit } => {
+                        state.optimizer.insert((stage, unit), lookup.sum(calls.of(op)));
+                    }
+                    OpKind::Recv { buffer, .. } => {
+                        let bytes = rank.buffers[buffer.index()].bytes;
+                        costs.copies.entry(bytes).or_insert_with(|| predictor.transfer(bytes, under));
+                    }
+                    OpKind::Collective { collective, group, bytes, .. } => {
+                        let members = program.groups[group.index()].size;
+                        let work = |round: &_| predictor.collective(*round, members, bytes, under);
+                        let rounds = || rounds(collective).iter().map(work).collect();
+                        costs.rounds.entry((collective, members, bytes)).or_insert_with(rounds);
+                    }
+                    OpKind::Send { .. } | OpKind::Join => {}
+                }
+            }
+            costs.state.push(state);
+        }
+        Ok(costs)
+    }
+
+    /// Seconds of work by where they come from: everything that all ranks do in a step.
+    pub fn provenance(&self, program: &Program) -> Parts {
+        let mut sum = Parts::default();
+        for (number, rank) in (0..).zip(&program.ranks) {
+            let id = RankId(number);
+            for op in &rank.ops {
+                match op.kind {
+                    OpKind::Send { .. } => {}
+                    OpKind::Recv { peer, buffer, .. } => {
+                        let bytes = rank.buffers[buffer.index()].bytes;
+                        sum.add(self.copy(bytes));
+                        sum.add(self.latency(program, peer, id));
+                    }
+                    OpKind::Collective { collective, group, bytes, .. } => {
+                        let rounds = self.work_by_round(collective, &program.groups[group.index()], bytes);
+                        rounds.iter().for_each(|&round| sum.add(round));
+                    }
+                    _ => sum.add_all(&self.parts(program, id, op), 1.0),
+                }
+            }
+        }
+        sum
+    }
+
+    /// A compute-stream op, the executor's share included.
+    fn parts(&self, program: &Program, rank: RankId, op: &Op) -> Parts {
+        let state = self.state.get(rank.index());
+        let known = match op.kind {
+            OpKind::Compute { pass, stage, first, end, .. } => self.passes.get(&PassKey { pass, stage, first, end }),
+            OpKind::GradientNorm => state.map(|costs| &costs.norm),
+            OpKind::Optimizer { stage, unit } => state.and_then(|costs| costs.optimizer.get(&(stage, unit))),
+            OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } | OpKind::Join => None,
+        };
+        let mut parts = known.copied().unwrap_or_default();
+        let shared = self.shared[program.ranks[rank.index()].device.index()];
+        parts.add(if shared { self.overheads.shared_op } else { self.overheads.op });
+        parts
+    }
+
+    fn copy(&self, bytes: u64) -> Estimate {
+        self.copies.get(&bytes).copied().unwrap_or(NOTHING)
+    }
+
+    /// From the arrival of both sides of a message to the begin of its copy.
+    fn latency(&self, program: &Program, from: RankId, to: RankId) -> Estimate {
+        let device = |rank: RankId| program.ranks[rank.index()].device;
+        if device(from) == device(to) { self.overheads.shared_message } else { self.overheads.message }
+    }
+
+    fn work_by_round(&self, collective: Collective, group: &Group, bytes: u64) -> &[Estimate] {
+        self.rounds.get(&(collective, group.size, bytes)).map_or(&[], |rounds| &rounds[..])
+    }
+}
+
+/// What the program does not contain.
+const NOTHING: Estimate = Estimate { seconds: 0.0, provenance: Provenance::Assumed };
+
+impl CostModel for ProfileCost {
+    fn compute(&self, program: &Program, rank: RankId, op: &Op) -> Nanos {
+        Nanos::from_seconds(self.parts(program, rank, op).total())
+    }
+
+    fn transfer(&self, program: &Program, from: RankId, to: RankId, bytes: u64) -> Round {
+        let (copy, latency) = (self.copy(bytes), self.latency(program, from, to));
+        Round { wire: Nanos::from_seconds(latency.seconds), work: Nanos::from_seconds(copy.seconds) }
+    }
+
+    fn collective(&self, _: &Program, collective: Collective, group: &Group, bytes: u64) -> SmallVec<[Round; 2]> {
+        let rounds = self.work_by_round(collective, group, bytes).iter();
+        rounds.map(|work| Round { wire: Nanos::ZERO, work: Nanos::from_seconds(work.seconds) }).collect()
+    }
+}
+
+/// The rounds of the direct algorithm.
+fn rounds(collective: Collective) -> &'static [CollectiveRound] {
+    match collective {
+        Collective::AllReduce => &[CollectiveRound::Reduce, CollectiveRound::Gather],
+        Collective::ReduceScatter => &[CollectiveRound::Reduce],
+        Collective::AllGather => &[CollectiveRound::Gather],
+    }
+}
+
+/// What a run of a program does to the caches; an abstract program has no runs.
+pub fn context_of(program: &Program) -> Option<Context> {
+    let Workload::Transformer(workload) = &program.workload else { return None };
+    let recomputed = match workload.recompute {
+        Recompute::None => Recomputed::Nothing,
+        Recompute::Selective => Recomputed::Some,
+        Recompute::Full => Recomputed::Blocks,
+    };
+    Some(Context { recomputed, shared: program.ranks.len() > program.devices.len() })
+}
+
+/// All kernels that a program calls, each shape once: what a profile must know to foretell it from measurements alone.
+///
+/// # Errors
+/// As for [`ProfileCost::new`].
+pub fn kernels_of(program: &Program) -> Result<BTreeSet<KernelKey>, CostError> {
+    let Workload::Transformer(workload) = &program.workload else { return Err(CostError::Abstract) };
+    let mut all = BTreeSet::new();
+    let mut seen = HashSet::new();
+    for (number, rank) in (0..).zip(&program.ranks) {
+        let calls = Calls { program, workload, rank, shares: shares(program, RankId(number))? };
+        for op in &rank.ops {
+            if let OpKind::Compute { pass, stage, first, end, .. } = op.kind
+                && !seen.insert(PassKey { pass, stage, first, end })
+            {
+                continue;
+            }
+            all.extend(calls.of(op));
+        }
+    }
+    Ok(all)
+}
+
+/// The kernel calls of one rank's ops.
+struct Calls<'p> {
+    program: &'p Program,
+    workload: &'p TransformerWorkload,
+    rank: &'p RankProgram,
+    shares: BTreeMap<(StageId, u16), Shares>,
+}
+
+impl Calls<'_> {
+    /// In order.
+    fn of(&self, op: &Op) -> Vec<KernelKey> {
+        let Program { stages, microbatches, .. } = self.program;
+        let elements = |op, len| KernelKey { op, dims: smallvec![len as u32] };
+        let mut calls = match op.kind {
+            OpKind::Compute { .. } => {
+                ModelPass::new(self.workload, stages, *microbatches, &op.kind).kernel_calls().cloned().collect()
+            }
+            OpKind::GradientNorm => {
+                let counted = |(stage, unit, len)| {
+                    let copy = tied_matrix(self.workload, stages, stage, unit).filter(|(_, counted)| !counted);
+                    self.own(stage, unit).counted(len, copy.map(|(range, _)| range).unwrap_or_default())
+                };
+                let parts = self.gradients(op).flat_map(counted);
+                parts.map(|part| elements(KernelOp::SumSquares, part.len())).collect()
+            }
+            OpKind::Optimizer { .. } => {
+                let update = |(stage, unit, len)| {
+                    let own = self.own(stage, unit);
+                    let zeroed = own.leftover(len).map(move |part| elements(KernelOp::Zero, part.len()));
+                    std::iter::once(elements(KernelOp::AdamW, own.update.range(len).len())).chain(zeroed)
+                };
+                self.gradients(op).flat_map(update).collect()
+            }
+            OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } | OpKind::Join => Vec::new(),
+        };
+        // A shard can be empty: its call is made, and does nothing.
+        calls.retain(|key| key.dims.iter().all(|&dim| dim > 0));
+        calls
+    }
+
+    fn own(&self, stage: StageId, unit: u16) -> Shares {
+        self.shares.get(&(stage, unit)).copied().unwrap_or(Shares::WHOLE)
+    }
+
+    /// The gradients that an op uses, with their elements.
+    fn gradients(&self, op: &Op) -> impl Iterator<Item = (StageId, u16, usize)> {
+        op.uses.iter().filter_map(|buffer| {
+            let held = &self.rank.buffers[buffer.index()];
+            match held.tensor {
+                Tensor::Gradients { stage, unit } => Some((stage, unit, held.bytes as usize / 4)),
+                _ => None,
+            }
+        })
+    }
+}
+
+/// Looks kernels up, each shape once.
+struct Lookup<'p> {
+    predictor: &'p Predictor,
+    under: Conditions,
+    /// What the executor takes for a call.
+    call: Estimate,
+    known: HashMap<KernelKey, Estimate>,
+}
+
+impl Lookup<'_> {
+    /// The time of all calls with what the executor takes to make them.
+    fn sum(&mut self, calls: Vec<KernelKey>) -> Parts {
+        let (predictor, under) = (self.predictor, self.under);
+        let mut parts = Parts::default();
+        for key in calls {
+            let estimate = match self.known.get(&key) {
+                Some(&known) => known,
+                None => {
+                    let estimate = predictor.kernel(&key, under);
+                    self.known.insert(key, estimate);
+                    estimate
+                }
+            };
+            parts.add(estimate);
+            parts.add(self.call);
+        }
+        parts
+    }
+}
+
+#[cfg(test)]
+mod tests;
