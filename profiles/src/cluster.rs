@@ -23,6 +23,8 @@ pub struct Cluster {
     pub inter_gbps: f64,
     /// Time of a step between nodes in a collective algorithm, in microseconds.
     pub inter_latency_us: f64,
+    /// Time that the hosts add to every step of a collective, inside a node as well, in microseconds; 0 on a sound cluster.
+    pub host_pace_us: f64,
     /// Where the figures come from.
     pub source: String,
 }
@@ -76,6 +78,8 @@ struct Entry {
     fabric: Fabric,
     inter_gbps: f64,
     inter_latency_us: f64,
+    #[serde(default)]
+    host_pace_us: f64,
     source: String,
 }
 
@@ -119,6 +123,7 @@ impl Entry {
             fabric: self.fabric,
             inter_gbps: self.inter_gbps,
             inter_latency_us: self.inter_latency_us,
+            host_pace_us: self.host_pace_us,
             source: self.source,
         };
         built.check()?;
@@ -189,6 +194,10 @@ impl Cluster {
                 return Err(ClusterError::Value { cluster: self.name.clone(), key, value });
             }
         }
+        if !(self.host_pace_us.is_finite() && self.host_pace_us >= 0.0) {
+            let value = self.host_pace_us;
+            return Err(ClusterError::Value { cluster: self.name.clone(), key: "host_pace_us", value });
+        }
         Ok(())
     }
 
@@ -209,6 +218,7 @@ impl Cluster {
             fabric: Fabric::Infiniband,
             inter_gbps,
             inter_latency_us: 14.0,
+            host_pace_us: 0.0,
             source: "assumed: the usual network of this generation".into(),
         }
     }

@@ -182,12 +182,13 @@ pub fn predict_cluster(
         network: Network::of(cluster, physics),
         groups: Groups::of(layout, u64::from(cluster.gpus_per_node)),
         physics,
+        pace: cluster.host_pace_us * 1e-6,
     };
     let count = layout.pp * layout.chunks;
     if count > model.layers + 2 {
         return Err(PredictError::Stages { stages: count, layers: model.layers });
     }
-    let stages = cut(model, layout.partition, count);
+    let stages = cut(model, layout.partition, count, layout.pp);
     let schedule = schedules::find(&layout.schedule)?;
     let asked = (layout.chunks > 1).then_some(layout.chunks as u32);
     let placement = schedule.placement(layout.pp as u32, asked)?;
@@ -199,7 +200,7 @@ pub fn predict_cluster(
     let mut known: Vec<(usize, PassTimes)> = Vec::new();
     let key = |s: &Stage| {
         let routed = s.blocks.clone().filter(|l| model.routed(*l)).count();
-        (s.blocks.end - s.blocks.start, routed, s.embedding, s.head)
+        (s.blocks.end - s.blocks.start, routed, s.embedding.to_bits(), s.head.to_bits())
     };
     let passes: Vec<PassTimes> = stages
         .iter()
@@ -355,8 +356,12 @@ fn ends(
         let overlap = layout.overlap;
         ends.data[rank] = match layout.sharding {
             Sharding::None => {
-                let reduce = timer.network.all_reduce(span, dense[rank] * numerics.reduced)
-                    + timer.network.all_reduce(expert_span, routed[rank] * numerics.reduced);
+                let buckets = |bytes: f64| layout.bucket_bytes.map_or(1.0, |b| (bytes / b).ceil().max(1.0));
+                let reduce = |span, parameters: f64| {
+                    let bytes = parameters * numerics.reduced;
+                    buckets(bytes) * timer.network.all_reduce(span, bytes / buckets(bytes))
+                };
+                let reduce = reduce(span, dense[rank]) + reduce(expert_span, routed[rank]);
                 hide(overlap.gradients, reduce, backward[rank])
             }
             Sharding::Optimizer | Sharding::Gradients => {
@@ -425,17 +430,14 @@ fn memory(
     let (model, layout, physics) = (timer.model, timer.layout, timer.physics);
     let kept_by = |stage: &Stage| {
         let mut known: [Option<f64>; 2] = [None; 2];
-        let mut kept: f64 = stage
+        let kept: f64 = stage
             .blocks
             .clone()
             .map(|l| {
                 *known[usize::from(model.routed(l))].get_or_insert_with(|| activations::kept_by_block(model, layout, l))
             })
             .sum();
-        if stage.embedding {
-            kept += activations::embedding(model, layout);
-        }
-        kept
+        kept + stage.embedding * activations::embedding(model, layout)
     };
     let kept: Vec<f64> = stages.iter().map(kept_by).collect();
     let ranks = layout.pp as usize;
@@ -462,9 +464,7 @@ fn memory(
             if let Some(last) = stages[n].blocks.clone().last() {
                 work = work.max(activations::working_set(model, layout, last));
             }
-            if stages[n].head {
-                work = work.max(activations::loss(model, layout));
-            }
+            work = work.max(stages[n].head * activations::loss(model, layout));
         }
         let states = states(layout, &held);
         classes.parameters = states.parameters;

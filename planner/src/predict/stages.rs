@@ -8,27 +8,33 @@ use paceline_sim::cluster::{Architecture, AttentionKernel, Layout, Partition, Ph
 use std::ops::Range;
 
 /// The blocks and ends of one stage.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Stage {
     /// Blocks.
     pub blocks: Range<u64>,
-    /// Holds the embedding.
-    pub embedding: bool,
-    /// Holds final norm, output projection and loss.
-    pub head: bool,
+    /// Share of the embedding that it holds: all or nothing, or an equal part where the vocabulary is spread.
+    pub embedding: f64,
+    /// Share of final norm, output projection and loss that it holds.
+    pub head: f64,
 }
 
-/// Cuts a model into `stages` stages.
-pub fn cut(model: &Architecture, partition: Partition, stages: u64) -> Vec<Stage> {
+/// Cuts a model into `stages` stages, of which the first `ranks` are on different pipeline ranks.
+pub fn cut(model: &Architecture, partition: Partition, stages: u64, ranks: u64) -> Vec<Stage> {
     let sizes = match partition {
-        Partition::Even => even(model.layers, stages),
+        Partition::Even | Partition::VocabularySpread => even(model.layers, stages),
         Partition::ByCost => by_cost(model, stages),
     };
     let mut first = 0;
     let stage = |(n, size): (usize, u64)| {
         let blocks = first..first + size;
         first += size;
-        Stage { blocks, embedding: n == 0, head: n as u64 + 1 == stages }
+        let here = |yes: bool| if yes { 1.0 } else { 0.0 };
+        if partition == Partition::VocabularySpread {
+            let share = here((n as u64) < ranks) / ranks as f64;
+            Stage { blocks, embedding: share, head: share }
+        } else {
+            Stage { blocks, embedding: here(n == 0), head: here(n as u64 + 1 == stages) }
+        }
     };
     sizes.into_iter().enumerate().map(stage).collect()
 }
@@ -64,10 +70,10 @@ fn by_cost(model: &Architecture, stages: u64) -> Vec<u64> {
     let mut sizes = vec![0; stages as usize];
     let (mut sum, mut stage) = (0u64, 0usize);
     for layer in 0..model.layers {
-        sum += cost(layer);
-        if stage + 1 < sizes.len() && u128::from(sum) * u128::from(stages) > u128::from(total) * (stage as u128 + 1) {
+        if stage + 1 < sizes.len() && u128::from(sum) * u128::from(stages) >= u128::from(total) * (stage as u128 + 1) {
             stage += 1;
         }
+        sum += cost(layer);
         sizes[stage] += 1;
     }
     sizes
@@ -119,6 +125,8 @@ pub struct Groups {
     pub experts: Span,
     /// Replicas of the same experts.
     pub expert_data: Span,
+    /// Pipeline ranks.
+    pub pipeline: Span,
     /// Whether neighbour pipeline ranks are in different nodes.
     pub pipeline_across: bool,
 }
@@ -136,6 +144,7 @@ impl Groups {
             data: Span::strided(layout.dp * layout.cp, layout.tp, node),
             experts: Span::strided(layout.ep, expert_stride, node),
             expert_data: Span::strided(expert_replicas, layout.ep * expert_stride, node),
+            pipeline: Span::strided(layout.pp, inner, node),
             pipeline_across: inner >= node,
         }
     }
@@ -160,6 +169,8 @@ pub struct Timer<'a> {
     pub groups: Groups,
     /// The fitted parameters.
     pub physics: &'a Physics,
+    /// Seconds that the hosts add to each step of a collective.
+    pub pace: f64,
 }
 
 /// Of the work of a layer: on the GPU, forward, backward, weights, and its messages.
@@ -177,17 +188,22 @@ impl Timer<'_> {
         let element = self.layout.numerics.activation;
         let (backward, weights) = self.device.backward(work, element);
         let calls = work.messages.tensor_calls.max(1.0);
+        // Slow hosts do not lengthen the messages; they are what the GPU waits for.
+        let network = Network { inter_step: self.network.inter_step - self.pace, ..self.network };
         let tensor = if work.messages.tensor_all_reduce > 0.0 && work.messages.tensor_gather == 0.0 {
-            calls * self.network.all_reduce(self.groups.tensor, work.messages.tensor_all_reduce / calls)
+            calls * network.all_reduce(self.groups.tensor, work.messages.tensor_all_reduce / calls)
         } else {
-            calls * self.network.gather(self.groups.tensor, work.messages.tensor_gather / calls)
+            calls * network.gather(self.groups.tensor, work.messages.tensor_gather / calls)
         };
         let experts = 2.0 * self.network.all_to_all(self.groups.experts, work.messages.experts / 2.0);
         // The ring passes keys and values on; each hop is a message to the neighbour.
         let hops = (self.layout.cp - 1) as f64;
         let across = self.groups.context.nodes() > 1;
         let context = if hops > 0.0 { hops * self.network.message(across, work.messages.context / hops) } else { 0.0 };
-        LayerTimes { forward: self.device.forward(work, element), backward, weights, tensor, context, experts }
+        let steps = work.messages.tensor_calls * self.layout.tp.saturating_sub(1) as f64 * self.pace;
+        let waiting = |passing: Passing| Passing { host: passing.host + steps, ..passing };
+        let forward = waiting(self.device.forward(work, element));
+        LayerTimes { forward, backward: waiting(backward), weights, tensor, context, experts }
     }
 
     /// Times of one stage.
@@ -203,11 +219,19 @@ impl Timer<'_> {
                 self.add(&mut times, &work::block(self.model, self.layout, layer), count, true);
             }
         }
-        if stage.embedding {
-            self.add(&mut times, &work::embedding(self.model, self.layout), 1.0, false);
+        if stage.embedding > 0.0 {
+            self.add(&mut times, &work::embedding(self.model, self.layout), stage.embedding, false);
         }
-        if stage.head {
-            self.add(&mut times, &work::head(self.model, self.layout), 1.0, false);
+        if stage.head > 0.0 {
+            self.add(&mut times, &work::head(self.model, self.layout), stage.head, false);
+        }
+        if self.layout.partition == Partition::VocabularySpread {
+            // The last hidden states go to every rank and their gradients come back summed, beside other passes.
+            let row = self.layout.numerics.activation * self.layout.tokens() * self.model.hidden as f64;
+            let span = self.groups.pipeline;
+            let broadcast = self.network.gather(span, row);
+            times.forward += stage.head * exposed(broadcast, times.forward, self.physics);
+            times.backward += stage.head * exposed(2.0 * broadcast, times.backward, self.physics);
         }
         if self.layout.sharding == Sharding::Full {
             self.add_gathering(&mut times, parameters);
@@ -233,9 +257,7 @@ impl Timer<'_> {
             exposed(2.0 * layer.context, work.core.map_or(0.0, |_| backward.products * 0.5), physics);
 
         // The host launches ahead; where it is slower than the GPU with its communication, the GPU waits.
-        let pace = |passing: Passing, communication: f64| {
-            (passing.seconds().max(passing.host - communication)).max(passing.gpu)
-        };
+        let pace = |passing: Passing, communication: f64| passing.gpu.max(passing.host - communication);
         times.forward += count * pace(forward, tensor_forward);
         times.backward += count * pace(backward, tensor_backward);
         times.weights += count * weights.seconds();
@@ -299,6 +321,32 @@ mod tests {
         assert_eq!(even(5, 4), [1, 2, 1, 1]);
         assert_eq!(even(3, 4), [1, 1, 1, 0]);
         assert_eq!(even(1, 1), [1]);
+    }
+
+    /// Ranks of a 3.6B model with a vocabulary of 131,072, whose sizes nanotron's runs in the Ultra-Scale Playbook show: the
+    /// first holds 16, 8 and 2 of the 28 blocks on 2, 4 and 16 ranks.
+    #[test]
+    fn blocks_are_cut_by_cost() {
+        use paceline_sim::cluster::{Attention, PositionTable};
+        let model = Architecture {
+            name: String::new(),
+            layers: 28,
+            hidden: 3072,
+            attention: Attention::Grouped { heads: 32, kv_heads: 32, head_dim: 96 },
+            ffn: 8192,
+            gated: true,
+            experts: None,
+            vocab: 131_072,
+            tied: true,
+            biases: false,
+            positions: PositionTable::None,
+            dropout: false,
+        };
+        for (stages, first) in [(2, 16), (4, 8), (16, 2)] {
+            let sizes = by_cost(&model, stages);
+            assert_eq!(sizes[0], first, "{sizes:?}");
+            assert_eq!(sizes.iter().sum::<u64>(), 28);
+        }
     }
 
     #[test]

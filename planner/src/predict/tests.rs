@@ -73,8 +73,9 @@ fn continued_iterations_equal_replayed_ones() {
             network: Network::of(cluster, &physics),
             groups: Groups::of(&layout, 8),
             physics: &physics,
+            pace: 0.0,
         };
-        let stages = cut(&model, layout.partition, layout.pp * layout.chunks);
+        let stages = cut(&model, layout.partition, layout.pp * layout.chunks, layout.pp);
         let placement = schedules::find(schedule).unwrap().placement(4, (chunks > 1).then_some(2)).unwrap();
         let passes: Vec<PassTimes> = stages
             .iter()

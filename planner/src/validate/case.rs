@@ -32,6 +32,8 @@ pub struct Case {
     pub allocated: bool,
     /// Whether it ran out of memory.
     pub oom: bool,
+    /// So slow that something else than its layout must have held it up; scored, but not fitted to.
+    pub doubtful: bool,
 }
 
 /// Builds a case, or says in a few words why not.
@@ -64,6 +66,7 @@ pub fn case(row: &Row) -> Result<Case, String> {
         peak_gib: if oom { None } else { row.number("peak_mem_gib") },
         allocated: row.noted("max_allocated") || row.noted("allocated peak") || row.noted("peak allocated"),
         oom,
+        doubtful: row.noted("very low MFU"),
         model,
         layout,
         cluster,
@@ -255,8 +258,11 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         recompute,
         attention,
         loss: recipe.loss,
+        keeps_gathered: recipe.keeps_gathered,
+        fused_mlp: recipe.fused_mlp,
         numerics,
         overlap: recipe.overlap,
+        bucket_bytes: recipe.bucket_bytes,
     };
     layout.check().map_err(|e| e.to_string())?;
     if pp * chunks > model.layers + 2 {
@@ -289,11 +295,31 @@ fn cluster(row: &Row) -> Result<Cluster, String> {
     if let Some(per_node) = gigabits_per_node(&lower) {
         cluster.inter_gbps = per_node / 8.0 / f64::from(cluster.gpus_per_node);
     }
+    measured_network(row, &mut cluster);
     if lower.contains("pcie") && !lower.contains("nvlink") {
         cluster.intra_gbps = gpu.pcie_gbps;
         cluster.gpu.nvlink_gbps = None;
     }
     Ok(cluster)
+}
+
+/// Buffer with which nanotron's start-up measurement of the network is read; see the test of `network.rs`.
+const MEASURED_BYTES: f64 = 1.5e9;
+
+/// Takes the latency of a step from bandwidths that a run measured of its own network before it began
+/// (`measured GB/s inter AR/AG/RS=a/b/c intra=d/e/f`). What exceeds the latency of the network is the pace of the hosts.
+fn measured_network(row: &Row, cluster: &mut Cluster) {
+    let numbers = |text: &str| -> Vec<f64> { text.split('/').filter_map(|n| n.trim().parse().ok()).collect() };
+    let Some(rest) = row.note("measured GB/s inter AR/AG/RS") else { return };
+    let (inter, intra) = rest.split_once(" intra=").unwrap_or((rest, ""));
+    let (inter, intra) = (numbers(inter), numbers(intra));
+    let gpus = row.number("gpus").unwrap_or(0.0);
+    let ([_, gather, ..], [_, inside, ..]) = (inter.as_slice(), intra.as_slice()) else { return };
+    if gpus <= f64::from(cluster.gpus_per_node) || *gather <= 0.0 || *inside <= *gather {
+        return;
+    }
+    let step = MEASURED_BYTES * (1.0 / gather - 1.0 / inside) / 1e9 / gpus * 1e6;
+    cluster.host_pace_us = (step - cluster.inter_latency_us).clamp(0.0, 5000.0);
 }
 
 /// Finds `8x200Gbps`, `4 x 100 Gb/s` or `1600Gbps/node`.

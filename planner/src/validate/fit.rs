@@ -61,7 +61,7 @@ const MOST_PER_SOURCE: usize = 160;
 fn choose<'a>(cases: impl Iterator<Item = &'a Case>) -> BTreeMap<&'a str, Vec<&'a Case>> {
     let mut by_source: BTreeMap<&str, Vec<&Case>> = BTreeMap::new();
     for case in cases {
-        if case.seconds.is_some() || case.peak_gib.is_some() || case.oom {
+        if (case.seconds.is_some() || case.peak_gib.is_some() || case.oom) && !case.doubtful {
             by_source.entry(&case.source).or_default().push(case);
         }
     }
@@ -105,6 +105,7 @@ fn errors(case: &Case, physics: &Physics) -> (Option<f64>, Option<f64>) {
     let memory = match (case.peak_gib, case.oom) {
         (Some(gib), _) => Some(distance(row.predicted_peak_gib, gib)),
         (None, true) => Some(if highest > limit { 0.0 } else { distance(highest, limit) }),
+        (None, false) if highest > limit => Some(distance(highest, limit)),
         (None, false) => None,
     };
     (time, memory)

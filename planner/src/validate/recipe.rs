@@ -14,12 +14,18 @@ pub struct Recipe {
     pub partition: Partition,
     /// What runs beside computation.
     pub overlap: Overlap,
+    /// Bytes of gradients that are reduced at a time.
+    pub bucket_bytes: Option<f64>,
     /// Dropout in GPT models.
     pub dropout: bool,
     /// Fused attention when nothing is stated.
     pub flash: bool,
     /// Kernel of fused attention.
     pub attention: AttentionKernel,
+    /// As [`paceline_sim::cluster::Layout::keeps_gathered`].
+    pub keeps_gathered: bool,
+    /// As [`paceline_sim::cluster::Layout::fused_mlp`].
+    pub fused_mlp: bool,
     /// Sequence parallelism when nothing is stated.
     pub sequence_parallel: bool,
 }
@@ -44,21 +50,31 @@ pub fn recipe(row: &Row) -> Recipe {
         loss: LossKernel::InPlace,
         partition: Partition::Even,
         overlap: NONE,
+        bucket_bytes: None,
         dropout: false,
         flash: true,
         attention: flash,
+        keeps_gathered: false,
+        fused_mlp: true,
         sequence_parallel: false,
     };
     let mut recipe = if has("nanotron") {
         Recipe {
             numerics: Numerics::MIXED_FP32_ACCUMULATION,
             partition: Partition::ByCost,
+            // PyTorch's distributed data parallel.
+            bucket_bytes: Some(25.0 * (1 << 20) as f64),
             overlap: Overlap { gradients: true, tensor: true, parameters: false },
+            // Early runs without a pipeline kept what they had gathered; a later version gathers again.
+            keeps_gathered: row.noted("after_pp_fix=False") && matches!(row.text("pp"), "" | "1"),
+            fused_mlp: false,
             sequence_parallel: true,
             ..base
         }
     } else if has("fsdp") || has("torchtitan") || has("composer") || sharding.contains("fsdp") {
-        Recipe { numerics: Numerics::GATHERED_16_BIT, overlap: DATA, loss: LossKernel::Eager, ..base }
+        // Composer's recipes take the fused loss of FlashAttention.
+        let loss = if has("composer") { LossKernel::Fused } else { LossKernel::InPlace };
+        Recipe { numerics: Numerics::GATHERED_16_BIT, overlap: DATA, loss, ..base }
     } else if has("deepspeed") {
         // 16-bit gradients, reduced in 16 bits; no FlashAttention in the Megatron-DeepSpeed of its time.
         Recipe { numerics: Numerics::MIXED, dropout: true, flash: false, ..base }
@@ -75,6 +91,11 @@ pub fn recipe(row: &Row) -> Recipe {
     };
     if row.noted("overlap off") {
         recipe.overlap = NONE;
+    }
+    match row.note("method") {
+        Some("redis") => recipe.partition = Partition::ByCost,
+        Some("vocab-1" | "vocab-2" | "interlaced") => recipe.partition = Partition::VocabularySpread,
+        _ => {}
     }
     if row.noted("CE fusion") {
         recipe.loss = LossKernel::Fused;

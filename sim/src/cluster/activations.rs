@@ -27,8 +27,9 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Vec<Kept> {
     let mut list = Vec::with_capacity(20);
     let mut keep = |tensor, bytes: f64| list.push(Kept { tensor, bytes, core: false });
 
+    let gathered_cut = if layout.keeps_gathered { 1.0 } else { cut };
     keep("input of the first norm", row / cut);
-    keep("input of attention", row / cut);
+    keep("input of attention", row / gathered_cut);
     let (query, key, value) = model.attention.widths();
     keep("queries", element * tokens * query as f64 / tp);
     // Fewer key and value heads than ranks are repeated.
@@ -48,10 +49,12 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Vec<Kept> {
         keep("dropout mask after attention", tokens * hidden / cut);
     }
     keep("input of the second norm", row / cut);
-    keep("input of the MLP", row / cut);
+    keep("input of the MLP", row / gathered_cut);
 
     let up = if model.gated { 2.0 } else { 1.0 };
-    let mlp = |width: f64, rows: f64| (element * rows * width * up / tp, element * rows * width / tp);
+    // Unfused, the activated gate is a tensor of its own.
+    let apart = if model.gated && !layout.fused_mlp { 1.0 } else { 0.0 };
+    let mlp = |width: f64, rows: f64| (element * rows * width * (up + apart) / tp, element * rows * width / tp);
     match model.experts {
         Some(experts) if model.routed(layer) => {
             let visits = tokens * experts.top_k as f64;

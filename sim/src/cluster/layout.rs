@@ -38,10 +38,17 @@ pub struct Layout {
     pub attention: AttentionKernel,
     /// Kernels of logits and loss.
     pub loss: LossKernel,
+    /// Keeps the gathered inputs of the products for the backward pass instead of gathering them again, under sequence
+    /// parallelism.
+    pub keeps_gathered: bool,
+    /// One kernel for gate, activation and product, which keeps its input and output only.
+    pub fused_mlp: bool,
     /// Number formats.
     pub numerics: Numerics,
     /// Which communication runs beside computation.
     pub overlap: Overlap,
+    /// Bytes of gradients that are reduced at a time; all at once without.
+    pub bucket_bytes: Option<f64>,
 }
 
 /// How blocks are spread over the stages.
@@ -52,6 +59,8 @@ pub enum Partition {
     Even,
     /// Equal arithmetic, the output projection included: a stage ends where the running sum passes its share.
     ByCost,
+    /// Equal numbers, and an equal part of the vocabulary on every rank (Yeung et al., arXiv 2411.05288).
+    VocabularySpread,
 }
 
 /// What data-parallel ranks share out (Rajbhandari et al., arXiv 1910.02054).
@@ -215,8 +224,11 @@ impl Layout {
             recompute: Recompute::None,
             attention: AttentionKernel::Flash2,
             loss: LossKernel::InPlace,
+            keeps_gathered: false,
+            fused_mlp: true,
             numerics: Numerics::MIXED_FP32_GRADIENTS,
             overlap: Overlap { gradients: false, tensor: false, parameters: false },
+            bucket_bytes: None,
         }
     }
 

@@ -28,13 +28,13 @@ pub struct States {
 }
 
 impl RankParameters {
-    /// Of a rank that holds the blocks `layers`, and perhaps the embedding and the head.
+    /// Of a rank that holds the blocks `layers`, and these shares of the embedding and of the head.
     pub fn of(
         model: &Architecture,
         layout: &Layout,
         layers: impl Iterator<Item = u64>,
-        embedding: bool,
-        head: bool,
+        embedding: f64,
+        head: f64,
     ) -> RankParameters {
         let tp = layout.tp as f64;
         let mut rank = RankParameters::default();
@@ -47,15 +47,11 @@ impl RankParameters {
             rank.routed += routed;
             rank.largest_unit = rank.largest_unit.max(dense + routed);
         }
-        let mut ends = 0.0;
-        if embedding {
-            ends += model.embedding_parameters() as f64 / tp;
-        }
-        if head {
-            ends += model.head_parameters() as f64 / tp;
-            if model.tied && !embedding {
-                ends += (model.vocab * model.hidden) as f64 / tp;
-            }
+        let mut ends =
+            embedding * model.embedding_parameters() as f64 / tp + head * model.head_parameters() as f64 / tp;
+        if model.tied && embedding == 0.0 {
+            // The last stage has a copy of the matrix that it shares with the first.
+            ends += head * (model.vocab * model.hidden) as f64 / tp;
         }
         rank.dense += ends;
         rank.largest_unit = rank.largest_unit.max(ends);
@@ -157,8 +153,8 @@ mod tests {
             dropout: false,
         };
         let layout = Layout { pp: 2, tp: 2, ..Layout::single(2048, 1) };
-        let first = RankParameters::of(&model, &layout, 0..4, true, false);
-        let last = RankParameters::of(&model, &layout, 4..8, false, true);
+        let first = RankParameters::of(&model, &layout, 0..4, 1.0, 0.0);
+        let last = RankParameters::of(&model, &layout, 4..8, 0.0, 1.0);
         assert_eq!(2.0 * (first.total() + last.total()), model.parameters() as f64);
     }
 }

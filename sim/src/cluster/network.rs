@@ -50,8 +50,9 @@ pub struct Network {
     pub intra_step: f64,
     /// Seconds of a step between nodes.
     pub inter_step: f64,
-    /// Whether all-reduces use trees between nodes.
-    pub trees: bool,
+    /// Whether every step of a ring over several nodes takes as long as one between nodes. Bandwidths measured over EFA say
+    /// so (clusters.toml, p5); elsewhere hops inside a node are taken as fast as they are (NCCL's tuning model).
+    pub paced: bool,
 }
 
 impl Network {
@@ -61,9 +62,8 @@ impl Network {
             intra: cluster.intra_gbps * 1e9 * physics.intra,
             inter: cluster.inter_gbps * 1e9 * physics.inter,
             intra_step: if cluster.gpu.nvlink_gbps.is_some() { NVLINK_STEP } else { PCIE_STEP },
-            inter_step: cluster.inter_latency_us * 1e-6,
-            // Bandwidths measured over EFA fall as rings do, not as trees would (clusters.toml, p5).
-            trees: cluster.fabric != Fabric::Efa,
+            inter_step: (cluster.inter_latency_us + cluster.host_pace_us) * 1e-6,
+            paced: cluster.fabric == Fabric::Efa,
         }
     }
 
@@ -91,7 +91,7 @@ impl Network {
 
     /// A step's time, averaged over the ring: hops inside a node are pipelined behind those between nodes.
     fn steps_weight(&self, span: Span, step: f64) -> f64 {
-        if span.nodes() > 1 {
+        if span.nodes() > 1 && !self.paced {
             let between = span.nodes() as f64 / span.ranks as f64;
             between * step + (1.0 - between) * self.intra_step
         } else {
@@ -110,7 +110,7 @@ impl Network {
         let ring = 2.0 * others * self.steps_weight(span, step);
         let nodes = span.nodes() as f64;
         let tree = 2.0 * ((span.per_node - 1) as f64 * self.intra_step + nodes.log2() * self.inter_step);
-        START + moved + if self.trees && nodes > 1.0 { ring.min(tree) } else { ring }
+        START + moved + if nodes > 1.0 { ring.min(tree) } else { ring }
     }
 
     /// All-to-all in which every rank sends `bytes` in all.
@@ -175,6 +175,21 @@ mod tests {
     #[test]
     fn small_all_reduces_take_trees_where_there_are_any() {
         let far = Span { ranks: 512, per_node: 8 };
-        assert!(network("dgx-h100-ib").all_reduce(far, 1e3) < 0.2 * network("p5").all_reduce(far, 1e3));
+        let n = network("p5");
+        assert!(n.all_reduce(far, 1e3) < 0.1 * 2.0 * n.gather(far, 1e3));
+    }
+
+    /// Bus bandwidths of all-gathers over 16 to 512 GPUs that runs of the Ultra-Scale Playbook measured over EFA, if
+    /// with buffers of 1.5 GB: no size is stated, and this one makes the latency of a step the same at every scale.
+    #[test]
+    fn bandwidth_falls_with_ranks_as_measured_over_efa() {
+        let mut n = network("p5");
+        n.intra = 262e9;
+        for (ranks, measured) in [(16u64, 224.0), (32, 208.0), (64, 175.0), (128, 124.0), (256, 75.0), (512, 44.0)] {
+            let bytes = 1.5e9;
+            let seconds = n.gather(Span::strided(ranks, 1, 8), bytes);
+            let bus = bytes * (ranks - 1) as f64 / ranks as f64 / seconds / 1e9;
+            assert!((bus / measured - 1.0).abs() < 0.1, "{ranks}: {bus}");
+        }
     }
 }

@@ -81,19 +81,19 @@ impl Default for Physics {
     /// Fitted to the public runs of `docs/accuracy.md`.
     fn default() -> Physics {
         Physics {
-            matmul_ampere: 0.80,
-            matmul_hopper: 0.70,
-            matmul_blackwell: 0.70,
-            attention: 0.75,
-            memory: 0.75,
-            prologue: 200.0,
-            launch: 2e-5,
-            intra: 0.7,
-            inter: 0.7,
-            contention: 0.3,
-            jitter: 0.005,
-            fragmentation: 0.05,
-            context: 1.6e9,
+            matmul_ampere: 0.809,
+            matmul_hopper: 0.661,
+            matmul_blackwell: 0.502,
+            attention: 0.428,
+            memory: 0.961,
+            prologue: 396.0,
+            launch: 2.29e-05,
+            intra: 0.430,
+            inter: 0.979,
+            contention: 0.763,
+            jitter: 4.97e-05,
+            fragmentation: 0.044,
+            context: 2.80e+09,
         }
     }
 }

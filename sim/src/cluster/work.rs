@@ -65,9 +65,9 @@ pub struct Work {
 }
 
 /// Forward kernels of a block beside products and attention: norms, rotary embedding, activation, residuals, casts.
-const ELEMENTWISE_KERNELS: f64 = 12.0;
-/// Launches of one collective: the kernel, and the events that order it.
-const KERNELS_PER_COLLECTIVE: f64 = 2.0;
+const ELEMENTWISE_KERNELS: f64 = 30.0;
+/// Launches of one collective: the kernel, copies into and out of contiguous buffers, and the events that order it.
+const KERNELS_PER_COLLECTIVE: f64 = 5.0;
 
 fn product(m: f64, n: f64, k: f64) -> Product {
     Product { m, n, k, count: 1.0 }
@@ -166,7 +166,9 @@ fn mlp(model: &Architecture, layout: &Layout, layer: u64, work: &mut Work) {
     let dense = |width: f64, work: &mut Work| {
         work.products.push(product(tokens, up * width / tp, hidden));
         work.products.push(product(tokens, hidden, width / tp));
-        work.traffic += element * tokens * width * (up + 1.0) / tp;
+        // Apart, the activated gate is written and read once more.
+        let apart = if model.gated && !layout.fused_mlp { 2.0 } else { 0.0 };
+        work.traffic += element * tokens * width * (up + 1.0 + apart) / tp;
     };
     match model.experts {
         Some(experts) if model.routed(layer) => {
