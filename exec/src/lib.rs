@@ -3,7 +3,8 @@
 //! A program goes through [`bind`] (who meets whom), then every rank's thread interprets its list ([`interpreter`]) while
 //! the [`fabric`] brings sends, receives and groups together and gives the devices' [`slot`]s out in turn. What an
 //! op does lies behind two small traits: [`cpu`] computes with kernels in shared memory, [`paced`] waits as long as a
-//! cost model says. What a model computes lies behind [`seam`].
+//! cost model says. What a model computes lies behind [`seam`];
+//! [`layers`] is the transformer.
 //! [`measure`] makes the profile of a machine.
 
 mod bind;
@@ -18,6 +19,7 @@ mod fabric;
 mod initialise;
 mod interpreter;
 mod kernel_times;
+mod layers;
 mod learning_rate;
 mod memory;
 mod paced;
@@ -34,6 +36,7 @@ pub mod measure;
 pub use data::{Dataset, Sampler};
 pub use error::{CheckpointError, DataError, ExecError};
 pub use kernel_times::{KernelTimes, kernel_key};
+pub use layers::{TransformerPasses, run};
 pub use learning_rate::LearningRate;
 pub use memory::MemoryReport;
 pub use paced::{Rehearsal, rehearse};
