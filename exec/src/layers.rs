@@ -145,3 +145,6 @@ impl Passes for TransformerPasses {
         format!("{model:?}")
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,261 @@
+use super::*;
+use crate::data::mix;
+use crate::kernel_times::kernel_key;
+use paceline_kernels::{Block, Call, CpuDevice, DType, View};
+use paceline_profiles::KernelKey;
+use paceline_sim::model::{Activation, ModelConfig, Norm, Positions};
+use paceline_sim::program::{Pass, Recompute, Unit};
+use paceline_sim::units::{MicrobatchId, OpId, RankId};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+const STAGE: StageId = StageId(0);
+const VOCAB: u32 = 11;
+
+fn llama() -> ModelConfig {
+    ModelConfig {
+        name: "small llama".into(),
+        layers: 2,
+        hidden: 8,
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 4,
+        intermediate: 12,
+        vocab: VOCAB,
+        max_positions: 8,
+        norm: Norm::RmsNorm,
+        norm_epsilon: 1e-5,
+        activation: Activation::SwiGlu,
+        positions: Positions::Rotary { theta: 100.0 },
+        qkv_bias: false,
+        attention_output_bias: false,
+        mlp_bias: false,
+        tied_embeddings: false,
+    }
+}
+
+fn gpt() -> ModelConfig {
+    ModelConfig {
+        name: "small gpt".into(),
+        kv_heads: 2,
+        norm: Norm::LayerNorm,
+        activation: Activation::Gelu,
+        positions: Positions::Learned,
+        qkv_bias: true,
+        attention_output_bias: true,
+        mlp_bias: true,
+        tied_embeddings: true,
+        ..llama()
+    }
+}
+
+/// A whole model in one stage, with all buffers that any of its passes touches.
+struct Model {
+    passes: TransformerPasses,
+    blocks: BTreeMap<Tensor, Box<dyn Block>>,
+    device: CpuDevice,
+    calls: RefCell<Vec<KernelKey>>,
+}
+
+impl Launch for Model {
+    fn launch(&self, call: Call) -> Result<(), ExecError> {
+        self.calls.borrow_mut().push(kernel_key(&call));
+        // SAFETY: the blocks live as long as the model, and one thread uses them.
+        unsafe { self.device.run(&call) }.map_err(|source| ExecError::Kernel { rank: RankId(0), op: OpId(0), source })
+    }
+}
+
+impl Operands for Model {
+    fn view(&self, tensor: Tensor) -> Result<View, ExecError> {
+        let block = self.blocks.get(&tensor).ok_or(ExecError::Undeclared { rank: RankId(0), op: OpId(0), tensor })?;
+        let dtype = match tensor {
+            Tensor::Tokens { .. } | Tensor::Targets { .. } => DType::U32,
+            _ => DType::F32,
+        };
+        Ok(block.view(0, block.bytes() / 4, dtype))
+    }
+
+    fn has(&self, tensor: Tensor) -> bool {
+        self.blocks.contains_key(&tensor)
+    }
+}
+
+impl Model {
+    fn new(model: ModelConfig, recompute: Recompute) -> Model {
+        let workload = TransformerWorkload { model, micro_batch: 2, seq: 5, recompute, tied_on_one_rank: true };
+        let layers: Vec<Layer> = workload.model.all_layers().collect();
+        let unit = |layers: &[Layer]| Unit { layers: layers.to_vec() };
+        // A unit of two layers shows whether layers find their part of it.
+        let stages = vec![Stage { units: vec![unit(&layers[..1]), unit(&layers[1..3]), unit(&layers[3..])] }];
+        let tokens = 2.0 * 5.0;
+        let passes =
+            TransformerPasses { workload, stages, microbatches: 1, scale: 1.0 / tokens, ready: HashMap::new() };
+        let device = CpuDevice::new();
+        let mut model = Model { passes, blocks: BTreeMap::new(), device, calls: RefCell::default() };
+        for pass in [Pass::F, Pass::R, Pass::B, Pass::W, Pass::BW] {
+            for (tensor, _, bytes) in model.passes.operands(&model.kind(pass)) {
+                let held = model.blocks.get(&tensor).map_or(0, |block| block.bytes());
+                if held < bytes as usize {
+                    model.blocks.insert(tensor, model.device.allocate(bytes as usize).unwrap());
+                }
+            }
+        }
+        let ids = |salt: u64| -> Vec<u32> { (0..10).map(|n| (mix(n + salt) % u64::from(VOCAB)) as u32).collect() };
+        let microbatch = MicrobatchId(0);
+        for (tensor, ids) in [(Tensor::Tokens { microbatch }, ids(0)), (Tensor::Targets { microbatch }, ids(77))] {
+            let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_ne_bytes()).collect();
+            // SAFETY: as for launching.
+            unsafe { model.device.upload(&bytes, model.view(tensor).unwrap()) }.unwrap();
+        }
+        let mut salt = 1000;
+        for (tensor, specs) in model.layout() {
+            for spec in specs {
+                let values: Vec<f32> = spec.range.clone().map(|n| random(salt + n as u64) * 0.6).collect();
+                // Norm weights are around one.
+                let one = if spec.start == Start::Constant(1.0) { 1.0 } else { 0.0 };
+                model.write(tensor, spec.range.start, &values.iter().map(|v| v + one).collect::<Vec<_>>());
+                salt += 7919;
+            }
+        }
+        model
+    }
+
+    fn kind(&self, pass: Pass) -> OpKind {
+        let end = self.passes.stages[0].units.len() as u16;
+        OpKind::Compute { pass, stage: STAGE, microbatch: MicrobatchId(0), first: 0, end }
+    }
+
+    fn run(&self, passes: &[Pass]) {
+        for &pass in passes {
+            let kind = self.kind(pass);
+            self.calls.borrow_mut().clear();
+            self.passes.run(&kind, self, self).unwrap();
+            let promised: Vec<KernelKey> = self.passes.pass(&kind).kernel_calls().cloned().collect();
+            assert_eq!(*self.calls.borrow(), promised, "{pass}: calls are those that the simulator costs");
+        }
+    }
+
+    /// Parameters of every unit.
+    fn layout(&self) -> Vec<(Tensor, Vec<Parameter>)> {
+        let units = 0..self.passes.stages[0].units.len() as u16;
+        let of = |unit| (Tensor::Parameters { stage: STAGE, unit }, self.passes.parameters(STAGE, unit));
+        units.map(of).collect()
+    }
+
+    fn read(&self, tensor: Tensor) -> Vec<f32> {
+        let view = self.view(tensor).unwrap();
+        let mut bytes = vec![0; view.bytes()];
+        // SAFETY: as for launching.
+        unsafe { self.device.download(view, &mut bytes) }.unwrap();
+        bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_ne_bytes(b)).collect()
+    }
+
+    fn write(&self, tensor: Tensor, start: usize, values: &[f32]) {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        let view = self.view(tensor).unwrap().slice(start, values.len());
+        // SAFETY: as for launching.
+        unsafe { self.device.upload(&bytes, view) }.unwrap();
+    }
+
+    fn loss(&self) -> f64 {
+        self.run(&[Pass::F]);
+        f64::from(self.read(Tensor::Losses)[0])
+    }
+
+    /// The gradients of all units after F and these passes, from zero.
+    fn gradients(&self, backward: &[Pass]) -> Vec<Vec<f32>> {
+        let units = 0..self.passes.stages[0].units.len() as u16;
+        let tensors: Vec<Tensor> = units.map(|unit| Tensor::Gradients { stage: STAGE, unit }).collect();
+        for &tensor in &tensors {
+            let len = self.view(tensor).unwrap().len();
+            self.write(tensor, 0, &vec![0.0; len]);
+        }
+        self.run(&[Pass::F]);
+        self.run(backward);
+        tensors.into_iter().map(|tensor| self.read(tensor)).collect()
+    }
+}
+
+/// Between -1 and 1.
+fn random(n: u64) -> f32 {
+    (mix(n) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+}
+
+#[test]
+fn gradients_are_those_of_finite_differences() {
+    for config in [llama(), gpt()] {
+        let name = config.name.clone();
+        let model = Model::new(config, Recompute::None);
+        let gradients = model.gradients(&[Pass::BW]);
+        let mut checked = 0;
+        for ((tensor, specs), gradient) in model.layout().into_iter().zip(&gradients) {
+            let all = model.read(tensor);
+            for spec in specs {
+                let (start, len) = (spec.range.start, spec.range.len());
+                let direction: Vec<f32> = (0..len).map(|n| random(5 + n as u64)).collect();
+                let moved = |step: f32| {
+                    let there = all[spec.range.clone()].iter().zip(&direction).map(|(p, d)| p + step * d);
+                    model.write(tensor, start, &there.collect::<Vec<_>>());
+                    model.loss()
+                };
+                let step = 4e-3;
+                let found = (moved(step) - moved(-step)) / (2.0 * f64::from(step));
+                moved(0.0);
+                let own = &gradient[spec.range.clone()];
+                let expected: f64 = own.iter().zip(&direction).map(|(g, d)| f64::from(g * d)).sum();
+                let length = own.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+                assert!(length > 1e-4, "{name} {}: no gradient", spec.name);
+                let allowed = 4e-3 * length * (len as f64).sqrt() + 2e-4;
+                assert!((found - expected).abs() < allowed, "{name} {}: {found} {expected} {length}", spec.name);
+                checked += 1;
+            }
+        }
+        assert!(checked >= 15, "{name}: {checked}");
+    }
+}
+
+#[test]
+fn split_and_recomputed_backwards_give_the_same_gradients() {
+    for config in [llama(), gpt()] {
+        let fused = Model::new(config.clone(), Recompute::None).gradients(&[Pass::BW]);
+        for (recompute, backward) in [
+            (Recompute::None, &[Pass::B, Pass::W][..]),
+            (Recompute::Selective, &[Pass::BW]),
+            (Recompute::Selective, &[Pass::B, Pass::W]),
+            (Recompute::Full, &[Pass::R, Pass::BW]),
+            (Recompute::Full, &[Pass::R, Pass::B, Pass::W]),
+        ] {
+            let found = Model::new(config.clone(), recompute).gradients(backward);
+            for (unit, (found, fused)) in found.iter().zip(&fused).enumerate() {
+                let largest = fused.iter().fold(0f32, |a, g| a.max(g.abs()));
+                for (n, (a, b)) in found.iter().zip(fused).enumerate() {
+                    let close = (a - b).abs() <= 1e-5 * largest;
+                    assert!(close, "{} {recompute:?} {backward:?} unit {unit} element {n}: {a} {b}", config.name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn other_programs_are_refused() {
+    let model = Model::new(llama(), Recompute::None);
+    let program = |workload, stages| Program {
+        format: paceline_sim::program::PROGRAM_FORMAT.into(),
+        workload,
+        microbatches: 1,
+        devices: vec![],
+        groups: vec![],
+        stages,
+        ranks: vec![],
+    };
+    let refused = |program: &Program| TransformerPasses::new(program).err().unwrap().to_string();
+    assert!(refused(&program(Workload::Abstract, vec![])).contains("no model to train"));
+    let workload = Workload::Transformer(model.passes.workload.clone());
+    let mut stages = model.passes.stages.clone();
+    stages[0].units.pop();
+    assert!(refused(&program(workload.clone(), stages)).contains("s0"));
+    let whole = TransformerPasses::new(&program(workload, model.passes.stages.clone())).unwrap();
+    assert!(whole.has_loss(STAGE) && whole.scale == 0.1);
+    assert_ne!(whole.digest(), Model::new(gpt(), Recompute::None).passes.digest());
+}
