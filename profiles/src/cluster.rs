@@ -17,6 +17,10 @@ pub struct Cluster {
     pub gpus_per_node: u32,
     /// Bandwidth between GPUs of a node, per GPU and direction, in 10^9 bytes per second.
     pub intra_gbps: f64,
+    /// Bus bandwidth of gathers and reduce-scatters inside a node, in 10^9 bytes per second.
+    pub gather_gbps: f64,
+    /// The same of all-reduces.
+    pub all_reduce_gbps: f64,
     /// What joins the nodes.
     pub fabric: Fabric,
     /// Share of the network adapters of one GPU, per direction, in 10^9 bytes per second.
@@ -75,6 +79,8 @@ struct Entry {
     gpu: Option<String>,
     gpus_per_node: u32,
     intra_gbps: Option<f64>,
+    gather_gbps: Option<f64>,
+    all_reduce_gbps: Option<f64>,
     fabric: Fabric,
     inter_gbps: f64,
     inter_latency_us: f64,
@@ -103,6 +109,24 @@ fn one() -> u32 {
     1
 }
 
+/// Share of NVLink that a ring of collectives reaches where nothing was measured.
+const NVLINK_SHARE: f64 = 0.75;
+/// The same of PCIe: NCCL plans with three quarters of the stated rate, and the ring crosses the bridge between two sockets in
+/// both directions. Assumed.
+const PCIE_SHARE: f64 = 0.375;
+
+/// Bus bandwidths of gathers and all-reduces over links of `intra_gbps`: as measured with the GPU's own links, in proportion
+/// with others.
+fn bus_bandwidths(gpu: &Gpu, intra_gbps: f64) -> (f64, f64) {
+    let scale = gpu.nvlink_gbps.map_or(1.0, |own| intra_gbps / own);
+    let measured = |value: Option<f64>| match (value, gpu.nvlink_gbps) {
+        (Some(value), Some(_)) => value * scale,
+        (None, Some(_)) => NVLINK_SHARE * intra_gbps,
+        (_, None) => PCIE_SHARE * intra_gbps,
+    };
+    (measured(gpu.gather_gbps), measured(gpu.all_reduce_gbps))
+}
+
 impl Entry {
     fn build(self, own: Option<Gpu>) -> Result<Cluster, ClusterError> {
         let cluster = self.name.clone();
@@ -115,8 +139,12 @@ impl Entry {
             (None, Some(name)) => find_gpu(name).map_err(wrap)?.clone(),
             (None, None) => return Err(ClusterError::NoGpu { cluster }),
         };
+        let intra_gbps = self.intra_gbps.unwrap_or_else(|| gpu.nvlink_gbps.unwrap_or(gpu.pcie_gbps));
+        let (gather_gbps, all_reduce_gbps) = bus_bandwidths(&gpu, intra_gbps);
         let built = Cluster {
-            intra_gbps: self.intra_gbps.unwrap_or_else(|| gpu.nvlink_gbps.unwrap_or(gpu.pcie_gbps)),
+            intra_gbps,
+            gather_gbps: self.gather_gbps.unwrap_or(gather_gbps),
+            all_reduce_gbps: self.all_reduce_gbps.unwrap_or(all_reduce_gbps),
             name: self.name,
             gpu,
             gpus_per_node: self.gpus_per_node,
@@ -187,6 +215,8 @@ impl Cluster {
         for (key, value) in [
             ("gpus_per_node", f64::from(self.gpus_per_node)),
             ("intra_gbps", self.intra_gbps),
+            ("gather_gbps", self.gather_gbps),
+            ("all_reduce_gbps", self.all_reduce_gbps),
             ("inter_gbps", self.inter_gbps),
             ("inter_latency_us", self.inter_latency_us),
         ] {
@@ -201,6 +231,15 @@ impl Cluster {
         Ok(())
     }
 
+    /// The same cluster with its GPUs joined by PCIe only.
+    #[must_use]
+    pub fn over_pcie(mut self) -> Cluster {
+        self.gpu.nvlink_gbps = None;
+        self.intra_gbps = self.gpu.pcie_gbps;
+        (self.gather_gbps, self.all_reduce_gbps) = bus_bandwidths(&self.gpu, self.intra_gbps);
+        self
+    }
+
     /// A cluster of a GPU that is not described otherwise: eight GPUs per node (or its NVLink domain) and the network that
     /// vendors usually sell with its generation.
     pub fn usual(gpu: &Gpu) -> Cluster {
@@ -210,11 +249,15 @@ impl Cluster {
             Generation::Ampere => 25.0,
             Generation::Hopper | Generation::Blackwell => 50.0,
         };
+        let intra_gbps = gpu.nvlink_gbps.unwrap_or(gpu.pcie_gbps);
+        let (gather_gbps, all_reduce_gbps) = bus_bandwidths(gpu, intra_gbps);
         Cluster {
+            gather_gbps,
+            all_reduce_gbps,
             name: format!("usual nodes of {}", gpu.name),
             gpu: gpu.clone(),
             gpus_per_node: gpu.nvlink_domain.max(8),
-            intra_gbps: gpu.nvlink_gbps.unwrap_or(gpu.pcie_gbps),
+            intra_gbps,
             fabric: Fabric::Infiniband,
             inter_gbps,
             inter_latency_us: 14.0,

@@ -32,6 +32,13 @@ pub struct Gpu {
     pub fp4_tflops: Option<f64>,
     /// NVLink bandwidth, where it has one.
     pub nvlink_gbps: Option<f64>,
+    /// Bus bandwidth (nccl-tests' definition) of large all-gathers and reduce-scatters over eight GPUs, where it was
+    /// measured; otherwise three quarters of the link.
+    pub gather_gbps: Option<f64>,
+    /// The same of all-reduces, in which NVSwitches may add.
+    pub all_reduce_gbps: Option<f64>,
+    /// Where these two come from.
+    pub collectives_source: Option<String>,
     /// PCIe bandwidth.
     pub pcie_gbps: f64,
     /// GPUs that NVLink joins at most; 1 without.
@@ -140,6 +147,8 @@ impl Gpu {
             ("fp8_tflops", self.fp8_tflops),
             ("fp4_tflops", self.fp4_tflops),
             ("nvlink_gbps", self.nvlink_gbps),
+            ("gather_gbps", self.gather_gbps),
+            ("all_reduce_gbps", self.all_reduce_gbps),
             ("power_watts", self.power_watts),
         ];
         let given = [

@@ -456,7 +456,7 @@ fn memory(
     for (rank, in_flight) in activations_peak.into_iter().enumerate() {
         let mut classes = MemoryClasses { activations: in_flight, ..MemoryClasses::default() };
         let mut held = RankParameters::default();
-        let mut work = 0.0f64;
+        let (mut work, mut embedding) = (0.0f64, 0.0f64);
         for n in (0..stages.len()).filter(|n| device_of[*n] as usize == rank) {
             held.dense += parameters[n].dense;
             held.routed += parameters[n].routed;
@@ -465,6 +465,9 @@ fn memory(
                 work = work.max(activations::working_set(model, layout, last));
             }
             work = work.max(stages[n].head * activations::loss(model, layout));
+            if layout.sharding != Sharding::Full {
+                embedding = embedding.max(stages[n].embedding * activations::embedding_gradient(model, layout));
+            }
         }
         let states = states(layout, &held);
         classes.parameters = states.parameters;
@@ -476,7 +479,7 @@ fn memory(
             classes.communication +=
                 4.0 * layout.numerics.activation * layout.tokens() * model.hidden as f64 / layout.sequence_cut();
         }
-        classes.workspace = work;
+        classes.workspace = work + embedding;
         parts.allocated_bytes.push(classes.total());
         classes.overhead = physics.fragmentation * (classes.activations + classes.workspace + classes.communication);
         parts.fits &= classes.total() <= limit;

@@ -22,7 +22,8 @@ pub struct Stage {
 pub fn cut(model: &Architecture, partition: Partition, stages: u64, ranks: u64) -> Vec<Stage> {
     let sizes = match partition {
         Partition::Even | Partition::VocabularySpread => even(model.layers, stages),
-        Partition::ByCost => by_cost(model, stages),
+        Partition::ByCost => by_cost(model, stages, 0),
+        Partition::Balanced => by_cost(model, stages, 1),
     };
     let mut first = 0;
     let stage = |(n, size): (usize, u64)| {
@@ -57,7 +58,8 @@ fn even(layers: u64, stages: u64) -> Vec<u64> {
     sizes
 }
 
-fn by_cost(model: &Architecture, stages: u64) -> Vec<u64> {
+/// Ends a stage where the sum of the costs passes its share, `halves` halves of the next block included.
+fn by_cost(model: &Architecture, stages: u64, halves: u64) -> Vec<u64> {
     let cost = |layer| {
         let matrices: u64 = model.attention.matrices(model.hidden).iter().map(|m| m.0 * m.1).sum();
         let ffn = match model.experts {
@@ -70,7 +72,8 @@ fn by_cost(model: &Architecture, stages: u64) -> Vec<u64> {
     let mut sizes = vec![0; stages as usize];
     let (mut sum, mut stage) = (0u64, 0usize);
     for layer in 0..model.layers {
-        if stage + 1 < sizes.len() && u128::from(sum) * u128::from(stages) >= u128::from(total) * (stage as u128 + 1) {
+        let reached = u128::from(2 * sum + halves * cost(layer)) * u128::from(stages);
+        if stage + 1 < sizes.len() && reached >= 2 * u128::from(total) * (stage as u128 + 1) {
             stage += 1;
         }
         sum += cost(layer);
@@ -343,10 +346,12 @@ mod tests {
             dropout: false,
         };
         for (stages, first) in [(2, 16), (4, 8), (16, 2)] {
-            let sizes = by_cost(&model, stages);
+            let sizes = by_cost(&model, stages, 0);
             assert_eq!(sizes[0], first, "{sizes:?}");
             assert_eq!(sizes.iter().sum::<u64>(), 28);
         }
+        // 28 blocks and a head that weighs 3.6 of them, in equal parts of 7.9.
+        assert_eq!(by_cost(&model, 4, 1), [8, 8, 8, 4]);
     }
 
     #[test]

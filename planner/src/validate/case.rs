@@ -6,7 +6,8 @@ use super::row::Row;
 use crate::schedules;
 use paceline_profiles::{Cluster, Fabric, find_cluster, find_gpu};
 use paceline_sim::cluster::{
-    Architecture, Attention, AttentionKernel, Compute, Experts, Layout, Numerics, PositionTable, Recompute, Sharding,
+    Architecture, Attention, AttentionKernel, Compute, Experts, Layout, Numerics, Partition, PositionTable, Recompute,
+    Sharding,
 };
 
 /// A run to be predicted, and what was measured.
@@ -32,7 +33,8 @@ pub struct Case {
     pub allocated: bool,
     /// Whether it ran out of memory.
     pub oom: bool,
-    /// So slow that something else than its layout must have held it up; scored, but not fitted to.
+    /// Scored, but not fitted to: so slow that something else than its layout must have held it up, or a runtime whose extra
+    /// passes are not modelled.
     pub doubtful: bool,
 }
 
@@ -66,7 +68,7 @@ pub fn case(row: &Row) -> Result<Case, String> {
         peak_gib: if oom { None } else { row.number("peak_mem_gib") },
         allocated: row.noted("max_allocated") || row.noted("allocated peak") || row.noted("peak allocated"),
         oom,
-        doubtful: row.noted("very low MFU"),
+        doubtful: row.noted("very low MFU") || layout.partition == Partition::VocabularySpread,
         model,
         layout,
         cluster,
@@ -297,8 +299,7 @@ fn cluster(row: &Row) -> Result<Cluster, String> {
     }
     measured_network(row, &mut cluster);
     if lower.contains("pcie") && !lower.contains("nvlink") {
-        cluster.intra_gbps = gpu.pcie_gbps;
-        cluster.gpu.nvlink_gbps = None;
+        cluster = cluster.over_pcie();
     }
     Ok(cluster)
 }

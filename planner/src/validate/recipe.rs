@@ -74,7 +74,9 @@ pub fn recipe(row: &Row) -> Recipe {
     } else if has("fsdp") || has("torchtitan") || has("composer") || sharding.contains("fsdp") {
         // Composer's recipes take the fused loss of FlashAttention.
         let loss = if has("composer") { LossKernel::Fused } else { LossKernel::InPlace };
-        Recipe { numerics: Numerics::GATHERED_16_BIT, overlap: DATA, loss, ..base }
+        // Its models carry linear biases, which only the Triton port of the first FlashAttention took.
+        let attention = if has("composer") { AttentionKernel::Flash1 } else { flash };
+        Recipe { numerics: Numerics::GATHERED_16_BIT, overlap: DATA, loss, attention, ..base }
     } else if has("deepspeed") {
         // 16-bit gradients, reduced in 16 bits; no FlashAttention in the Megatron-DeepSpeed of its time.
         Recipe { numerics: Numerics::MIXED, dropout: true, flash: false, ..base }
@@ -93,7 +95,7 @@ pub fn recipe(row: &Row) -> Recipe {
         recipe.overlap = NONE;
     }
     match row.note("method") {
-        Some("redis") => recipe.partition = Partition::ByCost,
+        Some("redis") => recipe.partition = Partition::Balanced,
         Some("vocab-1" | "vocab-2" | "interlaced") => recipe.partition = Partition::VocabularySpread,
         _ => {}
     }

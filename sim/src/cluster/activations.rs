@@ -146,6 +146,14 @@ pub fn loss(model: &Architecture, layout: &Layout) -> f64 {
     logits * per_logit + 2.0 * row
 }
 
+/// The embedding's gradient before it is added to the accumulated one: in the activations' format; where a second buffer sums
+/// microbatches, once more in a bucket and in the buffer's format.
+pub fn embedding_gradient(model: &Architecture, layout: &Layout) -> f64 {
+    let n = &layout.numerics;
+    let each = n.activation + if n.accumulated > 0.0 { n.activation + n.accumulated } else { 0.0 };
+    each * (model.vocab * model.hidden) as f64 / layout.tp as f64
+}
+
 /// What the first stage keeps of one microbatch beside its blocks: the embedding's dropout mask.
 pub fn embedding(model: &Architecture, layout: &Layout) -> f64 {
     if model.dropout { layout.tokens() * model.hidden as f64 / layout.sequence_cut() } else { 0.0 }

@@ -19,10 +19,8 @@ const SPLITS: [f64; 4] = [1.0, 2.0, 4.0, 8.0];
 pub struct Device {
     /// FLOPs per second of a large product, in the layout's format.
     rate: f64,
-    /// FLOPs per second of a large 16-bit product: attention, and what stays in 16 bits.
-    rate16: f64,
-    /// FLOPs per second of fused attention, forward and backward, by kernel.
-    attention: fn(AttentionKernel, Generation) -> (f64, f64),
+    /// Stated FLOPs per second with 16-bit inputs, under the power limit.
+    stated16: f64,
     generation: Generation,
     share: f64,
     /// Bytes per second of memory-bound operators.
@@ -61,20 +59,25 @@ impl Passing {
     }
 }
 
-/// Forward and backward rate of attention kernels, over that of FlashAttention 2 forward on Ampere.
+/// Forward and backward rate of attention kernels on long sequences, as a share of the stated 16-bit rate.
 ///
-/// FlashAttention 2 (arXiv 2307.08691, figures 4 to 6): on A100 about 1.2 times slower backward; version 1 at 0.6 of version 2.
-/// FlashAttention 3 (arXiv 2407.08608, figures 5 and 6): on H100 version 2 reaches about 370 of 989 TFLOP/s, version 3 about
-/// 650 forward and 550 backward; the A100 220 of 312.
+/// FlashAttention 2 on A100: 220 of 312 TFLOP/s forward, 190 backward, version 1 about 0.6 of that (arXiv 2307.08691, figures 4
+/// to 6). On H100 (arXiv 2407.08608, figures 5 and 6) version 2 reaches about 370 of 989, backward 320; version 3 650 and 550. On
+/// Blackwell cuDNN is taken at the share of version 3.
 fn attention_rates(kernel: AttentionKernel, generation: Generation) -> (f64, f64) {
     let recent = matches!(generation, Generation::Hopper | Generation::Blackwell);
     match kernel {
-        AttentionKernel::Flash1 => (0.6 * if recent { 0.55 } else { 1.0 }, 0.5 * if recent { 0.55 } else { 1.0 }),
-        AttentionKernel::Flash3 if recent => (0.93, 0.79),
-        _ if recent => (0.55, 0.46),
-        _ => (1.0, 0.85),
+        AttentionKernel::Flash1 if recent => (0.25, 0.2),
+        AttentionKernel::Flash1 => (0.42, 0.36),
+        AttentionKernel::Flash3 if recent => (0.65, 0.55),
+        _ if recent => (0.37, 0.32),
+        _ => (0.70, 0.61),
     }
 }
+
+/// Sequence at which fused attention runs at half its rate: 120, 160, 190, 208 and 217 TFLOP/s at 512 to 8,192 tokens (arXiv
+/// 2307.08691, figure 5, causal, heads of 128).
+const HALF_RATE_TOKENS: f64 = 400.0;
 
 impl Device {
     /// A GPU with the number formats of a layout.
@@ -100,8 +103,7 @@ impl Device {
         };
         Device {
             rate,
-            rate16,
-            attention: attention_rates,
+            stated16: gpu.bf16_tflops * 1e12 * power,
             generation: gpu.generation,
             share: physics.attention,
             memory: gpu.memory_bandwidth_gbps * 1e9 * physics.memory,
@@ -153,8 +155,9 @@ impl Device {
     ) -> Passing {
         let products: f64 = work.products.iter().map(|p| self.product(p, element)).sum();
         let core = work.core.as_ref().map_or(0.0, |core| {
-            let kernel = rate((self.attention)(core.kernel, self.generation));
-            (flops(core) / (self.rate16 * self.share * kernel)).max(core.bytes / self.memory)
+            let kernel = rate(attention_rates(core.kernel, self.generation));
+            (flops(core) / (self.stated16 * self.share * kernel * core.seq / (core.seq + HALF_RATE_TOKENS)))
+                .max(core.bytes / self.memory)
         });
         Passing {
             gpu: products + core + work.traffic / self.memory,

@@ -57,8 +57,10 @@ pub struct Layout {
 pub enum Partition {
     /// Equal numbers; where they do not divide, the first and the last stage hold fewer.
     Even,
-    /// Equal arithmetic, the output projection included: a stage ends where the running sum passes its share.
+    /// Equal arithmetic, the output projection included: a stage ends where the running sum has passed its share.
     ByCost,
+    /// The same, ended at the block border nearest to its share.
+    Balanced,
     /// Equal numbers, and an equal part of the vocabulary on every rank (Yeung et al., arXiv 2411.05288).
     VocabularySpread,
 }

@@ -39,11 +39,18 @@ const PCIE_STEP: f64 = 5.7e-6;
 /// Start of any collective: launch of its kernel and the first handshake (NCCL's base latency of a ring, `Simple`).
 const START: f64 = 8.4e-6;
 
+/// Share of its link that a single message inside a node reaches.
+const MESSAGE_SHARE: f64 = 0.8;
+
 /// The network of a cluster under the fitted parameters.
 #[derive(Debug, Clone, Copy)]
 pub struct Network {
-    /// Bytes per second inside a node, per GPU.
+    /// Bytes per second of messages inside a node, per GPU.
     pub intra: f64,
+    /// Bus bandwidth of gathers inside a node, in bytes per second.
+    pub gathers: f64,
+    /// Bus bandwidth of all-reduces inside a node.
+    pub all_reduces: f64,
     /// Bytes per second between nodes, per GPU.
     pub inter: f64,
     /// Seconds of a step inside a node.
@@ -59,7 +66,9 @@ impl Network {
     /// Of a cluster.
     pub fn of(cluster: &Cluster, physics: &Physics) -> Network {
         Network {
-            intra: cluster.intra_gbps * 1e9 * physics.intra,
+            intra: cluster.intra_gbps * 1e9 * MESSAGE_SHARE,
+            gathers: cluster.gather_gbps * 1e9 * physics.intra,
+            all_reduces: cluster.all_reduce_gbps * 1e9 * physics.intra,
             inter: cluster.inter_gbps * 1e9 * physics.inter,
             intra_step: if cluster.gpu.nvlink_gbps.is_some() { NVLINK_STEP } else { PCIE_STEP },
             inter_step: (cluster.inter_latency_us + cluster.host_pace_us) * 1e-6,
@@ -68,14 +77,14 @@ impl Network {
     }
 
     /// Bandwidth of a ring, and the time of a step of it.
-    fn ring(&self, span: Span) -> (f64, f64) {
+    fn ring(&self, span: Span, inside: f64) -> (f64, f64) {
         if span.nodes() > 1 {
             let rails = self.inter * span.per_node as f64;
             // A ring enters and leaves a node once; with one member per node it never uses the links inside.
-            let slowest = if span.per_node > 1 { rails.min(self.intra) } else { rails };
+            let slowest = if span.per_node > 1 { rails.min(inside) } else { rails };
             (slowest, self.inter_step)
         } else {
-            (self.intra, self.intra_step)
+            (inside, self.intra_step)
         }
     }
 
@@ -84,7 +93,7 @@ impl Network {
         if span.ranks <= 1 || bytes <= 0.0 {
             return 0.0;
         }
-        let (bandwidth, step) = self.ring(span);
+        let (bandwidth, step) = self.ring(span, self.gathers);
         let others = (span.ranks - 1) as f64;
         START + others * self.steps_weight(span, step) + bytes * others / span.ranks as f64 / bandwidth
     }
@@ -104,7 +113,7 @@ impl Network {
         if span.ranks <= 1 || bytes <= 0.0 {
             return 0.0;
         }
-        let (bandwidth, step) = self.ring(span);
+        let (bandwidth, step) = self.ring(span, self.all_reduces);
         let others = (span.ranks - 1) as f64;
         let moved = 2.0 * bytes * others / span.ranks as f64 / bandwidth;
         let ring = 2.0 * others * self.steps_weight(span, step);
@@ -151,11 +160,11 @@ mod tests {
         let n = network("dgx-h100-ib");
         let node = Span::strided(8, 1, 8);
         let bytes = 8e12;
-        assert!((n.gather(node, bytes) / (bytes * 7.0 / 8.0 / 450e9) - 1.0).abs() < 1e-3);
-        assert!((n.all_reduce(node, bytes) / (2.0 * n.gather(node, bytes)) - 1.0).abs() < 1e-3);
-        // Eight adapters of 50 GB/s carry the ring of whole nodes, one that of one GPU per node.
+        assert!((n.gather(node, bytes) / (bytes * 7.0 / 8.0 / 262e9) - 1.0).abs() < 1e-3);
+        assert!((n.all_reduce(node, bytes) / (2.0 * bytes * 7.0 / 8.0 / 479e9) - 1.0).abs() < 1e-3);
+        // The ring of whole nodes is as slow as their links, that of one GPU per node as its adapter of 50 GB/s.
         let wide = Span::strided(32, 1, 8);
-        assert!((n.gather(wide, bytes) / (bytes * 31.0 / 32.0 / 400e9) - 1.0).abs() < 1e-3);
+        assert!((n.gather(wide, bytes) / (bytes * 31.0 / 32.0 / 262e9) - 1.0).abs() < 1e-3);
         let narrow = Span::strided(4, 8, 8);
         assert_eq!(narrow, Span { ranks: 4, per_node: 1 });
         assert!((n.gather(narrow, bytes) / (bytes * 0.75 / 50e9) - 1.0).abs() < 1e-3);
@@ -183,8 +192,7 @@ mod tests {
     /// with buffers of 1.5 GB: no size is stated, and this one makes the latency of a step the same at every scale.
     #[test]
     fn bandwidth_falls_with_ranks_as_measured_over_efa() {
-        let mut n = network("p5");
-        n.intra = 262e9;
+        let n = network("p5");
         for (ranks, measured) in [(16u64, 224.0), (32, 208.0), (64, 175.0), (128, 124.0), (256, 75.0), (512, 44.0)] {
             let bytes = 1.5e9;
             let seconds = n.gather(Span::strided(ranks, 1, 8), bytes);

@@ -11,7 +11,7 @@ pub struct Physics {
     pub matmul_hopper: f64,
     /// The same on Blackwell.
     pub matmul_blackwell: f64,
-    /// Rate of fused attention (FlashAttention 2), forward, as a share of the rate of a large product on Ampere.
+    /// Rate of fused attention on long sequences, as a share of what its kernel's benchmark shows.
     pub attention: f64,
     /// Share of the stated memory bandwidth that memory-bound operators reach.
     pub memory: f64,
@@ -19,7 +19,7 @@ pub struct Physics {
     pub prologue: f64,
     /// Time of the host to launch one kernel, in seconds.
     pub launch: f64,
-    /// Share of the stated NVLink or PCIe bandwidth that collectives reach.
+    /// Share of the bus bandwidth inside a node, as benchmarks print it for large buffers, that collectives of a run reach.
     pub intra: f64,
     /// Share of the stated network bandwidth that collectives reach.
     pub inter: f64,
@@ -65,11 +65,11 @@ pub const PARAMETERS: &[Parameter] = &[
     parameter!(matmul_ampere, 0.4, 0.98, "share of the stated rate that a large product reaches on Ampere"),
     parameter!(matmul_hopper, 0.4, 0.98, "the same on Hopper, under its power limit"),
     parameter!(matmul_blackwell, 0.3, 0.98, "the same on Blackwell"),
-    parameter!(attention, 0.2, 1.2, "rate of fused attention, forward, over that of a large product on Ampere"),
+    parameter!(attention, 0.2, 1.2, "rate of fused attention on long sequences over that of its benchmark"),
     parameter!(memory, 0.3, 0.98, "share of the stated memory bandwidth that memory-bound operators reach"),
     parameter!(prologue, 1.0, 2000.0, "elements of the summed dimension that starting a product costs"),
     parameter!(launch, 1e-6, 1e-4, "seconds of the host per kernel launch"),
-    parameter!(intra, 0.2, 1.0, "share of the stated bandwidth inside a node that collectives reach"),
+    parameter!(intra, 0.2, 1.3, "share of the benchmarked bus bandwidth inside a node that collectives reach"),
     parameter!(inter, 0.1, 1.0, "share of the stated bandwidth between nodes that collectives reach"),
     parameter!(contention, 0.0, 1.0, "share of overlapped communication that is paid all the same"),
     parameter!(jitter, 0.0, 0.1, "growth of an iteration with each doubling of the nodes"),
@@ -81,19 +81,19 @@ impl Default for Physics {
     /// Fitted to the public runs of `docs/accuracy.md`.
     fn default() -> Physics {
         Physics {
-            matmul_ampere: 0.809,
-            matmul_hopper: 0.661,
-            matmul_blackwell: 0.502,
-            attention: 0.428,
-            memory: 0.961,
-            prologue: 396.0,
-            launch: 2.29e-05,
-            intra: 0.430,
-            inter: 0.979,
-            contention: 0.763,
-            jitter: 4.97e-05,
-            fragmentation: 0.044,
-            context: 2.80e+09,
+            matmul_ampere: 0.813,
+            matmul_hopper: 0.599,
+            matmul_blackwell: 0.456,
+            attention: 0.817,
+            memory: 0.969,
+            prologue: 473.0,
+            launch: 2.37e-05,
+            intra: 0.901,
+            inter: 0.964,
+            contention: 0.888,
+            jitter: 8.53e-05,
+            fragmentation: 0.014,
+            context: 3.81e+09,
         }
     }
 }

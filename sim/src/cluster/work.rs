@@ -30,6 +30,8 @@ pub struct Core {
     pub flops: f64,
     /// Bytes that it must read and write.
     pub bytes: f64,
+    /// Tokens of the sequence.
+    pub seq: f64,
     /// The kernel.
     pub kernel: AttentionKernel,
 }
@@ -151,7 +153,7 @@ fn attention_core(model: &Architecture, layout: &Layout, work: &mut Work) {
             // Only the causal half is computed.
             let flops = 2.0 * tokens * seq * widths / 2.0;
             let bytes = element * tokens * ((query + key + value + query) as f64) / tp;
-            work.core = Some(Core { flops, bytes, kernel });
+            work.core = Some(Core { flops, bytes, seq, kernel });
             work.kernels += 1.0;
         }
     }
