@@ -23,8 +23,8 @@ pub trait CostModel: Sync {
     fn collective(&self, program: &Program, collective: Collective, group: &Group, bytes: u64) -> SmallVec<[Round; 2]>;
 }
 
-/// One exchange: `work` occupies the device of each receiver (zero where hardware moves data beside compute), then
-/// `wire` passes on the link.
+/// One exchange: `wire` passes (on the link, or until a waiting thread is awake), then `work` occupies the device of each
+/// receiver (zero where hardware moves data beside compute).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Round {
     /// Time on the link.

@@ -5,12 +5,15 @@
 //! - [`program`]: the one representation that the simulator predicts and the executor runs.
 //! - [`cluster`]: the arithmetic of five-dimensional layouts on real clusters.
 //! - [`cost`]: what an op costs, asked by the engine.
-//! - `engine`: the discrete-event interpreter of a program.
+//! - [`engine`]: the discrete-event interpreter of a program.
+//! - [`memory`]: what every rank holds at every op, exactly.
 //! - [`trace`]: the timeline and the memory curve, predicted or measured, in one schema.
 
 pub mod cluster;
 pub mod compare;
 pub mod cost;
+pub mod engine;
+pub mod memory;
 pub mod model;
 pub mod program;
 pub mod trace;

@@ -1,0 +1,466 @@
+//! The simulation itself.
+
+use super::EngineError;
+use super::compiled::{Compiled, Role, Times};
+use super::timeline::Timeline;
+use crate::trace::WaitReason;
+use crate::units::OpId;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+
+/// Something that happens at a time. Of one time, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Event {
+    /// A rank's compute op has ended.
+    Computed(u32),
+    /// A device's communication work has ended.
+    Worked(u32),
+    /// A message has passed the wire.
+    Passed(u32),
+    /// A round of a collective has passed the wire, for one member.
+    RoundPassed(u32),
+}
+
+/// Communication work for a device.
+#[derive(Debug, Clone, Copy)]
+enum Work {
+    Transfer(u32),
+    Round { meeting: u32 },
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Turn {
+    Compute(u32),
+    Work(Work),
+}
+
+#[derive(Debug, Default)]
+struct Device {
+    held: bool,
+    /// What holds it, if it is communication.
+    work: Option<Work>,
+    queue: VecDeque<Turn>,
+}
+
+/// A rank between two events.
+#[derive(Debug, Default)]
+struct Rank {
+    /// The op that it issues next, or stands at.
+    next: u32,
+    /// When its last compute-stream op ended.
+    clock: u64,
+    /// The op at `next` has been issued and waits.
+    issued: bool,
+    /// It is in the queue of its device, or holds it.
+    computing: bool,
+    streams: Vec<Stream>,
+}
+
+#[derive(Debug, Default)]
+struct Stream {
+    /// Issued and not ended.
+    queue: VecDeque<u32>,
+    /// The first of them stands before its peers.
+    arrived: bool,
+    free_at: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Met {
+    arrived: u32,
+    round: u32,
+    remaining: u32,
+    met: u64,
+}
+
+const NEVER: u64 = u64::MAX;
+
+pub(super) struct State<'c, 't> {
+    compiled: &'c Compiled<'c>,
+    times: &'t Times,
+    now: u64,
+    events: BinaryHeap<Reverse<(u64, Event)>>,
+    ranks: Vec<Rank>,
+    devices: Vec<Device>,
+    /// By transfer: how many ends have arrived.
+    ends: Vec<u8>,
+    meetings: Vec<Met>,
+    /// By communication op: when it stood before its peers.
+    arrived: Vec<u64>,
+    line: Timeline,
+    /// Ranks that may go on.
+    awake: Vec<u32>,
+}
+
+impl<'c, 't> State<'c, 't> {
+    pub fn new(compiled: &'c Compiled<'c>, times: &'t Times) -> State<'c, 't> {
+        let count = compiled.ops.len();
+        let rank = |(number, &streams): (usize, &usize)| Rank {
+            next: compiled.first[number],
+            streams: std::iter::repeat_with(Stream::default).take(streams).collect(),
+            ..Rank::default()
+        };
+        State {
+            compiled,
+            times,
+            now: 0,
+            events: BinaryHeap::with_capacity(4 * compiled.streams.len()),
+            ranks: compiled.streams.iter().enumerate().map(rank).collect(),
+            devices: std::iter::repeat_with(Device::default).take(compiled.program.devices.len()).collect(),
+            ends: vec![0; compiled.transfers.len()],
+            meetings: vec![Met::default(); compiled.meetings.len()],
+            arrived: vec![0; count],
+            line: Timeline {
+                first: compiled.first.clone(),
+                ready: vec![0; count],
+                start: vec![0; count],
+                end: vec![NEVER; count],
+                wait: vec![None; count],
+            },
+            awake: Vec::new(),
+        }
+    }
+
+    pub fn run(mut self) -> Result<Timeline, EngineError> {
+        for rank in 0..self.ranks.len() as u32 {
+            self.go_on(rank);
+        }
+        self.wake();
+        while let Some(Reverse((time, event))) = self.events.pop() {
+            self.now = time;
+            match event {
+                Event::Computed(rank) => {
+                    let state = &mut self.ranks[rank as usize];
+                    let op = state.next;
+                    state.clock = time;
+                    state.computing = false;
+                    state.issued = false;
+                    state.next += 1;
+                    self.line.end[op as usize] = time;
+                    self.release(self.compiled.devices[rank as usize]);
+                    self.advance_streams(rank);
+                    self.awake.push(rank);
+                }
+                Event::Worked(device) => {
+                    let work = self.devices[device as usize].work.take();
+                    self.release(device);
+                    match work {
+                        Some(Work::Transfer(transfer)) => self.end_transfer(transfer),
+                        Some(Work::Round { meeting }) => self.end_part(meeting),
+                        None => {}
+                    }
+                }
+                Event::Passed(transfer) => self.copy(transfer),
+                Event::RoundPassed(meeting) => self.work_on_round(meeting),
+            }
+            self.wake();
+        }
+        self.finished()
+    }
+
+    fn finished(self) -> Result<Timeline, EngineError> {
+        let compiled = self.compiled;
+        let mut standing = Vec::new();
+        for (number, rank) in self.ranks.iter().enumerate() {
+            let heads = rank.streams.iter().filter_map(|stream| stream.queue.front().copied());
+            let stuck = (rank.next < compiled.first[number + 1]).then_some(rank.next);
+            for op in heads.chain(stuck) {
+                let at = compiled.at(op);
+                let this = &compiled.program.ranks[at.rank.index()].ops[at.op.index()];
+                let (from, to) = compiled.ops[op as usize].waits;
+                let unmet = compiled.waits[from as usize..to as usize].iter();
+                let unmet: Vec<String> = unmet
+                    .filter(|&&wait| self.line.end[wait as usize] == NEVER)
+                    .map(|&wait| compiled.at(wait).op.to_string())
+                    .collect();
+                let cause = if unmet.is_empty() { "its peers".to_string() } else { unmet.join(", ") };
+                standing.push(format!("{at} {:?} waits for {cause}", this.kind));
+            }
+        }
+        if standing.is_empty() { Ok(self.line) } else { Err(EngineError::Deadlock { standing }) }
+    }
+
+    fn wake(&mut self) {
+        while let Some(rank) = self.awake.pop() {
+            self.go_on(rank);
+        }
+    }
+
+    /// Issues ops of a rank until it has to wait.
+    fn go_on(&mut self, rank: u32) {
+        let compiled = self.compiled;
+        let last = compiled.first[rank as usize + 1];
+        loop {
+            let state = &mut self.ranks[rank as usize];
+            if state.computing || state.next == last {
+                return;
+            }
+            let op = state.next;
+            let node = compiled.ops[op as usize];
+            if node.role == Role::Compute {
+                if !state.issued {
+                    state.issued = true;
+                    self.line.ready[op as usize] = state.clock;
+                }
+                let Some(waited) = self.waits_ended(op) else { return };
+                let state = &mut self.ranks[rank as usize];
+                state.computing = true;
+                self.note_wait(op, waited);
+                self.ask(rank, op);
+                return;
+            }
+            if !state.issued {
+                let at = state.clock;
+                state.issued = true;
+                self.line.ready[op as usize] = at;
+                let stream = &mut state.streams[usize::from(node.stream)];
+                stream.queue.push_back(op);
+                if stream.queue.len() == 1 {
+                    self.try_arrive(rank, usize::from(node.stream));
+                }
+            }
+            let state = &mut self.ranks[rank as usize];
+            if node.stream == 0 {
+                let end = self.line.end[op as usize];
+                if end == NEVER {
+                    return;
+                }
+                state.clock = end;
+            }
+            state.next += 1;
+            state.issued = false;
+        }
+    }
+
+    /// When the last wait of an op ended, and which it was; `None` while one has not.
+    fn waits_ended(&self, op: u32) -> Option<Option<(u64, u32)>> {
+        let (from, to) = self.compiled.ops[op as usize].waits;
+        let mut last = None;
+        for &wait in &self.compiled.waits[from as usize..to as usize] {
+            let end = self.line.end[wait as usize];
+            if end == NEVER {
+                return None;
+            }
+            if last.is_none_or(|(latest, _)| end > latest) {
+                last = Some((end, wait));
+            }
+        }
+        Some(last)
+    }
+
+    /// Notes that an op waited for another until then, if it did.
+    fn note_wait(&mut self, op: u32, waited: Option<(u64, u32)>) {
+        if let Some((until, wait)) = waited
+            && until > self.line.ready[op as usize]
+        {
+            let first = self.compiled.first[self.compiled.ops[op as usize].rank as usize];
+            self.line.wait[op as usize] = Some(WaitReason::Op(OpId(wait - first)));
+        }
+    }
+
+    /// A compute op asks for its device.
+    fn ask(&mut self, rank: u32, op: u32) {
+        let device = self.compiled.devices[rank as usize];
+        // Of a compute op: when it could have started, had the device been free.
+        self.arrived[op as usize] = self.now;
+        let slot = &mut self.devices[device as usize];
+        if slot.held {
+            slot.queue.push_back(Turn::Compute(rank));
+        } else {
+            slot.held = true;
+            self.compute(rank);
+        }
+    }
+
+    /// A rank that holds its device computes.
+    fn compute(&mut self, rank: u32) {
+        let op = self.ranks[rank as usize].next as usize;
+        self.line.start[op] = self.now;
+        let for_device = self.now - self.arrived[op];
+        if for_device > self.arrived[op].saturating_sub(self.line.ready[op]) {
+            self.line.wait[op] = Some(WaitReason::Device);
+        }
+        self.events.push(Reverse((self.now + self.times.compute[op], Event::Computed(rank))));
+    }
+
+    fn give(&mut self, device: u32, work: Work) {
+        let slot = &mut self.devices[device as usize];
+        if slot.held {
+            slot.queue.push_back(Turn::Work(work));
+        } else {
+            slot.held = true;
+            self.begin_work(device, work);
+        }
+    }
+
+    fn begin_work(&mut self, device: u32, work: Work) {
+        let length = match work {
+            Work::Transfer(transfer) => {
+                let ends = self.compiled.transfers[transfer as usize];
+                let times = self.times.transfers[transfer as usize];
+                for op in [ends.from, ends.to] {
+                    let met = self.line.start[op as usize];
+                    self.note_cause(op, met, self.now - met - times.wire.0);
+                    self.line.start[op as usize] = self.now;
+                }
+                times.work.0
+            }
+            Work::Round { meeting } => self.round(meeting).1,
+        };
+        self.devices[device as usize].work = Some(work);
+        self.events.push(Reverse((self.now + length, Event::Worked(device))));
+    }
+
+    /// Gives a device up to the next in line.
+    fn release(&mut self, device: u32) {
+        let slot = &mut self.devices[device as usize];
+        match slot.queue.pop_front() {
+            None => slot.held = false,
+            Some(Turn::Compute(rank)) => self.compute(rank),
+            Some(Turn::Work(work)) => self.begin_work(device, work),
+        }
+    }
+
+    /// Lets the heads of a rank's streams arrive whose waits have ended.
+    fn advance_streams(&mut self, rank: u32) {
+        for stream in 0..self.ranks[rank as usize].streams.len() {
+            self.try_arrive(rank, stream);
+        }
+    }
+
+    fn try_arrive(&mut self, rank: u32, stream: usize) {
+        let state = &self.ranks[rank as usize].streams[stream];
+        let Some(&op) = state.queue.front().filter(|_| !state.arrived) else { return };
+        let Some(waited) = self.waits_ended(op) else { return };
+        let free_at = state.free_at;
+        self.ranks[rank as usize].streams[stream].arrived = true;
+        let ready = &mut self.line.ready[op as usize];
+        *ready = (*ready).max(free_at);
+        self.note_wait(op, waited);
+        self.arrived[op as usize] = self.now;
+        match self.compiled.ops[op as usize].role {
+            Role::Compute => {}
+            Role::End(transfer) => {
+                self.ends[transfer as usize] += 1;
+                if self.ends[transfer as usize] == 2 {
+                    self.begin_transfer(transfer);
+                }
+            }
+            Role::Member(meeting) => {
+                let members = self.compiled.members(meeting).len() as u32;
+                let met = &mut self.meetings[meeting as usize];
+                met.arrived += 1;
+                if met.arrived == members {
+                    met.met = self.now;
+                    self.begin_round(meeting);
+                }
+            }
+        }
+    }
+
+    fn begin_transfer(&mut self, transfer: u32) {
+        let ends = self.compiled.transfers[transfer as usize];
+        for op in [ends.from, ends.to] {
+            self.line.start[op as usize] = self.now;
+            self.note_cause(op, self.now, 0);
+        }
+        let wire = self.times.transfers[transfer as usize].wire.0;
+        if wire > 0 {
+            self.events.push(Reverse((self.now + wire, Event::Passed(transfer))));
+        } else {
+            self.copy(transfer);
+        }
+    }
+
+    /// Of the causes that held a communication op up, notes the one that cost most: its peers, who were all there at `met`,
+    /// its device, or the op that it waited for (noted at its arrival).
+    fn note_cause(&mut self, op: u32, met: u64, for_device: u64) {
+        let op = op as usize;
+        let for_peers = met - self.arrived[op];
+        if for_peers.max(for_device) > self.arrived[op].saturating_sub(self.line.ready[op]) {
+            let peers = for_peers >= for_device;
+            self.line.wait[op] = Some(if peers { WaitReason::Peer } else { WaitReason::Device });
+        }
+    }
+
+    /// The wire is passed: the receiver copies.
+    fn copy(&mut self, transfer: u32) {
+        let to = self.compiled.transfers[transfer as usize].to;
+        if self.times.transfers[transfer as usize].work.0 > 0 {
+            let rank = self.compiled.ops[to as usize].rank;
+            self.give(self.compiled.devices[rank as usize], Work::Transfer(transfer));
+        } else {
+            self.end_transfer(transfer);
+        }
+    }
+
+    fn end_transfer(&mut self, transfer: u32) {
+        let ends = self.compiled.transfers[transfer as usize];
+        self.end(ends.from);
+        self.end(ends.to);
+    }
+
+    /// Wire and work of the present round of a meeting.
+    fn round(&self, meeting: u32) -> (u64, u64) {
+        let round = self.meetings[meeting as usize].round as usize;
+        self.times.meetings[meeting as usize].get(round).map_or((0, 0), |round| (round.wire.0, round.work.0))
+    }
+
+    fn begin_round(&mut self, meeting: u32) {
+        let members = self.compiled.members(meeting);
+        let rounds = self.times.meetings[meeting as usize].len() as u32;
+        let met = &mut self.meetings[meeting as usize];
+        // A collective of one rank moves nothing.
+        let group = self.compiled.meetings[meeting as usize].group as usize;
+        if met.round == rounds || self.compiled.program.groups[group].size <= 1 {
+            let began = met.met;
+            for &op in members {
+                self.line.start[op as usize] = began;
+                self.note_cause(op, began, 0);
+                self.end(op);
+            }
+            return;
+        }
+        met.remaining = members.len() as u32;
+        let (wire, _) = self.round(meeting);
+        if wire > 0 {
+            self.events.push(Reverse((self.now + wire, Event::RoundPassed(meeting))));
+        } else {
+            self.work_on_round(meeting);
+        }
+    }
+
+    /// The wire is passed: every member works.
+    fn work_on_round(&mut self, meeting: u32) {
+        let (_, work) = self.round(meeting);
+        for &op in self.compiled.members(meeting) {
+            if work > 0 {
+                let rank = self.compiled.ops[op as usize].rank;
+                self.give(self.compiled.devices[rank as usize], Work::Round { meeting });
+            } else {
+                self.end_part(meeting);
+            }
+        }
+    }
+
+    fn end_part(&mut self, meeting: u32) {
+        let met = &mut self.meetings[meeting as usize];
+        met.remaining -= 1;
+        if met.remaining == 0 {
+            met.round += 1;
+            self.begin_round(meeting);
+        }
+    }
+
+    /// Ends a communication op.
+    fn end(&mut self, op: u32) {
+        self.line.end[op as usize] = self.now;
+        let node = self.compiled.ops[op as usize];
+        let stream = &mut self.ranks[node.rank as usize].streams[usize::from(node.stream)];
+        stream.queue.pop_front();
+        stream.arrived = false;
+        stream.free_at = self.now;
+        self.awake.push(node.rank);
+        self.advance_streams(node.rank);
+    }
+}

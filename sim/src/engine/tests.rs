@@ -1,0 +1,254 @@
+use super::*;
+use crate::cost::{CostModel, Round};
+use crate::program::{
+    Buffer, Collective, Coordinates, Device, Direction, Group, MemoryClass, Message, NetworkLevel, Op, OpKind,
+    PROGRAM_FORMAT, Pass, Payload, RankProgram, Stage, Stream, Tensor, Unit, Workload,
+};
+use crate::trace::WaitReason;
+use crate::units::{BufferId, DeviceId, GroupId, MicrobatchId, Nanos, OpId, RankId, StageId};
+use smallvec::{SmallVec, smallvec};
+
+/// Times by pass; every message and every round the same.
+#[derive(Default)]
+struct Given {
+    f: u64,
+    bw: u64,
+    message: Round,
+    rounds: SmallVec<[Round; 2]>,
+}
+
+impl CostModel for Given {
+    fn compute(&self, _: &Program, _: RankId, op: &Op) -> Nanos {
+        match op.kind {
+            OpKind::Compute { pass: Pass::F, .. } => Nanos(self.f),
+            OpKind::Compute { .. } => Nanos(self.bw),
+            _ => Nanos(0),
+        }
+    }
+
+    fn transfer(&self, _: &Program, _: RankId, _: RankId, _: u64) -> Round {
+        self.message
+    }
+
+    fn collective(&self, _: &Program, _: Collective, _: &Group, _: u64) -> SmallVec<[Round; 2]> {
+        self.rounds.clone()
+    }
+}
+
+fn op(stream: u8, kind: OpKind, waits: &[u32]) -> Op {
+    Op {
+        stream: Stream(stream),
+        kind,
+        waits: waits.iter().map(|&wait| OpId(wait)).collect(),
+        alloc: SmallVec::new(),
+        uses: SmallVec::new(),
+        free: SmallVec::new(),
+    }
+}
+
+fn compute(pass: Pass, stage: u16, microbatch: u32) -> OpKind {
+    OpKind::Compute { pass, stage: StageId(stage), microbatch: MicrobatchId(microbatch), first: 0, end: 1 }
+}
+
+fn message(stage: u16, microbatch: u32) -> Message {
+    let direction = if stage == 1 { Direction::Forward } else { Direction::Backward };
+    Message { direction, stage: StageId(stage), microbatch: MicrobatchId(microbatch) }
+}
+
+fn send(peer: u32, stage: u16, microbatch: u32) -> OpKind {
+    OpKind::Send { peer: RankId(peer), message: message(stage, microbatch), buffer: BufferId(0) }
+}
+
+fn receive(peer: u32, stage: u16, microbatch: u32) -> OpKind {
+    OpKind::Recv { peer: RankId(peer), message: message(stage, microbatch), buffer: BufferId(0) }
+}
+
+fn all_reduce(unit: u16) -> OpKind {
+    let payload = Payload::Gradients { stage: StageId(0), unit };
+    OpKind::Collective { collective: Collective::AllReduce, group: GroupId(0), payload, buffer: BufferId(0), bytes: 64 }
+}
+
+/// Ranks with their devices; all of them are one group.
+fn program(devices: u32, ranks: Vec<(u32, Vec<Op>)>) -> Program {
+    let tensor = Tensor::StageInput { stage: StageId(0), microbatch: MicrobatchId(0) };
+    let all = (0..ranks.len() as u32).map(RankId).collect();
+    Program {
+        format: PROGRAM_FORMAT.into(),
+        workload: Workload::Abstract,
+        microbatches: 2,
+        devices: (0..devices).map(|n| Device { name: format!("d{n}"), node: 0 }).collect(),
+        groups: vec![Group { name: "all".into(), size: ranks.len() as u32, ranks: all, level: NetworkLevel::Intra }],
+        stages: vec![Stage { units: vec![Unit { layers: vec![] }] }; 2],
+        ranks: ranks
+            .into_iter()
+            .map(|(device, ops)| RankProgram {
+                device: DeviceId(device),
+                coordinates: Coordinates::default(),
+                stages: vec![],
+                buffers: vec![Buffer { class: MemoryClass::Activation, bytes: 64, tensor }],
+                persistent: vec![BufferId(0)],
+                ops,
+            })
+            .collect(),
+    }
+}
+
+/// (ready, start, end) of every op of a rank.
+fn spans(trace: &Trace, rank: usize) -> Vec<(u64, u64, u64)> {
+    trace.ranks[rank].events.iter().map(|event| (event.ready.0, event.start.0, event.end.0)).collect()
+}
+
+/// 1F1B over two stages and two microbatches.
+fn pipeline(devices: u32) -> Program {
+    let first = vec![
+        op(0, compute(Pass::F, 0, 0), &[]),
+        op(3, send(1, 1, 0), &[0]),
+        op(0, compute(Pass::F, 0, 1), &[]),
+        op(3, send(1, 1, 1), &[2]),
+        op(4, receive(1, 0, 0), &[]),
+        op(0, compute(Pass::BW, 0, 0), &[4]),
+        op(4, receive(1, 0, 1), &[]),
+        op(0, compute(Pass::BW, 0, 1), &[6]),
+    ];
+    let second = vec![
+        op(2, receive(0, 1, 0), &[]),
+        op(0, compute(Pass::F, 1, 0), &[0]),
+        op(0, compute(Pass::BW, 1, 0), &[]),
+        op(5, send(0, 0, 0), &[2]),
+        op(2, receive(0, 1, 1), &[]),
+        op(0, compute(Pass::F, 1, 1), &[4]),
+        op(0, compute(Pass::BW, 1, 1), &[]),
+        op(5, send(0, 0, 1), &[6]),
+    ];
+    program(devices, vec![(0, first), (devices - 1, second)])
+}
+
+#[test]
+fn a_pipeline_by_hand() {
+    let wire = Round { wire: Nanos(3), work: Nanos(0) };
+    let trace = simulate(&pipeline(2), &Given { f: 10, bw: 20, message: wire, ..Given::default() }).unwrap();
+    // The first microbatch arrives at 13, its gradient leaves at 43; the second was sent at 20 and received when the second
+    // rank came to it, at 43.
+    let first =
+        [(0, 0, 10), (10, 10, 13), (10, 10, 20), (20, 43, 46), (20, 43, 46), (20, 46, 66), (66, 76, 79), (66, 79, 99)];
+    let second =
+        [(0, 10, 13), (0, 13, 23), (23, 23, 43), (43, 43, 46), (43, 43, 46), (43, 46, 56), (56, 56, 76), (76, 76, 79)];
+    assert_eq!(spans(&trace, 0), first);
+    assert_eq!(spans(&trace, 1), second);
+    assert_eq!(trace.makespan, Nanos(99));
+    let waits = |rank: usize| trace.ranks[rank].events.iter().map(|event| event.wait).collect::<Vec<_>>();
+    let (peer, on) = (Some(WaitReason::Peer), |op| Some(WaitReason::Op(OpId(op))));
+    assert_eq!(waits(0), [None, None, None, peer, peer, on(4), peer, on(6)]);
+    assert_eq!(waits(1), [peer, on(0), None, None, None, on(4), None, None]);
+}
+
+#[test]
+fn ranks_on_one_device_take_turns() {
+    let trace = simulate(&pipeline(1), &Given { f: 10, bw: 20, ..Given::default() }).unwrap();
+    // The first rank asks for its second forward at 10, before the message lets the second rank ask.
+    let on_device: Vec<(u64, u64, u64)> =
+        [spans(&trace, 0)[2], spans(&trace, 1)[1], spans(&trace, 1)[2], spans(&trace, 0)[5]].to_vec();
+    assert_eq!(on_device, [(10, 10, 20), (0, 20, 30), (30, 30, 50), (20, 60, 80)]);
+    // At 50 the second rank sends its gradient and goes on; only then is the first rank awake and asks.
+    assert_eq!(trace.makespan, Nanos(2 * (10 + 10 + 20 + 20)), "one device never rests here");
+    assert_eq!(trace.ranks[1].events[1].wait, Some(WaitReason::Op(OpId(0))));
+    // What a device did never overlaps.
+    let mut all: Vec<(u64, u64)> =
+        trace.ranks.iter().flat_map(|r| &r.events).filter(|e| e.stream.0 == 0).map(|e| (e.start.0, e.end.0)).collect();
+    all.sort_unstable();
+    assert!(all.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{all:?}");
+}
+
+#[test]
+fn a_copy_takes_the_receivers_device() {
+    // Rank 1 computes from 0 to 30; the message is there at 10 and is copied when its device is free.
+    let sender = vec![op(0, compute(Pass::F, 0, 0), &[]), op(3, send(1, 1, 0), &[0])];
+    let receiver =
+        vec![op(2, receive(0, 1, 0), &[]), op(0, compute(Pass::BW, 1, 7), &[]), op(0, compute(Pass::F, 1, 0), &[0])];
+    let program = program(2, vec![(0, sender), (1, receiver)]);
+    let message = Round { wire: Nanos(1), work: Nanos(5) };
+    let trace = simulate(&program, &Given { f: 10, bw: 30, message, ..Given::default() }).unwrap();
+    assert_eq!(spans(&trace, 1), [(0, 30, 35), (0, 0, 30), (30, 35, 45)]);
+    assert_eq!(spans(&trace, 0)[1], (10, 30, 35));
+    assert_eq!(trace.ranks[1].events[0].wait, Some(WaitReason::Device));
+    // On an idle device it begins when the wire is passed, and compute waits for it.
+    let trace = simulate(&program, &Given { f: 10, bw: 8, message, ..Given::default() }).unwrap();
+    assert_eq!(spans(&trace, 1), [(0, 11, 16), (0, 0, 8), (8, 16, 26)]);
+}
+
+#[test]
+fn a_collective_takes_its_rounds_on_the_devices_of_its_members() {
+    let rank = |passes: &[Pass]| {
+        let mut ops: Vec<Op> = (0..).zip(passes).map(|(n, &pass)| op(0, compute(pass, 0, n), &[])).collect();
+        let last = ops.len() as u32 - 1;
+        ops.push(op(1, all_reduce(0), &[last]));
+        ops.push(op(0, compute(Pass::F, 0, 9), &[]));
+        ops.push(op(0, OpKind::Join, &[last + 1]));
+        ops
+    };
+    let rounds: SmallVec<[Round; 2]> =
+        smallvec![Round { wire: Nanos(0), work: Nanos(4) }, Round { wire: Nanos(2), work: Nanos(3) }];
+    let costs = Given { f: 10, bw: 20, rounds, ..Given::default() };
+    let both = program(2, vec![(0, rank(&[Pass::F])), (1, rank(&[Pass::BW]))]);
+    let trace = simulate(&both, &costs).unwrap();
+    // Rank 0 arrives at 10 and rank 1 at 20. Both are free for the first round, until 24; then rank 1 begins its next op,
+    // and its part of the second round has to wait until 34.
+    assert_eq!(spans(&trace, 0)[1..], [(10, 20, 37), (10, 10, 20), (20, 37, 37)]);
+    assert_eq!(spans(&trace, 1)[1..], [(20, 20, 37), (20, 24, 34), (34, 37, 37)]);
+
+    // Two members on one device do their parts one after the other.
+    let shared = program(1, vec![(0, rank(&[Pass::F])), (0, rank(&[Pass::F]))]);
+    let trace = simulate(&shared, &costs).unwrap();
+    // Both forwards, the next one of rank 0 (asked for at 10), the first round (met at 20), the next forward of rank 1, behind
+    // which the wire is hidden, and the second round.
+    assert_eq!(trace.makespan, Nanos(10 + 10 + 10 + 2 * 4 + 10 + 2 * 3));
+}
+
+#[test]
+fn a_collective_of_one_rank_moves_nothing() {
+    let alone = program(1, vec![(0, vec![op(0, compute(Pass::F, 0, 0), &[]), op(1, all_reduce(0), &[0])])]);
+    let rounds = smallvec![Round { wire: Nanos(7), work: Nanos(7) }];
+    let trace = simulate(&alone, &Given { f: 10, rounds, ..Given::default() }).unwrap();
+    assert_eq!(spans(&trace, 0), [(0, 0, 10), (10, 10, 10)]);
+}
+
+#[test]
+fn circles_are_named() {
+    // Each rank waits for the other's message before it sends.
+    let rank = |other: u32, in_stage: u16, out_stage: u16| {
+        vec![
+            op(2, receive(other, in_stage, 0), &[]),
+            op(0, compute(Pass::F, 0, 0), &[0]),
+            op(3, send(other, out_stage, 0), &[1]),
+        ]
+    };
+    let circle = program(2, vec![(0, rank(1, 0, 1)), (1, rank(0, 1, 0))]);
+    let error = simulate(&circle, &Given::default()).unwrap_err().to_string();
+    assert!(error.starts_with("deadlock: r0 op0 Recv") && error.contains("r1 op0 Recv"), "{error}");
+    assert!(error.contains("r0 op1") && error.contains("waits for op0"), "{error}");
+
+    let ops = vec![op(0, compute(Pass::F, 0, 0), &[1]), op(0, compute(Pass::F, 0, 1), &[])];
+    let error = simulate(&program(1, vec![(0, ops)]), &Given::default()).unwrap_err();
+    assert_eq!(error.to_string(), "r0 op0 waits for op1, which does not come before it");
+}
+
+#[test]
+fn ops_that_do_not_meet_are_named() {
+    let message = |ranks: Vec<(u32, Vec<Op>)>| simulate(&program(2, ranks), &Given::default()).unwrap_err().to_string();
+    let alone = message(vec![(0, vec![op(3, send(1, 1, 0), &[])]), (1, vec![])]);
+    assert!(alone.starts_with("r0 op0 sends") && alone.contains("r1 does not receive it"), "{alone}");
+    let crossed = message(vec![
+        (0, vec![op(1, all_reduce(0), &[]), op(1, all_reduce(1), &[])]),
+        (1, vec![op(1, all_reduce(1), &[]), op(1, all_reduce(0), &[])]),
+    ]);
+    assert!(crossed.contains("collective number 0") && crossed.contains("r0 op0") && crossed.contains("r1 op0"));
+    let absent = message(vec![(0, vec![op(1, all_reduce(0), &[])]), (1, vec![])]);
+    assert!(absent.contains("r0 op0 waits for r1, which never joins"), "{absent}");
+    let twice = message(vec![
+        (0, vec![op(3, send(1, 1, 0), &[]), op(3, send(1, 1, 0), &[])]),
+        (1, vec![op(2, receive(0, 1, 0), &[])]),
+    ]);
+    assert!(twice.starts_with("r0 op1 and r0 op0"), "{twice}");
+    let astray = message(vec![(0, vec![op(1, compute(Pass::F, 0, 0), &[])]), (1, vec![])]);
+    assert_eq!(astray, "r0 op0 computes on stream 1; only stream 0 computes");
+}
