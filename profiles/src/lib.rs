@@ -4,6 +4,7 @@
 //! - [`Predictor`]: times of kernels, messages and collectives from a profile, exact where measured, interpolated
 //!   elsewhere, each with its [`Provenance`].
 //! - [`Gpu`] and [`Cluster`]: devices and networks that are planned for, as stated and measured elsewhere.
+//! - [`import`]: measurements of other tools.
 //! - [`recalibrate`]: corrects a profile by what a real run showed.
 
 mod cluster;
@@ -12,6 +13,7 @@ mod curve;
 mod estimate;
 mod fit;
 mod gpu;
+pub mod import;
 mod kernel_key;
 mod predictor;
 mod profile;

@@ -176,6 +176,13 @@ pub struct Timer<'a> {
     pub pace: f64,
 }
 
+/// Bytes per parameter that adding a microbatch's gradients to those before it reads and writes: the gradient and the sum, in one
+/// product that accumulates or through a buffer of its own.
+fn accumulation_bytes(layout: &Layout) -> f64 {
+    let n = &layout.numerics;
+    if n.accumulated > 0.0 { 2.0 * n.gradient + 2.0 * n.accumulated } else { 2.0 * n.gradient }
+}
+
 /// Of the work of a layer: on the GPU, forward, backward, weights, and its messages.
 struct LayerTimes {
     forward: Passing,
@@ -236,6 +243,7 @@ impl Timer<'_> {
             times.forward += stage.head * exposed(broadcast, times.forward, self.physics);
             times.backward += stage.head * exposed(2.0 * broadcast, times.backward, self.physics);
         }
+        times.weights += self.device.traffic(parameters.total() * accumulation_bytes(self.layout));
         if self.layout.sharding == Sharding::Full {
             self.add_gathering(&mut times, parameters);
         }

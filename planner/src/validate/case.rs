@@ -261,7 +261,7 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         attention,
         loss: recipe.loss,
         keeps_gathered: recipe.keeps_gathered,
-        fused_mlp: recipe.fused_mlp,
+        fused_kernels: recipe.fused_kernels,
         numerics,
         overlap: recipe.overlap,
         bucket_bytes: recipe.bucket_bytes,

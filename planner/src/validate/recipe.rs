@@ -24,8 +24,8 @@ pub struct Recipe {
     pub attention: AttentionKernel,
     /// As [`paceline_sim::cluster::Layout::keeps_gathered`].
     pub keeps_gathered: bool,
-    /// As [`paceline_sim::cluster::Layout::fused_mlp`].
-    pub fused_mlp: bool,
+    /// As [`paceline_sim::cluster::Layout::fused_kernels`].
+    pub fused_kernels: bool,
     /// Sequence parallelism when nothing is stated.
     pub sequence_parallel: bool,
 }
@@ -55,7 +55,7 @@ pub fn recipe(row: &Row) -> Recipe {
         flash: true,
         attention: flash,
         keeps_gathered: false,
-        fused_mlp: true,
+        fused_kernels: true,
         sequence_parallel: false,
     };
     let mut recipe = if has("nanotron") {
@@ -67,7 +67,7 @@ pub fn recipe(row: &Row) -> Recipe {
             overlap: Overlap { gradients: true, tensor: true, parameters: false },
             // Early runs without a pipeline kept what they had gathered; a later version gathers again.
             keeps_gathered: row.noted("after_pp_fix=False") && matches!(row.text("pp"), "" | "1"),
-            fused_mlp: false,
+            fused_kernels: false,
             sequence_parallel: true,
             ..base
         }

@@ -53,7 +53,7 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Vec<Kept> {
 
     let up = if model.gated { 2.0 } else { 1.0 };
     // Unfused, the activated gate is a tensor of its own.
-    let apart = if model.gated && !layout.fused_mlp { 1.0 } else { 0.0 };
+    let apart = if model.gated && !layout.fused_kernels { 1.0 } else { 0.0 };
     let mlp = |width: f64, rows: f64| (element * rows * width * (up + apart) / tp, element * rows * width / tp);
     match model.experts {
         Some(experts) if model.routed(layer) => {

@@ -41,8 +41,8 @@ pub struct Layout {
     /// Keeps the gathered inputs of the products for the backward pass instead of gathering them again, under sequence
     /// parallelism.
     pub keeps_gathered: bool,
-    /// One kernel for gate, activation and product, which keeps its input and output only.
-    pub fused_mlp: bool,
+    /// One kernel for gate, activation and product, which keeps its input and output only, and one for the rotary embedding.
+    pub fused_kernels: bool,
     /// Number formats.
     pub numerics: Numerics,
     /// Which communication runs beside computation.
@@ -227,7 +227,7 @@ impl Layout {
             attention: AttentionKernel::Flash2,
             loss: LossKernel::InPlace,
             keeps_gathered: false,
-            fused_mlp: true,
+            fused_kernels: true,
             numerics: Numerics::MIXED_FP32_GRADIENTS,
             overlap: Overlap { gradients: false, tensor: false, parameters: false },
             bucket_bytes: None,

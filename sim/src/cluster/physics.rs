@@ -81,19 +81,19 @@ impl Default for Physics {
     /// Fitted to the public runs of `docs/accuracy.md`.
     fn default() -> Physics {
         Physics {
-            matmul_ampere: 0.813,
-            matmul_hopper: 0.599,
-            matmul_blackwell: 0.456,
-            attention: 0.817,
-            memory: 0.969,
-            prologue: 473.0,
-            launch: 2.37e-05,
-            intra: 0.901,
-            inter: 0.964,
-            contention: 0.888,
-            jitter: 8.53e-05,
+            matmul_ampere: 0.890,
+            matmul_hopper: 0.713,
+            matmul_blackwell: 0.487,
+            attention: 0.787,
+            memory: 0.662,
+            prologue: 268.0,
+            launch: 2.27e-05,
+            intra: 0.886,
+            inter: 0.985,
+            contention: 0.926,
+            jitter: 6.24e-04,
             fragmentation: 0.014,
-            context: 3.81e+09,
+            context: 3.84e+09,
         }
     }
 }

@@ -101,7 +101,9 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Work {
     work.traffic += (2.0 * 2.0 + 2.0 * 3.0) * row / cut + if model.dropout { 2.0 * tokens * hidden / cut } else { 0.0 };
     let (query, key, value) = model.attention.widths();
     let projected = (query + key + value) as f64;
-    work.traffic += 2.0 * element * tokens * projected / tp;
+    // Rotary embedding: one read and one write; as separate operations in 32 bits and with copies, three times that.
+    let passes = if layout.fused_kernels { 2.0 } else { 6.0 };
+    work.traffic += passes * element * tokens * projected / tp;
     work.kernels = ELEMENTWISE_KERNELS;
 
     attention_core(model, layout, &mut work);
@@ -169,7 +171,7 @@ fn mlp(model: &Architecture, layout: &Layout, layer: u64, work: &mut Work) {
         work.products.push(product(tokens, up * width / tp, hidden));
         work.products.push(product(tokens, hidden, width / tp));
         // Apart, the activated gate is written and read once more.
-        let apart = if model.gated && !layout.fused_mlp { 2.0 } else { 0.0 };
+        let apart = if model.gated && !layout.fused_kernels { 2.0 } else { 0.0 };
         work.traffic += element * tokens * width * (up + 1.0 + apart) / tp;
     };
     match model.experts {

@@ -1,0 +1,3 @@
+//! Measurements of other tools.
+
+pub mod nccl_tests;
