@@ -182,10 +182,12 @@ fn strip(raw: &str) -> String {
         if let Some(rest) = tag(line) {
             line = rest.trim_start();
         }
-        if let Some((number, rest)) = line.split_once(':') {
-            if !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()) && rest.starts_with([' ', '#']) {
-                line = rest.trim_start();
-            }
+        if let Some((number, rest)) = line.split_once(':')
+            && !number.is_empty()
+            && number.bytes().all(|b| b.is_ascii_digit())
+            && rest.starts_with([' ', '#'])
+        {
+            line = rest.trim_start();
         }
         if line == before {
             break;
@@ -207,18 +209,18 @@ fn rank_line(text: &str, run: &mut Run) {
     let Some(rank) = cells.first().and_then(|c| c.parse::<u64>().ok()).and_then(|r| r.checked_add(1)) else { return };
     run.ranks = Some(run.ranks.map_or(rank, |r| r.max(rank)));
     let after = |word: &str| cells.iter().position(|c| *c == word).map(|n| n + 1);
-    if let Some(host) = after("on").and_then(|n| cells.get(n)) {
-        if run.hosts.iter().all(|h| h != host) {
-            run.hosts.push((*host).to_owned());
-        }
+    if let Some(host) = after("on").and_then(|n| cells.get(n))
+        && run.hosts.iter().all(|h| h != host)
+    {
+        run.hosts.push((*host).to_owned());
     }
     // The tag of the bus was taken away if it was a bare number; the name is what follows it.
     let at = after("device")
         .and_then(|n| cells[n.min(cells.len())..].iter().position(|c| c.starts_with('[')).map(|m| n + m + 1));
-    if let Some(name) = at.map(|n| cells[n.min(cells.len())..].join(" ")).filter(|name| !name.is_empty()) {
-        if !run.gpus.contains(&name) {
-            run.gpus.push(name);
-        }
+    if let Some(name) = at.map(|n| cells[n.min(cells.len())..].join(" ")).filter(|name| !name.is_empty())
+        && !run.gpus.contains(&name)
+    {
+        run.gpus.push(name);
     }
 }
 

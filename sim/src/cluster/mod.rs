@@ -19,9 +19,11 @@ pub mod memory;
 pub mod network;
 mod physics;
 pub mod work;
+mod zoo;
 
 pub use architecture::{Architecture, Attention, Experts, PositionTable};
 pub use layout::{
     AttentionKernel, Compute, Layout, LayoutError, LossKernel, Numerics, Overlap, Partition, Recompute, Sharding,
 };
 pub use physics::{PARAMETERS, Parameter, Physics};
+pub use zoo::ZooError;
