@@ -17,10 +17,12 @@
 //! walk over the list in issue order gives the same curve and the same peak in every interpreter, whatever the timing:
 //! predicted and measured peaks are compared in bytes.
 
+mod check;
 mod partners;
 mod shares;
 mod types;
 
+pub use check::{CheckError, check};
 pub use partners::{Meeting, OpRef, PartnerError, Partners, Transfer};
 pub use shares::{Shares, SharesError, shares};
 pub use types::*;
