@@ -11,7 +11,7 @@ mod machine;
 mod overhead;
 mod samples;
 
-pub use from_run::rows_of_run;
+pub use from_run::{DISTURBED_RUN, disturbance, rows_of_run};
 pub use grid::{grid_around, usual_shapes};
 pub use machine::this_machine;
 

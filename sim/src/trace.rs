@@ -1,5 +1,7 @@
 //! The timeline and memory curve of one step, predicted by the simulator or measured by the executor, in one schema.
 
+mod export;
+
 use crate::program::{MemoryClass, OpKind, Stream};
 use crate::units::{Nanos, OpId};
 use serde::{Deserialize, Serialize};

@@ -81,6 +81,18 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
     rows
 }
 
+/// A run whose [`disturbance`] is above this shared its cores with other work and teaches nothing about the machine.
+pub const DISTURBED_RUN: f64 = 1.4;
+
+/// How much longer the kernels of a run took than their fastest calls would have, as a ratio from 1: caches and clocks make
+/// some difference, other work on the same cores makes a large one.
+pub fn disturbance(report: &RunReport) -> f64 {
+    let typical = typical(report);
+    let fastest: f64 = report.kernels.iter().map(|times| times.least_seconds * times.count as f64).sum();
+    let taken: f64 = report.kernels.iter().map(|times| times.total_seconds).sum::<f64>() * typical;
+    if fastest > 0.0 { (taken / fastest).max(1.0) } else { 1.0 }
+}
+
 /// The median step over the mean one, of the steps whose kernels are counted.
 fn typical(report: &RunReport) -> f64 {
     let counted = &report.steps[usize::from(report.steps.len() > 1)..];

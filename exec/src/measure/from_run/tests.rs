@@ -147,3 +147,19 @@ fn overheads_are_split_as_they_were_measured() {
     assert!((seconds(&rows, Subject::Overhead(Overhead::Op)) - outside * 2.0 / 3.0 / 3.0).abs() < 1e-12);
     assert!((seconds(&rows, Subject::Overhead(Overhead::Call)) - outside / 3.0 / 9.0).abs() < 1e-12);
 }
+
+#[test]
+fn disturbed_runs_show_it() {
+    let with_fastest = |seconds: f64| {
+        let mut report = report();
+        for times in &mut report.kernels {
+            times.least_seconds = seconds * times.total_seconds / times.count as f64;
+        }
+        disturbance(&report)
+    };
+    // A typical step takes two thirds of the mean one.
+    assert!((with_fastest(2.0 / 3.0) - 1.0).abs() < 1e-12);
+    assert!((with_fastest(1.0 / 3.0) - 2.0).abs() < 1e-12);
+    assert!(with_fastest(1.0 / 3.0) > DISTURBED_RUN);
+    assert_eq!(disturbance(&report()), 1.0, "nothing is known");
+}
