@@ -5,6 +5,7 @@
 //! - [`blocks`]: the building-block algebra, for schedules made by repetition and rearrangement.
 //! - [`drawing`]: a replayed schedule as terminal cells and as SVG.
 //! - [`interchange`]: schedules as files of other tools.
+//! - [`lower`]: from an order to the program that simulator and executor interpret.
 //! - [`predict`]: an iteration of a layout on a real cluster, second by second and byte by byte.
 //! - [`validate`]: predictions against measured runs, and fits to them.
 //! - [`replay`]: exact times and memory of an order, and its validation.
@@ -12,6 +13,7 @@
 pub mod blocks;
 pub mod drawing;
 pub mod interchange;
+pub mod lower;
 pub mod order;
 pub mod predict;
 pub mod replay;

@@ -1,0 +1,181 @@
+//! Lowering: from a compute order to the [`Program`] that simulator and executor interpret. Each pass is written once, for
+//! all schedules:
+//!
+//! 1. [`recompute`]: an R before the backward of every microbatch, under full recomputation;
+//! 2. [`passes`]: actions become compute ops over units of their stage, as fine as reduction and recomputation need;
+//! 3. [`messages`]: receives posted one action ahead, sends behind their pass, a stream for each edge;
+//! 4. [`state`]: reduction of gradients, their norm, the optimizer, gathering of parameters;
+//! 5. [`lifetimes`]: allocations and frees, from what ops use.
+//!
+//! Sizes come from [`sizes`]: the arithmetic of a transformer, or given numbers for a schedule under study.
+
+mod cut;
+mod draft;
+mod grid;
+mod lifetimes;
+mod messages;
+mod passes;
+mod receipts;
+mod recompute;
+mod sizes;
+mod state;
+
+pub use cut::{cut, forward_flops};
+pub use sizes::{AbstractStage, Substance};
+
+use crate::order::ComputeOrder;
+use crate::replay::OrderError;
+use draft::Draft;
+use grid::Grid;
+use paceline_sim::model::ModelError;
+use paceline_sim::program::{Device, PROGRAM_FORMAT, Program, RankProgram, Stage, Tensor, Workload};
+use paceline_sim::units::StageId;
+use serde::{Deserialize, Serialize};
+use sizes::Sizes;
+use std::borrow::Cow;
+use thiserror::Error;
+
+/// How optimizer states are cut over the data-parallel replicas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StatePartition {
+    /// Every replica holds all of them.
+    #[default]
+    None,
+    /// Each replica holds and updates a shard (Rajbhandari et al. 2020, arXiv 1910.02054, P_os).
+    Zero1,
+}
+
+/// Which ranks a program has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Form {
+    /// All: for the executor, and for the simulator where replicas share devices.
+    #[default]
+    Full,
+    /// The first data-parallel replica alone, its groups with their true sizes: for the simulator.
+    Representative,
+}
+
+/// What is lowered.
+#[derive(Debug, Clone)]
+pub struct Blueprint<'a> {
+    /// Which passes each pipeline rank computes, in which order.
+    pub order: &'a ComputeOrder,
+    /// What passes hold.
+    pub substance: Substance,
+    /// By stage of the placement, all copies.
+    pub stages: Vec<Stage>,
+    /// Data-parallel replicas.
+    pub data: u32,
+    /// How they cut optimizer states.
+    pub states: StatePartition,
+    /// Where ranks run: rank `r` on device `r mod devices`.
+    pub devices: Vec<Device>,
+    /// Which ranks the program has.
+    pub form: Form,
+}
+
+/// Why something cannot be lowered.
+#[derive(Debug, Clone, PartialEq, Error)]
+pub enum LowerError {
+    /// The order is no schedule.
+    #[error(transparent)]
+    Order(#[from] OrderError),
+    /// The stages do not make up the model, or it cannot be.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Stages or their sizes do not fit the placement.
+    #[error("{have} {what} given, but the placement of {schedule} has {stages} stages; give one for each")]
+    Stages { what: &'static str, have: usize, schedule: String, stages: usize },
+    /// Nothing to run on.
+    #[error("{what} is 0; it has to be at least 1")]
+    Zero { what: &'static str },
+    /// More stages than blocks.
+    #[error(
+        "{stages} stages, but {model} has {blocks} blocks, and every stage needs one; lower pp or chunks so that pp * chunks <= {blocks}"
+    )]
+    TooManyStages { model: String, stages: usize, blocks: u32 },
+    /// Two copies of a stage in one place.
+    #[error("both copies of stage {stage} lie on pipeline rank {rank}; place them on two ranks")]
+    CopiesTogether { stage: usize, rank: u32 },
+    /// More edges than stream numbers.
+    #[error(
+        "pipeline rank {rank} exchanges messages with more neighbours than the {most} streams that a rank can have"
+    )]
+    TooManyEdges { rank: usize, most: usize },
+    /// A schedule with R where nothing is dropped.
+    #[error("{schedule} recomputes, but recompute = {recompute:?}; set recompute = \"full\" or take another schedule")]
+    Recompute { schedule: String, recompute: &'static str },
+    /// One tensor with two sizes.
+    #[error("{tensor:?} has {first} bytes in one op and {second} in another")]
+    Size { tensor: Tensor, first: u64, second: u64 },
+}
+
+/// Lowers a compute order.
+///
+/// # Errors
+/// See [`LowerError`]. What is returned is meant to pass `program::check`.
+pub fn lower(blueprint: &Blueprint) -> Result<Program, LowerError> {
+    validate(blueprint)?;
+    let order: Cow<ComputeOrder> = recompute::apply(blueprint)?;
+    let mut sizes = Sizes::new(blueprint, &order);
+    sizes.validate()?;
+    let grid = Grid::new(blueprint, &order.placement)?;
+    let receipts = receipts::known(&order);
+
+    // The passes of a pipeline rank and its messages are the same in every replica, up to the numbers of its peers.
+    let mut drafts = Vec::with_capacity(order.actions.len());
+    for device in 0..order.actions.len() {
+        let mut draft = Draft::default();
+        passes::expand(&mut draft, &order, device, &mut sizes, grid.reduces())?;
+        messages::connect(&mut draft, &order, device, &sizes)?;
+        drafts.push(draft);
+    }
+    let mut ranks = Vec::with_capacity(grid.present() * drafts.len());
+    for data in 0..grid.present() as u32 {
+        for (pipeline, draft) in drafts.iter().enumerate() {
+            let mut draft = draft.clone();
+            let held: Vec<StageId> = order.placement.stages_of(pipeline as u32).collect();
+            state::close_step(&mut draft, &grid, data, pipeline as u32, &held, &sizes)?;
+            lifetimes::derive(&mut draft, &receipts[pipeline]);
+            let coordinates = grid.coordinates(data, pipeline as u32);
+            let (buffers, persistent, ops) = draft.finish(|peer| grid.rank(data, peer));
+            let device = grid.device(data, pipeline as u32);
+            ranks.push(RankProgram { device, coordinates, stages: held, buffers, persistent, ops });
+        }
+    }
+    let workload = match &sizes.substance {
+        Substance::Transformer(workload) => Workload::Transformer(workload.clone()),
+        Substance::Abstract(_) => Workload::Abstract,
+    };
+    Ok(Program {
+        format: PROGRAM_FORMAT.into(),
+        workload,
+        microbatches: order.microbatches,
+        devices: blueprint.devices.clone(),
+        groups: grid.groups(),
+        stages: blueprint.stages.clone(),
+        ranks,
+    })
+}
+
+fn validate(blueprint: &Blueprint) -> Result<(), LowerError> {
+    blueprint.order.validate()?;
+    let (schedule, stages) = (&blueprint.order.name, blueprint.order.placement.stages());
+    let lengths = match &blueprint.substance {
+        Substance::Transformer(_) => vec![("stages", blueprint.stages.len())],
+        Substance::Abstract(sizes) => vec![("stages", blueprint.stages.len()), ("stage sizes", sizes.len())],
+    };
+    if let Some(&(what, have)) = lengths.iter().find(|(_, have)| *have != stages) {
+        return Err(LowerError::Stages { what, have, schedule: schedule.clone(), stages });
+    }
+    for (what, value) in [("dp", blueprint.data as usize), ("the number of devices", blueprint.devices.len())] {
+        if value == 0 {
+            return Err(LowerError::Zero { what });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

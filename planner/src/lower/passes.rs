@@ -1,0 +1,70 @@
+//! Actions as compute ops over units. A pass is one op over all units of its stage, because every op has a price, with
+//! two exceptions:
+//! - the backward that completes gradients which are reduced is an op per unit, so that the reduction of the last units
+//!   overlaps with the backward of the first;
+//! - under full recomputation R and backward alternate unit by unit, so that one unit's activations live at a time.
+
+use super::LowerError;
+use super::draft::{Draft, DraftOp};
+use super::sizes::Sizes;
+use crate::order::ComputeOrder;
+use paceline_sim::program::{OpKind, Pass, Stream};
+use std::collections::HashMap;
+
+/// Fills a draft with the compute ops of a pipeline rank. `reduces`: gradients are reduced over ranks.
+pub(super) fn expand(
+    draft: &mut Draft,
+    order: &ComputeOrder,
+    device: usize,
+    sizes: &mut Sizes,
+    reduces: bool,
+) -> Result<(), LowerError> {
+    let actions = &order.actions[device];
+    let mut completes = HashMap::new();
+    for (place, action) in actions.iter().enumerate() {
+        if matches!(action.pass, Pass::W | Pass::BW) {
+            completes.insert(action.stage, place);
+        }
+    }
+    let mut place = 0;
+    while let Some(&action) = actions.get(place) {
+        let units = sizes.units(action.stage);
+        let (stage, microbatch) = (action.stage, action.microbatch);
+        let follows = |a: &&crate::order::Action| {
+            matches!(a.pass, Pass::B | Pass::BW) && (a.stage, a.microbatch) == (stage, microbatch)
+        };
+        let backward = actions.get(place + 1).filter(follows).filter(|_| action.pass == Pass::R);
+        let mut compute = |pass, first, end, place| -> Result<(), LowerError> {
+            let operands = sizes.operands(pass, stage, first, end);
+            if pass == Pass::R && operands.is_empty() {
+                // The ends of the model drop nothing.
+                return Ok(());
+            }
+            let kind = OpKind::Compute { pass, stage, microbatch, first, end };
+            let mut op = DraftOp::new(Stream::COMPUTE, kind, place);
+            for &operand in operands.iter() {
+                let here = sizes.on_rank(operand, microbatch);
+                op.uses.push(draft.buffer(here.tensor, here.class, here.bytes)?);
+            }
+            draft.push(op);
+            Ok(())
+        };
+        if let Some(backward) = backward {
+            for unit in (0..units).rev() {
+                compute(Pass::R, unit, unit + 1, place)?;
+                compute(backward.pass, unit, unit + 1, place + 1)?;
+            }
+            place += 2;
+            continue;
+        }
+        if reduces && completes.get(&stage) == Some(&place) {
+            for unit in (0..units).rev() {
+                compute(action.pass, unit, unit + 1, place)?;
+            }
+        } else {
+            compute(action.pass, 0, units, place)?;
+        }
+        place += 1;
+    }
+    Ok(())
+}
