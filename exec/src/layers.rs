@@ -10,9 +10,9 @@ use crate::run::run_passes;
 use crate::seam::{Launch, Operands, Parameter, Passes, Start, TiedCopy};
 use crate::settings::RunSettings;
 use call::call;
-use paceline_kernels::Device;
+use paceline_kernels::{Device, View};
 use paceline_sim::model::parameters::{tied_matrix, unit_layout};
-use paceline_sim::model::{Initial, Layer, ModelPass};
+use paceline_sim::model::{Initial, Layer, ModelPass, neighbour};
 use paceline_sim::program::{MemoryClass, OpKind, Program, Stage, Tensor, TransformerWorkload, Workload};
 use paceline_sim::units::StageId;
 use std::borrow::Cow;
@@ -92,10 +92,36 @@ impl TransformerPasses {
     }
 }
 
+/// The operands of an op; what a stage hands to its neighbour on the same rank goes by the neighbour's name.
+struct HandedOver<'a> {
+    operands: &'a dyn Operands,
+    stages: &'a [Stage],
+}
+
+impl HandedOver<'_> {
+    fn name(&self, tensor: Tensor) -> Tensor {
+        match neighbour(self.stages, tensor) {
+            Some(other) if !self.operands.has(tensor) && self.operands.has(other) => other,
+            _ => tensor,
+        }
+    }
+}
+
+impl Operands for HandedOver<'_> {
+    fn view(&self, tensor: Tensor) -> Result<View, ExecError> {
+        self.operands.view(self.name(tensor))
+    }
+
+    fn has(&self, tensor: Tensor) -> bool {
+        self.operands.has(self.name(tensor))
+    }
+}
+
 impl Passes for TransformerPasses {
     fn run(&self, kind: &OpKind, launch: &dyn Launch, operands: &dyn Operands) -> Result<(), ExecError> {
+        let operands = HandedOver { operands, stages: &self.stages };
         for step in &self.pass(kind).steps {
-            launch.launch(call(step, operands, self.scale)?)?;
+            launch.launch(call(step, &operands, self.scale)?)?;
         }
         Ok(())
     }

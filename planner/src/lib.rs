@@ -5,6 +5,7 @@
 //! - [`blocks`]: the building-block algebra, for schedules made by repetition and rearrangement.
 //! - [`drawing`]: a replayed schedule as terminal cells and as SVG.
 //! - [`interchange`]: schedules as files of other tools.
+//! - [`job`]: what to train, on what, and which axes are fixed.
 //! - [`lower`]: from an order to the program that simulator and executor interpret.
 //! - [`predict`]: an iteration of a layout on a real cluster, second by second and byte by byte.
 //! - [`validate`]: predictions against measured runs, and fits to them.
@@ -13,6 +14,7 @@
 pub mod blocks;
 pub mod drawing;
 pub mod interchange;
+pub mod job;
 pub mod lower;
 pub mod order;
 pub mod predict;

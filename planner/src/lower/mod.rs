@@ -176,6 +176,3 @@ fn validate(blueprint: &Blueprint) -> Result<(), LowerError> {
     }
     Ok(())
 }
-
-#[cfg(test)]
-mod tests;

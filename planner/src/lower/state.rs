@@ -58,7 +58,9 @@ pub(super) fn close_step(
     }
     insert(draft, insertions);
 
-    for held in &units {
+    let mut tied: Vec<&Held> = units.iter().filter(|held| held.tied.is_some()).collect();
+    tied.sort_by_key(|held| grid.copy_of(held.stage));
+    for held in tied {
         let (Some(bytes), Some(group)) = (held.tied, grid.tie(data, held.stage)) else { continue };
         let kind = OpKind::Collective {
             collective: Collective::AllReduce,

@@ -1,0 +1,278 @@
+//! A job: what to train, on what, and which axes of the plan are fixed. Read from a TOML file with the flags of the command
+//! line laid over it.
+//!
+//! ```toml
+//! model = "demo-3m"        # a preset, or the path of a Hugging Face config.json
+//! seq = 256                # tokens per sequence
+//! global_batch = 32        # sequences per step over all replicas
+//! pp = [1, 2]              # fixed axes: a value, or a list to choose from; an absent axis is searched
+//! memory_limit = "2GiB"    # per rank
+//! [train]
+//! steps = 100
+//! lr = 1e-3
+//! ```
+
+mod error;
+mod fields;
+mod train;
+
+pub use error::JobError;
+pub use train::Train;
+
+use crate::lower::StatePartition;
+use crate::schedules;
+use fields::Fields;
+use paceline_sim::model::ModelConfig;
+use paceline_sim::program::Recompute;
+use std::path::{Path, PathBuf};
+
+/// The cluster that stands for this machine.
+pub const LOCAL: &str = "local";
+
+/// What to train, on what, and what is fixed. Lists hold the values that an axis may take; an empty one leaves it to the
+/// search.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Job {
+    /// The architecture.
+    pub model: ModelConfig,
+    /// Tokens per sequence.
+    pub seq: u32,
+    /// Sequences per step over all replicas.
+    pub global_batch: u32,
+    /// Sequences per microbatch.
+    pub micro_batch: Vec<u32>,
+    /// Data-parallel sizes.
+    pub dp: Vec<u32>,
+    /// Pipeline-parallel sizes.
+    pub pp: Vec<u32>,
+    /// Stages per pipeline rank.
+    pub chunks: Vec<u32>,
+    /// Pipeline schedules, by name.
+    pub schedule: Vec<String>,
+    /// Kinds of recomputation.
+    pub recompute: Vec<Recompute>,
+    /// Partitions of the optimizer state.
+    pub states: Vec<StatePartition>,
+    /// Where it runs.
+    pub cluster: String,
+    /// Nodes of the cluster.
+    pub nodes: Option<u32>,
+    /// Devices per node; on this machine, its device slots.
+    pub gpus_per_node: Option<u32>,
+    /// Most bytes per rank.
+    pub memory_limit: Option<u64>,
+    /// How to train.
+    pub train: Train,
+    /// All keys as given, paths made absolute: the same job can be read from it again.
+    source: toml::Table,
+}
+
+impl Job {
+    /// Reads a job file; paths in it are relative to its directory.
+    ///
+    /// # Errors
+    /// See [`JobError`].
+    pub fn read(path: &Path) -> Result<Job, JobError> {
+        Job::read_with(path, toml::Table::new())
+    }
+
+    /// Reads a job file and lays `flags` over it: a flag replaces the key of the same name. Paths in flags are relative to the
+    /// working directory.
+    ///
+    /// # Errors
+    /// See [`JobError`].
+    pub fn read_with(path: &Path, flags: toml::Table) -> Result<Job, JobError> {
+        let text =
+            std::fs::read_to_string(path).map_err(|source| JobError::Unreadable { path: path.into(), source })?;
+        let origin = path.display().to_string();
+        let mut table: toml::Table = text
+            .parse()
+            .map_err(|error: toml::de::Error| JobError::Syntax { origin: origin.clone(), error: Box::new(error) })?;
+        let directory = path.parent().unwrap_or(Path::new(""));
+        place_paths(&mut table, directory);
+        table.extend(flags);
+        Job::from_table(table, &origin)
+    }
+
+    /// A job from keys and values; `origin` names them in errors.
+    ///
+    /// # Errors
+    /// See [`JobError`].
+    pub fn from_table(table: toml::Table, origin: &str) -> Result<Job, JobError> {
+        let mut source = table.clone();
+        place_paths(&mut source, &std::env::current_dir().unwrap_or_default());
+        let mut fields = Fields::new(table, origin, KEYS);
+        fields.refuse_unknown()?;
+
+        let name: String = fields.text("model", "a preset such as demo-3m, or the path of a config.json")?;
+        let seq = fields.count("seq")?;
+        let global_batch = fields.count("global_batch")?;
+        let cluster = fields.optional_text("cluster")?.unwrap_or_else(|| LOCAL.into());
+        let job = Job {
+            model: ModelConfig::load(&name)?,
+            seq,
+            global_batch,
+            micro_batch: fields.counts("micro_batch")?,
+            dp: fields.counts("dp")?,
+            pp: fields.counts("pp")?,
+            chunks: fields.counts("chunks")?,
+            schedule: fields.names("schedule", &schedules::names().collect::<Vec<_>>())?,
+            recompute: fields.choices("recompute", &RECOMPUTE)?,
+            states: fields.choices("states", &STATES)?,
+            nodes: fields.optional_count("nodes")?,
+            gpus_per_node: fields.optional_count("gpus_per_node")?,
+            memory_limit: fields.bytes("memory_limit")?,
+            train: Train::from_fields(&mut fields)?,
+            cluster,
+            source,
+        };
+        if job.cluster == LOCAL {
+            job.refuse_what_this_machine_lacks(&mut fields)?;
+        }
+        job.check(origin)?;
+        Ok(job)
+    }
+
+    /// All keys as given: [`Job::from_table`] of it is this job.
+    pub fn table(&self) -> &toml::Table {
+        &self.source
+    }
+
+    /// Tokens of a global batch.
+    pub fn tokens_per_step(&self) -> u64 {
+        u64::from(self.global_batch) * u64::from(self.seq)
+    }
+
+    /// What the local executor cannot do yet, refused with what it can.
+    fn refuse_what_this_machine_lacks(&self, fields: &mut Fields) -> Result<(), JobError> {
+        for key in ["tp", "cp", "ep"] {
+            if let Some(size) = fields.optional_count(key)?.filter(|&size| size > 1) {
+                return Err(fields.unsupported(key, size.to_string(), "1"));
+            }
+        }
+        if self.nodes.is_some_and(|nodes| nodes > 1) {
+            return Err(fields.unsupported("nodes", fields.show("nodes"), "1"));
+        }
+        let only: [(&'static str, &str); 5] =
+            [("sp", "false"), ("group_size", "1"), ("precision", "f32"), ("attention", "flash"), ("trainable", "full")];
+        for (key, allowed) in only {
+            let given = fields.show(key);
+            if !given.is_empty() && given.trim_matches('"') != allowed {
+                return Err(fields.unsupported(key, given, allowed));
+            }
+        }
+        Ok(())
+    }
+
+    /// What no value of the other axes could mend.
+    fn check(&self, origin: &str) -> Result<(), JobError> {
+        let refuse = |key: &str, value: String, allowed: String| {
+            Err(JobError::Value { origin: origin.into(), key: key.into(), value, allowed })
+        };
+        self.model.validate().map_err(JobError::Shape)?;
+        let learned = self.model.positions == paceline_sim::model::Positions::Learned;
+        if learned && self.seq > self.model.max_positions {
+            let rows = self.model.max_positions;
+            return refuse("seq", self.seq.to_string(), format!("at most {rows}, the learned positions of the model"));
+        }
+        let (batch, seq) = (self.global_batch, self.seq);
+        if batch.checked_mul(seq).is_none() {
+            return refuse("global_batch", batch.to_string(), format!("at most {} at seq = {seq}", u32::MAX / seq));
+        }
+        let divides = |key: &str, values: &[u32]| match values.iter().all(|value| !batch.is_multiple_of(*value)) {
+            true if !values.is_empty() => {
+                let divisors: Vec<String> = (1..=batch.min(1 << 16))
+                    .filter(|d| batch.is_multiple_of(*d))
+                    .take(16)
+                    .map(|d| d.to_string())
+                    .collect();
+                let allowed = format!("a divisor of global_batch = {batch}: {}", divisors.join(", "));
+                refuse(key, show_list(values), allowed)
+            }
+            _ => Ok(()),
+        };
+        divides("micro_batch", &self.micro_batch)?;
+        divides("dp", &self.dp)?;
+        let fewest = |values: &[u32]| values.iter().copied().min().unwrap_or(1);
+        let stages = u64::from(fewest(&self.pp)) * u64::from(fewest(&self.chunks));
+        if stages > u64::from(self.model.layers) {
+            let layers = self.model.layers;
+            let key = if self.chunks.is_empty() { "pp" } else { "pp * chunks" };
+            let allowed = format!("at most {layers}: {} has {layers} blocks and each stage needs one", self.model.name);
+            return refuse(key, stages.to_string(), allowed);
+        }
+        Ok(())
+    }
+}
+
+/// Every key of a job file.
+pub(crate) const KEYS: &[&str] = &[
+    "model",
+    "cluster",
+    "nodes",
+    "gpus_per_node",
+    "seq",
+    "global_batch",
+    "micro_batch",
+    "tp",
+    "sp",
+    "cp",
+    "pp",
+    "chunks",
+    "dp",
+    "ep",
+    "states",
+    "group_size",
+    "schedule",
+    "recompute",
+    "precision",
+    "attention",
+    "memory_limit",
+    "trainable",
+    "train",
+];
+
+/// Kinds of recomputation by name.
+pub(crate) const RECOMPUTE: [(&str, Recompute); 3] =
+    [("none", Recompute::None), ("selective", Recompute::Selective), ("full", Recompute::Full)];
+
+/// Partitions of the optimizer state by name: own names first, then the triple (parameters, gradients, optimizer states;
+/// N: not, G: over all replicas).
+pub(crate) const STATES: [(&str, StatePartition); 4] = [
+    ("none", StatePartition::None),
+    ("zero1", StatePartition::Zero1),
+    ("NNN", StatePartition::None),
+    ("NNG", StatePartition::Zero1),
+];
+
+fn show_list(values: &[u32]) -> String {
+    match values {
+        [one] => one.to_string(),
+        many => format!("{many:?}"),
+    }
+}
+
+/// Makes paths absolute that exist relative to a directory.
+fn place_paths(table: &mut toml::Table, directory: &Path) {
+    let place = |value: &mut toml::Value| {
+        if let toml::Value::String(text) = value {
+            let path: PathBuf = directory.join(&*text);
+            let is_preset = ModelConfig::preset(text).is_ok();
+            if !is_preset
+                && !text.is_empty()
+                && let Ok(found) = path.canonicalize()
+            {
+                *text = found.display().to_string();
+            }
+        }
+    };
+    if let Some(model) = table.get_mut("model") {
+        place(model);
+    }
+    if let Some(data) = table.get_mut("train").and_then(toml::Value::as_table_mut).and_then(|t| t.get_mut("data")) {
+        place(data);
+    }
+}
+
+#[cfg(test)]
+mod tests;
