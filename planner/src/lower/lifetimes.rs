@@ -62,6 +62,7 @@ pub(super) fn derive(draft: &mut Draft, receipts: &Receipts) {
                 let freeing = draft.order[place];
                 let op = draft.op(freeing);
                 op.free.push(buffer);
+                op.uses.push(buffer);
                 op.waits.extend(&sent[b]);
             }
             End::Step => leftovers.push(buffer),

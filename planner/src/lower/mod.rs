@@ -28,7 +28,7 @@ use crate::replay::OrderError;
 use draft::Draft;
 use grid::Grid;
 use paceline_sim::model::ModelError;
-use paceline_sim::program::{Device, PROGRAM_FORMAT, Program, RankProgram, Stage, Tensor, Workload};
+use paceline_sim::program::{CheckError, Device, PROGRAM_FORMAT, Program, RankProgram, Stage, Tensor, Workload, check};
 use paceline_sim::units::StageId;
 use serde::{Deserialize, Serialize};
 use sizes::Sizes;
@@ -109,13 +109,26 @@ pub enum LowerError {
     /// One tensor with two sizes.
     #[error("{tensor:?} has {first} bytes in one op and {second} in another")]
     Size { tensor: Tensor, first: u64, second: u64 },
+    /// The lowered program does not run: a defect of the lowering, or an order that no bounded channel can carry.
+    #[error("the lowered program fails its check: {0}")]
+    Check(#[from] CheckError),
 }
 
-/// Lowers a compute order.
+/// Lowers a compute order, and proves that the result runs.
 ///
 /// # Errors
-/// See [`LowerError`]. What is returned is meant to pass `program::check`.
+/// See [`LowerError`].
 pub fn lower(blueprint: &Blueprint) -> Result<Program, LowerError> {
+    let program = lower_unchecked(blueprint)?;
+    check(&program)?;
+    Ok(program)
+}
+
+/// [`lower`] without the proof, for a search that proves only what it returns.
+///
+/// # Errors
+/// See [`LowerError`].
+pub fn lower_unchecked(blueprint: &Blueprint) -> Result<Program, LowerError> {
     validate(blueprint)?;
     let order: Cow<ComputeOrder> = recompute::apply(blueprint)?;
     let mut sizes = Sizes::new(blueprint, &order);

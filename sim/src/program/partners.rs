@@ -1,7 +1,7 @@
 //! Which ops of a program meet: every send with its receive, every op of a collective with those of its group.
 
-use super::{Collective, Message, OpKind, Program};
-use crate::units::{OpId, RankId};
+use super::{Collective, Message, OpKind, Payload, Program};
+use crate::units::{OpId, RankId, StageId};
 use std::collections::HashMap;
 use thiserror::Error;
 
@@ -94,7 +94,7 @@ impl Partners {
         let mut of_group: Vec<Vec<usize>> = vec![Vec::new(); program.groups.len()];
         let mut joined: Vec<Vec<usize>> = program.groups.iter().map(|group| vec![0; group.ranks.len()]).collect();
         // What the first member said about a meeting: to be repeated by all.
-        let mut said: Vec<String> = Vec::new();
+        let mut said: Vec<Payload> = Vec::new();
         for (number, rank) in (0..).zip(&program.ranks) {
             let here = RankId(number);
             for (number, op) in (0..).zip(&rank.ops) {
@@ -142,22 +142,22 @@ impl Partners {
                                 of_group[index].push(partners.meetings.len());
                                 let members = vec![OpRef { rank: RankId(u32::MAX), op: OpId(0) }; of.ranks.len()];
                                 partners.meetings.push(Meeting { collective, group: index, members, bytes });
-                                said.push(format!("{collective:?} of {payload:?}, {bytes} bytes"));
+                                said.push(payload);
                                 partners.meetings.len() - 1
                             }
                         };
-                        let ours = format!("{collective:?} of {payload:?}, {bytes} bytes");
                         let found = &mut partners.meetings[meeting];
-                        // Stages differ between pipeline ranks in one group only for the norm, which has no stage.
-                        if said[meeting] != ours {
+                        let theirs = said[meeting];
+                        let same = (found.collective, found.bytes) == (collective, bytes);
+                        if !same || !same_layers(program, theirs, payload) {
                             let first = found.members.iter().copied().find(|member| member.rank.0 != u32::MAX);
                             return Err(PartnerError::Order {
                                 group: name(),
                                 number: turn,
                                 first: first.unwrap_or(this),
                                 second: this,
-                                theirs: said[meeting].clone(),
-                                ours,
+                                theirs: format!("{:?} of {theirs:?}, {} bytes", found.collective, found.bytes),
+                                ours: format!("{collective:?} of {payload:?}, {bytes} bytes"),
                             });
                         }
                         found.members[member] = this;
@@ -204,5 +204,24 @@ impl Partners {
             }
         }
         Ok(partners)
+    }
+}
+
+/// Whether two members of a group mean the same array. Where the model has two copies (two pipelines running against each
+/// other), one layer goes by two stages.
+fn same_layers(program: &Program, first: Payload, second: Payload) -> bool {
+    let copies = |a: (StageId, u16), b: (StageId, u16)| {
+        let unit = |(stage, unit): (StageId, u16)| {
+            program.stages.get(stage.index()).and_then(|held| held.units.get(usize::from(unit)))
+        };
+        let half = program.stages.len() / 2;
+        a == b || (a.0.index().abs_diff(b.0.index()) == half && a.1 == b.1 && unit(a) == unit(b))
+    };
+    match (first, second) {
+        (Payload::Gradients { stage: a, unit: u }, Payload::Gradients { stage: b, unit: v })
+        | (Payload::Parameters { stage: a, unit: u }, Payload::Parameters { stage: b, unit: v }) => {
+            copies((a, u), (b, v))
+        }
+        _ => first == second,
     }
 }
