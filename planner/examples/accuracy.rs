@@ -1,4 +1,5 @@
-//! Prints the accuracy of predictions on a file of measured runs: `accuracy RUNS.csv [--fit N | --cross N] [--csv OUT] [--svg OUT]`.
+//! Prints the accuracy of predictions on a file of measured runs: `accuracy RUNS.csv [--set NAME=VALUE] [--fit N | --cross N] [--csv OUT]
+//! [--svg OUT]`.
 
 use paceline_planner::validate::{cross_validate, fit, load, scatter, validate};
 use paceline_sim::cluster::{PARAMETERS, Physics};
@@ -6,10 +7,16 @@ use std::error::Error;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let file = arguments.first().ok_or("usage: accuracy RUNS.csv [--fit N | --cross N] [--csv OUT] [--svg OUT]")?;
+    let file = arguments
+        .first()
+        .ok_or("usage: accuracy RUNS.csv [--set NAME=VALUE] [--fit N | --cross N] [--csv OUT] [--svg OUT]")?;
     let option = |name: &str| arguments.iter().position(|a| a == name).and_then(|n| arguments.get(n + 1));
     let cases = load(&std::fs::read_to_string(file)?)?;
     let mut physics = Physics::default();
+    if let Some((name, value)) = option("--set").and_then(|text| text.split_once('=')) {
+        let parameter = PARAMETERS.iter().find(|p| p.name == name).ok_or("no such parameter")?;
+        (parameter.set)(&mut physics, value.parse()?);
+    }
     if let Some(evaluations) = option("--fit") {
         let found = fit(cases.cases.iter(), &physics, evaluations.parse()?)?;
         println!("loss {:.4} -> {:.4} on {} runs", found.before, found.after, found.runs);

@@ -259,8 +259,9 @@ impl Timer<'_> {
         let hide_backward = weights.products + if self.layout.overlap.tensor { backward.products } else { 0.0 };
         let tensor_forward =
             if self.layout.overlap.tensor { exposed(layer.tensor, hide_forward, physics) } else { layer.tensor };
-        // Half of the backward communication (that of the gathered inputs and of the summed input gradients) is independent.
-        let independent = if self.layout.overlap.tensor { 1.0 } else { 0.5 };
+        // Half of the backward communication has the products of the weights' gradients beside it.
+        let overlap = self.layout.overlap;
+        let independent = if overlap.tensor { 1.0 } else { 0.5 * f64::from(u8::from(overlap.input_gradients)) };
         let tensor_backward =
             (1.0 - independent) * layer.tensor + exposed(independent * layer.tensor, hide_backward, physics);
         let context_forward = exposed(layer.context, work.core.map_or(0.0, |_| forward.products * 0.5), physics);

@@ -122,7 +122,10 @@ fn more_work_takes_longer_and_more_room() {
     let full = predict(&Layout { recompute: Recompute::Full, ..layout() });
     assert!(full.time.recompute > base.time.recompute);
     assert!(full.memory.peak_bytes[0] < base.memory.peak_bytes[0]);
-    let hidden = predict(&Layout { overlap: Overlap { gradients: true, tensor: true, parameters: true }, ..layout() });
+    let hidden = predict(&Layout {
+        overlap: Overlap { gradients: true, tensor: true, input_gradients: true, parameters: true },
+        ..layout()
+    });
     assert!(hidden.iteration_seconds < base.iteration_seconds);
     let longer = predict(&Layout { microbatches: 128, ..layout() });
     assert!(longer.iteration_seconds > 1.8 * base.iteration_seconds);

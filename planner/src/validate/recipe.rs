@@ -30,9 +30,9 @@ pub struct Recipe {
     pub sequence_parallel: bool,
 }
 
-const NONE: Overlap = Overlap { gradients: false, tensor: false, parameters: false };
-const DATA: Overlap = Overlap { gradients: true, tensor: false, parameters: true };
-const ALL: Overlap = Overlap { gradients: true, tensor: true, parameters: true };
+const NONE: Overlap = Overlap { gradients: false, tensor: false, input_gradients: false, parameters: false };
+const DATA: Overlap = Overlap { gradients: true, tensor: false, input_gradients: true, parameters: true };
+const ALL: Overlap = Overlap { gradients: true, tensor: true, input_gradients: true, parameters: true };
 
 /// The defaults of a run's framework.
 pub fn recipe(row: &Row) -> Recipe {
@@ -46,7 +46,7 @@ pub fn recipe(row: &Row) -> Recipe {
         AttentionKernel::Flash2
     };
     let base = Recipe {
-        numerics: Numerics::MIXED_FP32_GRADIENTS,
+        numerics: Numerics::MIXED,
         loss: LossKernel::InPlace,
         partition: Partition::Even,
         overlap: NONE,
@@ -64,11 +64,11 @@ pub fn recipe(row: &Row) -> Recipe {
             partition: Partition::ByCost,
             // PyTorch's distributed data parallel.
             bucket_bytes: Some(25.0 * (1 << 20) as f64),
-            overlap: Overlap { gradients: true, tensor: true, parameters: false },
-            // Early runs without a pipeline kept what they had gathered; a later version gathers again.
+            // Its asynchronous mode overlaps the gathering with nothing but itself, and sharded optimizers reduce at the end.
+            overlap: Overlap { gradients: !sharding.contains('1'), ..NONE },
+            sequence_parallel: true,
             keeps_gathered: row.noted("after_pp_fix=False") && matches!(row.text("pp"), "" | "1"),
             fused_kernels: false,
-            sequence_parallel: true,
             ..base
         }
     } else if has("fsdp") || has("torchtitan") || has("composer") || sharding.contains("fsdp") {
@@ -79,15 +79,20 @@ pub fn recipe(row: &Row) -> Recipe {
         Recipe { numerics: Numerics::GATHERED_16_BIT, overlap: DATA, loss, attention, ..base }
     } else if has("deepspeed") {
         // 16-bit gradients, reduced in 16 bits; no FlashAttention in the Megatron-DeepSpeed of its time.
-        Recipe { numerics: Numerics::MIXED, dropout: true, flash: false, ..base }
+        Recipe { dropout: true, flash: false, ..base }
     } else if has("bridge") || has("nemo") {
+        // Its recipes reduce gradients in 16 bits.
         Recipe { overlap: ALL, sequence_parallel: true, ..base }
     } else if has("intern") {
-        Recipe { numerics: Numerics::MIXED, overlap: DATA, ..base }
+        Recipe { overlap: DATA, ..base }
     } else if has("megatron") {
         // Until 2022: dropout, no FlashAttention, nothing of the data-parallel communication overlapped.
         let old = has("2021") || has("2022") || row.text("flash_attn").is_empty();
-        Recipe { dropout: old, flash: !old, ..base }
+        // It sums gradients in 32 bits with bf16, and not with fp16 unless told so.
+        let bf16 = row.text("precision").eq_ignore_ascii_case("bf16") || row.noted("fp32 grad");
+        let numerics = if bf16 { Numerics::MIXED_FP32_GRADIENTS } else { Numerics::MIXED };
+        let overlap = Overlap { input_gradients: !has("2021") && !row.text("flash_attn").is_empty(), ..NONE };
+        Recipe { dropout: old, flash: !old, numerics, overlap, ..base }
     } else {
         Recipe { overlap: DATA, ..base }
     };

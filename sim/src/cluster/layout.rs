@@ -161,6 +161,9 @@ pub struct Overlap {
     pub gradients: bool,
     /// Tensor-parallel communication beside the products of the same layer (pipelined in chunks).
     pub tensor: bool,
+    /// The sum of input gradients over tensor ranks, or the gathering of inputs again, beside the products of the weights'
+    /// gradients.
+    pub input_gradients: bool,
     /// Parameter gathering beside the forward pass.
     pub parameters: bool,
 }
@@ -229,7 +232,7 @@ impl Layout {
             keeps_gathered: false,
             fused_kernels: true,
             numerics: Numerics::MIXED_FP32_GRADIENTS,
-            overlap: Overlap { gradients: false, tensor: false, parameters: false },
+            overlap: Overlap { gradients: false, tensor: false, input_gradients: true, parameters: false },
             bucket_bytes: None,
         }
     }

@@ -81,19 +81,19 @@ impl Default for Physics {
     /// Fitted to the public runs of `docs/accuracy.md`.
     fn default() -> Physics {
         Physics {
-            matmul_ampere: 0.890,
-            matmul_hopper: 0.713,
-            matmul_blackwell: 0.487,
-            attention: 0.787,
-            memory: 0.662,
-            prologue: 268.0,
-            launch: 2.27e-05,
-            intra: 0.886,
-            inter: 0.985,
-            contention: 0.926,
-            jitter: 6.24e-04,
-            fragmentation: 0.014,
-            context: 3.84e+09,
+            matmul_ampere: 0.847,
+            matmul_hopper: 0.685,
+            matmul_blackwell: 0.490,
+            attention: 0.805,
+            memory: 0.676,
+            prologue: 242.0,
+            launch: 2.38e-05,
+            intra: 0.840,
+            inter: 0.866,
+            contention: 0.428,
+            jitter: 3.53e-03,
+            fragmentation: 0.047,
+            context: 2.70e+09,
         }
     }
 }
