@@ -28,3 +28,6 @@ pub use passes::{ModelPass, Operand, neighbour, persistent};
 pub use steps::{AttentionDims, Detail, Slice, Step};
 pub use validate::ModelError;
 pub use work::{Flops, model_flops_per_token};
+
+#[cfg(test)]
+mod tests;
