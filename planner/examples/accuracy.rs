@@ -18,7 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         (parameter.set)(&mut physics, value.parse()?);
     }
     if let Some(evaluations) = option("--fit") {
-        let found = fit(cases.cases.iter(), &physics, evaluations.parse()?)?;
+        let found = fit(cases.cases.iter(), &Physics::EXPECTED, evaluations.parse()?)?;
         println!("loss {:.4} -> {:.4} on {} runs", found.before, found.after, found.runs);
         physics = found.physics;
         for parameter in PARAMETERS {
@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     }
     if let Some(evaluations) = option("--cross") {
-        for left in cross_validate(&cases.cases, &physics, evaluations.parse()?)? {
+        for left in cross_validate(&cases.cases, &Physics::EXPECTED, evaluations.parse()?)? {
             println!(
                 "{}: time {:?} memory {:?} oom {:?}",
                 left.source, left.time_median_error, left.memory_median_error, left.oom_right

@@ -3,8 +3,10 @@
 //! The real schedule is replayed with the real times of every stage. A long iteration is replayed for a few rounds of
 //! microbatches and continued at the pace of its steady state.
 
+mod overlap;
 mod stages;
 
+pub use overlap::{OverlapRatios, TokenBudget};
 pub use stages::{Groups, PassTimes, Stage, Timer, cut};
 
 use crate::order::ComputeOrder;
@@ -14,7 +16,7 @@ use paceline_profiles::Cluster;
 use paceline_sim::cluster::device::Device;
 use paceline_sim::cluster::memory::{RankParameters, expert_replicas, states};
 use paceline_sim::cluster::network::Network;
-use paceline_sim::cluster::{Architecture, Layout, LayoutError, Physics, Recompute, Sharding, activations};
+use paceline_sim::cluster::{Architecture, Layout, LayoutError, Partition, Physics, Recompute, Sharding, activations};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -38,6 +40,20 @@ pub struct ClusterPrediction {
     pub memory: MemoryParts,
     /// Shares of the predicted time by where they come from; they sum to 1.
     pub provenance: Origin,
+}
+
+impl ClusterPrediction {
+    /// The document of `predict --json`.
+    ///
+    /// # Errors
+    /// When a figure is no finite number, which JSON cannot hold.
+    pub fn to_json(&self) -> Result<serde_json::Value, serde_json::Error> {
+        let mut document = serde_json::to_value(self)?;
+        if let Some(object) = document.as_object_mut() {
+            object.insert("format".into(), "paceline.prediction/1".into());
+        }
+        Ok(document)
+    }
 }
 
 /// Where an iteration goes, on its critical pipeline rank, in seconds.
@@ -455,6 +471,10 @@ fn memory(
     let mut parts = MemoryParts { limit_bytes: limit, fits: true, ..MemoryParts::default() };
     for (rank, in_flight) in activations_peak.into_iter().enumerate() {
         let mut classes = MemoryClasses { activations: in_flight, ..MemoryClasses::default() };
+        if layout.partition == Partition::VocabularySpread {
+            // One microbatch more is in flight while all ranks work on its logits (arXiv 2411.05288, section 4).
+            classes.activations += kept[rank];
+        }
         let mut held = RankParameters::default();
         let (mut work, mut embedding) = (0.0f64, 0.0f64);
         for n in (0..stages.len()).filter(|n| device_of[*n] as usize == rank) {

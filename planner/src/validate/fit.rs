@@ -187,23 +187,45 @@ pub fn cross_validate(cases: &[Case], start: &Physics, evaluations: u64) -> Resu
     let mut sources: Vec<&str> = cases.iter().map(|c| c.source.as_str()).collect();
     sources.sort_unstable();
     sources.dedup();
-    let left_out = |source: &&str| {
-        let physics = fit(cases.iter().filter(|c| c.source != *source), start, evaluations)?.physics;
-        let own = cases.iter().filter(|c| c.source == *source);
-        let rows: Vec<Scored> = own
-            .filter_map(|c| {
-                let prediction = predict_cluster(&c.model, &c.layout, &c.cluster, &physics).ok()?;
-                Some(scored(c, &prediction))
-            })
-            .collect();
-        let result = score(source, rows.len(), BTreeMap::new(), &rows.iter().collect::<Vec<_>>());
-        Ok(CrossValidation {
-            source: (*source).to_owned(),
-            time_median_error: result.time_median_error,
-            memory_median_error: result.memory_median_error,
-            oom_right: result.oom.right(),
-            physics,
-        })
+    let group = |_: usize, case: &Case| case.source.clone();
+    sources.iter().map(|source| leave_out(cases, start, evaluations, source, &group)).collect()
+}
+
+/// The same with every `folds`-th run left out, for a file of one source: a cluster of one's own.
+///
+/// # Errors
+/// When there is nothing to fit to.
+pub fn cross_validate_folds(
+    cases: &[Case],
+    start: &Physics,
+    evaluations: u64,
+    folds: usize,
+) -> Result<Vec<CrossValidation>, FitError> {
+    let folds = folds.clamp(2, cases.len().max(2));
+    let group = |n: usize, _: &Case| format!("fold {}", n % folds + 1);
+    (1..=folds).map(|n| leave_out(cases, start, evaluations, &format!("fold {n}"), &group)).collect()
+}
+
+fn leave_out(
+    cases: &[Case],
+    start: &Physics,
+    evaluations: u64,
+    left: &str,
+    group: &dyn Fn(usize, &Case) -> String,
+) -> Result<CrossValidation, FitError> {
+    let (own, others): (Vec<_>, Vec<_>) = cases.iter().enumerate().partition(|(n, case)| group(*n, case) == left);
+    let physics = fit(others.into_iter().map(|(_, case)| case), start, evaluations)?.physics;
+    let predicted = |(_, case): (usize, &Case)| {
+        let prediction = predict_cluster(&case.model, &case.layout, &case.cluster, &physics).ok()?;
+        Some(scored(case, &prediction))
     };
-    sources.iter().map(left_out).collect()
+    let rows: Vec<Scored> = own.into_iter().filter_map(predicted).collect();
+    let result = score(left, rows.len(), BTreeMap::new(), &rows.iter().collect::<Vec<_>>());
+    Ok(CrossValidation {
+        source: left.to_owned(),
+        time_median_error: result.time_median_error,
+        memory_median_error: result.memory_median_error,
+        oom_right: result.oom.right(),
+        physics,
+    })
 }

@@ -8,7 +8,7 @@ mod row;
 mod score;
 
 pub use case::{Case, case};
-pub use fit::{CrossValidation, Fit, FitError, cross_validate, fit};
+pub use fit::{CrossValidation, Fit, FitError, cross_validate, cross_validate_folds, fit};
 pub use plot::scatter;
 pub use recipe::{Recipe, recipe};
 pub use row::{NEEDED, ReadError, Row, read};
@@ -120,6 +120,18 @@ pub fn validate(mut all: Cases, physics: &Physics) -> Validation {
 }
 
 impl Validation {
+    /// The document of `validate --json`, with the rows or without.
+    ///
+    /// # Errors
+    /// When a figure is no finite number, which JSON cannot hold.
+    pub fn to_json(&self, rows: bool) -> Result<serde_json::Value, serde_json::Error> {
+        let mut document = serde_json::to_value(self)?;
+        if let Some(object) = document.as_object_mut().filter(|_| !rows) {
+            object.remove("rows");
+        }
+        Ok(document)
+    }
+
     /// Every run as CSV, with its prediction.
     pub fn to_csv(&self) -> String {
         let mut text = String::from(

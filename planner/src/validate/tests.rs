@@ -36,3 +36,55 @@ fn a_fit_finds_its_way_back() {
     assert!(found.before > 0.15 && found.after < 0.03, "{found:?}");
     assert!(fit([].iter(), &truth, 10).is_err());
 }
+
+#[test]
+fn folds_leave_every_run_out_once() {
+    let cases = load(RUNS).unwrap().cases;
+    let folds = cross_validate_folds(&cases, &Physics::default(), 30, 3).unwrap();
+    assert_eq!(folds.iter().map(|f| f.source.as_str()).collect::<Vec<_>>(), ["fold 1", "fold 2", "fold 3"]);
+    assert_eq!(folds.iter().filter(|f| f.time_median_error.is_some()).count(), 2);
+}
+
+#[test]
+fn documents_have_their_names() {
+    let validation = validate(load(RUNS).unwrap(), &Physics::default());
+    let document = validation.to_json(false).unwrap();
+    assert_eq!(document["format"], "paceline.validation/1");
+    assert!(document.get("rows").is_none());
+    let source = &document["sources"][1];
+    for key in [
+        "source",
+        "rows",
+        "scored_time",
+        "scored_memory",
+        "skipped",
+        "time_median_error",
+        "time_p90_error",
+        "time_bias",
+        "memory_median_error",
+        "memory_p90_error",
+        "oom",
+    ] {
+        assert!(source.get(key).is_some(), "{key}");
+    }
+    assert_eq!(validation.to_json(true).unwrap()["rows"].as_array().map(Vec::len), Some(3));
+}
+
+/// Published runs, predicted with the shipped parameters. The limits are a little above what is reached today.
+#[test]
+fn published_runs_stay_predicted() {
+    let text = include_str!("../../tests/data/published_runs.csv");
+    let validation = validate(load(text).unwrap(), &Physics::default());
+    for (source, time, memory) in [
+        ("korthikanti", 0.05, None),
+        ("megatron-sc21", 0.05, None),
+        ("zero-bubble", 0.08, Some(0.04)),
+        ("simumax-b200", 0.08, Some(0.03)),
+    ] {
+        let score = validation.sources.iter().find(|s| s.source == source).unwrap();
+        assert_eq!(score.rows, score.scored_time, "{score:?}");
+        assert!(score.time_median_error.unwrap() < time, "{score:?}");
+        assert!(memory.is_none_or(|limit| score.memory_median_error.unwrap() < limit), "{score:?}");
+        assert!(score.oom.right().unwrap() > 0.99);
+    }
+}
