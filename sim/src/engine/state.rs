@@ -8,8 +8,8 @@ use crate::units::OpId;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
-/// Something that happens at a time. Of one time, in this order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// Something that happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Event {
     /// A rank's compute op has ended.
     Computed(u32),
@@ -17,8 +17,38 @@ enum Event {
     Worked(u32),
     /// A message has passed the wire.
     Passed(u32),
-    /// A round of a collective has passed the wire, for one member.
+    /// A round of a collective has passed the wire.
     RoundPassed(u32),
+}
+
+/// An event at its time, as one number: earlier is smaller, and what happens at one time is ordered by kind and number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Timed(u128);
+
+impl Timed {
+    fn new(time: u64, event: Event) -> Timed {
+        let (kind, number) = match event {
+            Event::Computed(rank) => (0, rank),
+            Event::Worked(device) => (1, device),
+            Event::Passed(transfer) => (2, transfer),
+            Event::RoundPassed(meeting) => (3u128, meeting),
+        };
+        Timed(u128::from(time) << 64 | kind << 32 | u128::from(number))
+    }
+
+    fn time(self) -> u64 {
+        (self.0 >> 64) as u64
+    }
+
+    fn event(self) -> Event {
+        let number = self.0 as u32;
+        match (self.0 >> 32) as u32 {
+            0 => Event::Computed(number),
+            1 => Event::Worked(number),
+            2 => Event::Passed(number),
+            _ => Event::RoundPassed(number),
+        }
+    }
 }
 
 /// Communication work for a device.
@@ -54,6 +84,8 @@ struct Rank {
     /// It is in the queue of its device, or holds it.
     computing: bool,
     streams: Vec<Stream>,
+    /// Streams whose first op has not arrived, by number modulo 64: only these can be brought further.
+    open: u64,
 }
 
 #[derive(Debug, Default)]
@@ -79,7 +111,7 @@ pub(super) struct State<'c, 't> {
     compiled: &'c Compiled<'c>,
     times: &'t Times,
     now: u64,
-    events: BinaryHeap<Reverse<(u64, Event)>>,
+    events: BinaryHeap<Reverse<Timed>>,
     ranks: Vec<Rank>,
     devices: Vec<Device>,
     /// By transfer: how many ends have arrived.
@@ -126,9 +158,10 @@ impl<'c, 't> State<'c, 't> {
             self.go_on(rank);
         }
         self.wake();
-        while let Some(Reverse((time, event))) = self.events.pop() {
+        while let Some(Reverse(next)) = self.events.pop() {
+            let time = next.time();
             self.now = time;
-            match event {
+            match next.event() {
                 Event::Computed(rank) => {
                     let state = &mut self.ranks[rank as usize];
                     let op = state.next;
@@ -156,6 +189,10 @@ impl<'c, 't> State<'c, 't> {
             self.wake();
         }
         self.finished()
+    }
+
+    fn plan(&mut self, time: u64, event: Event) {
+        self.events.push(Reverse(Timed::new(time, event)));
     }
 
     fn finished(self) -> Result<Timeline, EngineError> {
@@ -216,6 +253,7 @@ impl<'c, 't> State<'c, 't> {
                 let stream = &mut state.streams[usize::from(node.stream)];
                 stream.queue.push_back(op);
                 if stream.queue.len() == 1 {
+                    state.open |= 1 << (node.stream % 64);
                     self.try_arrive(rank, usize::from(node.stream));
                 }
             }
@@ -280,7 +318,7 @@ impl<'c, 't> State<'c, 't> {
         if for_device > self.arrived[op].saturating_sub(self.line.ready[op]) {
             self.line.wait[op] = Some(WaitReason::Device);
         }
-        self.events.push(Reverse((self.now + self.times.compute[op], Event::Computed(rank))));
+        self.plan(self.now + self.times.compute[op], Event::Computed(rank));
     }
 
     fn give(&mut self, device: u32, work: Work) {
@@ -308,7 +346,7 @@ impl<'c, 't> State<'c, 't> {
             Work::Round { meeting } => self.round(meeting).1,
         };
         self.devices[device as usize].work = Some(work);
-        self.events.push(Reverse((self.now + length, Event::Worked(device))));
+        self.plan(self.now + length, Event::Worked(device));
     }
 
     /// Gives a device up to the next in line.
@@ -323,8 +361,13 @@ impl<'c, 't> State<'c, 't> {
 
     /// Lets the heads of a rank's streams arrive whose waits have ended.
     fn advance_streams(&mut self, rank: u32) {
-        for stream in 0..self.ranks[rank as usize].streams.len() {
-            self.try_arrive(rank, stream);
+        let mut open = self.ranks[rank as usize].open;
+        while open != 0 {
+            let low = open.trailing_zeros() as usize;
+            open &= open - 1;
+            for stream in (low..self.ranks[rank as usize].streams.len()).step_by(64) {
+                self.try_arrive(rank, stream);
+            }
         }
     }
 
@@ -333,7 +376,12 @@ impl<'c, 't> State<'c, 't> {
         let Some(&op) = state.queue.front().filter(|_| !state.arrived) else { return };
         let Some(waited) = self.waits_ended(op) else { return };
         let free_at = state.free_at;
-        self.ranks[rank as usize].streams[stream].arrived = true;
+        let state = &mut self.ranks[rank as usize];
+        state.streams[stream].arrived = true;
+        // Where two streams share the bit, the other one may still be open.
+        if state.streams.len() <= 64 {
+            state.open &= !(1 << stream);
+        }
         let ready = &mut self.line.ready[op as usize];
         *ready = (*ready).max(free_at);
         self.note_wait(op, waited);
@@ -366,7 +414,7 @@ impl<'c, 't> State<'c, 't> {
         }
         let wire = self.times.transfers[transfer as usize].wire.0;
         if wire > 0 {
-            self.events.push(Reverse((self.now + wire, Event::Passed(transfer))));
+            self.plan(self.now + wire, Event::Passed(transfer));
         } else {
             self.copy(transfer);
         }
@@ -424,7 +472,7 @@ impl<'c, 't> State<'c, 't> {
         met.remaining = members.len() as u32;
         let (wire, _) = self.round(meeting);
         if wire > 0 {
-            self.events.push(Reverse((self.now + wire, Event::RoundPassed(meeting))));
+            self.plan(self.now + wire, Event::RoundPassed(meeting));
         } else {
             self.work_on_round(meeting);
         }
@@ -460,6 +508,9 @@ impl<'c, 't> State<'c, 't> {
         stream.queue.pop_front();
         stream.arrived = false;
         stream.free_at = self.now;
+        if !stream.queue.is_empty() {
+            self.ranks[node.rank as usize].open |= 1 << (node.stream % 64);
+        }
         self.awake.push(node.rank);
         self.advance_streams(node.rank);
     }
