@@ -124,8 +124,13 @@ pub fn gpus() -> &'static [Gpu] {
 /// When there is none; the message lists the known ones.
 pub fn find_gpu(name: &str) -> Result<&'static Gpu, GpuError> {
     let wanted = plain(name);
-    let matches = |gpu: &&Gpu| std::iter::once(&gpu.name).chain(&gpu.aliases).any(|n| plain(n) == wanted);
-    gpus().iter().find(matches).ok_or_else(|| GpuError::Unknown {
+    let names =
+        gpus().iter().flat_map(|gpu| std::iter::once(&gpu.name).chain(&gpu.aliases).map(move |n| (gpu, plain(n))));
+    // The longest name that the wanted one begins with; what follows (`HBM3`) may say more, but no other number.
+    let fits =
+        |name: &str| wanted.strip_prefix(name).is_some_and(|rest| !rest.starts_with(|c: char| c.is_ascii_digit()));
+    let best = names.filter(|(_, name)| fits(name)).max_by_key(|(_, name)| name.len());
+    best.map(|(gpu, _)| gpu).ok_or_else(|| GpuError::Unknown {
         name: name.to_owned(),
         known: gpus().iter().map(|gpu| gpu.name.as_str()).collect::<Vec<_>>().join(", "),
     })
@@ -199,9 +204,14 @@ mod tests {
             ("A100-40G", "A100-40G-SXM"),
             ("a100_80g_pcie", "A100-80G-PCIe"),
             ("B200-SXM", "B200"),
+            ("NVIDIA H100 80GB HBM3", "H100-SXM"),
+            ("A100-SXM4-40GB", "A100-40G-SXM"),
+            ("A100-SXM-40GB", "A100-40G-SXM"),
+            ("A800-80G-SXM", "A800-80G-SXM"),
         ] {
             assert_eq!(find_gpu(name).unwrap().name, found);
         }
+        assert!(find_gpu("H1000").is_err());
         let error = find_gpu("MI300X").unwrap_err().to_string();
         assert!(error.contains("MI300X") && error.contains("H200") && error.contains("[gpu]"), "{error}");
     }

@@ -231,7 +231,8 @@ pub fn predict_cluster(
         })
         .collect();
 
-    let message = layout.numerics.activation * layout.tokens() * model.hidden as f64 / layout.tp as f64;
+    let parts = if layout.scatters || layout.sp { layout.tp as f64 } else { 1.0 };
+    let message = layout.numerics.activation * layout.tokens() * model.hidden as f64 / parts;
     let hop = if layout.pp > 1 { timer.network.message(timer.groups.pipeline_across, message) } else { 0.0 };
     let pipeline = Pipeline::replay(layout, &passes, hop, device_of)?;
     let ends = ends(&timer, &stages, &parameters, &passes, device_of);

@@ -212,19 +212,19 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         "false" | "0" | "no" => false,
         _ => recipe.flash,
     };
-    let attention = if !flash {
-        if row.noted("kernel=torch") { AttentionKernel::Naive } else { AttentionKernel::FusedSoftmax }
-    } else if row.noted("flash_attn1") || row.noted("FlashAttention 1") || row.noted("flash attention 1") {
-        AttentionKernel::Flash1
-    } else {
-        recipe.attention
+    let attention = match (flash, recipe.attention) {
+        (true, AttentionKernel::Naive | AttentionKernel::FusedSoftmax) => AttentionKernel::Flash2,
+        (true, kernel) => kernel,
+        (false, AttentionKernel::Naive) => AttentionKernel::Naive,
+        (false, _) => AttentionKernel::FusedSoftmax,
     };
     let stated = row.text("zero_stage_or_fsdp").to_ascii_lowercase();
     let sharding = match stated.as_str() {
-        "" | "zero0" | "0" | "none" | "ddp" => Sharding::None,
-        "zero1" | "1" | "distributed-optimizer" => Sharding::Optimizer,
-        "zero2" | "2" | "fsdp-grad-op" => Sharding::Gradients,
-        t if t.contains("fsdp") || t.contains("zero3") || t == "3" => Sharding::Full,
+        "" => recipe.sharding,
+        "zero0" | "zero-0" | "0" | "none" | "ddp" | "dp" => Sharding::None,
+        "zero2" | "zero-2" | "2" | "fsdp-grad-op" => Sharding::Gradients,
+        t if t.starts_with("zero1") || t.starts_with("zero-1") || t == "1" || t.contains("opt") => Sharding::Optimizer,
+        t if any(t, &["fsdp", "hsdp", "zero3", "zero-3"]) || t == "3" => Sharding::Full,
         t => return Err(format!("sharding {t:?} not known")),
     };
     let sp = match row.text("sp").to_ascii_lowercase().as_str() {
@@ -262,6 +262,8 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         loss: recipe.loss,
         keeps_gathered: recipe.keeps_gathered,
         fused_kernels: recipe.fused_kernels,
+        fused_norms: recipe.fused_norms,
+        scatters: recipe.scatters,
         numerics,
         overlap: recipe.overlap,
         bucket_bytes: recipe.bucket_bytes,

@@ -1,7 +1,7 @@
 //! What training frameworks do by default, where a file of runs leaves it open: facts about the frameworks' code, not about the runs.
 
 use super::row::Row;
-use paceline_sim::cluster::{AttentionKernel, LossKernel, Numerics, Overlap, Partition};
+use paceline_sim::cluster::{AttentionKernel, LossKernel, Numerics, Overlap, Partition, Sharding};
 
 /// Defaults of a framework.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -14,6 +14,12 @@ pub struct Recipe {
     pub partition: Partition,
     /// What runs beside computation.
     pub overlap: Overlap,
+    /// As [`paceline_sim::cluster::Layout::fused_norms`].
+    pub fused_norms: bool,
+    /// As [`paceline_sim::cluster::Layout::scatters`].
+    pub scatters: bool,
+    /// What is sharded when nothing is stated.
+    pub sharding: Sharding,
     /// Bytes of gradients that are reduced at a time.
     pub bucket_bytes: Option<f64>,
     /// Dropout in GPT models.
@@ -56,6 +62,9 @@ pub fn recipe(row: &Row) -> Recipe {
         attention: flash,
         keeps_gathered: false,
         fused_kernels: true,
+        fused_norms: true,
+        scatters: true,
+        sharding: Sharding::Optimizer,
         sequence_parallel: false,
     };
     let mut recipe = if has("nanotron") {
@@ -79,7 +88,9 @@ pub fn recipe(row: &Row) -> Recipe {
         Recipe { numerics: Numerics::GATHERED_16_BIT, overlap: DATA, loss, attention, ..base }
     } else if has("deepspeed") {
         // 16-bit gradients, reduced in 16 bits; no FlashAttention in the Megatron-DeepSpeed of its time.
-        Recipe { dropout: true, flash: false, ..base }
+        let summed = row.noted("fp32 grad") || row.noted("fp32 accumul");
+        let numerics = if summed { Numerics::MIXED_FP32_ACCUMULATION } else { Numerics::MIXED };
+        Recipe { numerics, dropout: true, flash: false, scatters: false, ..base }
     } else if has("bridge") || has("nemo") {
         // Its recipes reduce gradients in 16 bits.
         Recipe { overlap: ALL, sequence_parallel: true, ..base }
@@ -92,7 +103,7 @@ pub fn recipe(row: &Row) -> Recipe {
         let bf16 = row.text("precision").eq_ignore_ascii_case("bf16") || row.noted("fp32 grad");
         let numerics = if bf16 { Numerics::MIXED_FP32_GRADIENTS } else { Numerics::MIXED };
         let overlap = Overlap { input_gradients: !has("2021") && !row.text("flash_attn").is_empty(), ..NONE };
-        Recipe { dropout: old, flash: !old, numerics, overlap, ..base }
+        Recipe { dropout: old, flash: !old, numerics, overlap, sharding: Sharding::None, ..base }
     } else {
         Recipe { overlap: DATA, ..base }
     };
@@ -103,6 +114,18 @@ pub fn recipe(row: &Row) -> Recipe {
         Some("redis") => recipe.partition = Partition::Balanced,
         Some("vocab-1" | "vocab-2" | "interlaced") => recipe.partition = Partition::VocabularySpread,
         _ => {}
+    }
+    if let Some(kernel) = row.note("kernel").map(str::to_ascii_lowercase) {
+        // Sweeps over attention kernels say which one; a fused norm is one of the things that they try.
+        recipe.fused_norms = kernel.contains("rms");
+        recipe.attention = match kernel.as_str() {
+            k if k.contains("flash") && k.contains("1.0") => AttentionKernel::Flash1,
+            k if k.contains("flash_attn1") || k.contains("flash1") => AttentionKernel::Flash1,
+            k if k.contains("flash") => recipe.attention,
+            k if k.contains("torch") || k.contains("naive") => AttentionKernel::Naive,
+            _ => AttentionKernel::FusedSoftmax,
+        };
+        recipe.flash = kernel.contains("flash");
     }
     if row.noted("CE fusion") {
         recipe.loss = LossKernel::Fused;

@@ -51,6 +51,10 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Vec<Kept> {
     keep("input of the second norm", row / cut);
     keep("input of the MLP", row / gathered_cut);
 
+    if !layout.fused_norms {
+        keep("32-bit copies in the norms", 2.0 * 4.0 * tokens * hidden / cut);
+    }
+
     let up = if model.gated { 2.0 } else { 1.0 };
     // Unfused, the activated gate is a tensor of its own.
     let apart = if model.gated && !layout.fused_kernels { 1.0 } else { 0.0 };

@@ -43,6 +43,11 @@ pub struct Layout {
     pub keeps_gathered: bool,
     /// One kernel for gate, activation and product, which keeps its input and output only, and one for the rotary embedding.
     pub fused_kernels: bool,
+    /// Norms in one kernel each. Apart, they compute and keep 32-bit copies.
+    pub fused_norms: bool,
+    /// Tensor ranks send different parts of a message between stages instead of the whole each (Megatron-LM's scatter/gather
+    /// optimisation, arXiv 2104.04473, section 4.1).
+    pub scatters: bool,
     /// Number formats.
     pub numerics: Numerics,
     /// Which communication runs beside computation.
@@ -231,6 +236,8 @@ impl Layout {
             loss: LossKernel::InPlace,
             keeps_gathered: false,
             fused_kernels: true,
+            fused_norms: true,
+            scatters: true,
             numerics: Numerics::MIXED_FP32_GRADIENTS,
             overlap: Overlap { gradients: false, tensor: false, input_gradients: true, parameters: false },
             bucket_bytes: None,

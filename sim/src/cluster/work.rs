@@ -99,12 +99,17 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Work {
 
     // Norm, norm, two residuals (two reads, one write each); dropout adds a mask.
     work.traffic += (2.0 * 2.0 + 2.0 * 3.0) * row / cut + if model.dropout { 2.0 * tokens * hidden / cut } else { 0.0 };
+    if !layout.fused_norms {
+        // Cast, square, mean, scale and cast back: five reads and writes more for each norm, half of them in 32 bits.
+        work.traffic += 2.0 * 8.0 * row / cut;
+        work.kernels += 8.0;
+    }
     let (query, key, value) = model.attention.widths();
     let projected = (query + key + value) as f64;
     // Rotary embedding: one read and one write; as separate operations in 32 bits and with copies, three times that.
     let passes = if layout.fused_kernels { 2.0 } else { 6.0 };
     work.traffic += passes * element * tokens * projected / tp;
-    work.kernels = ELEMENTWISE_KERNELS;
+    work.kernels += ELEMENTWISE_KERNELS;
 
     attention_core(model, layout, &mut work);
     mlp(model, layout, layer, &mut work);
