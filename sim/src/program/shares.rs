@@ -2,7 +2,7 @@
 //! source of truth: who reduce-scatters a gradient updates its shard; who is in one group for the norm with other
 //! holders of the same gradient counts its shard of it.
 
-use super::{Collective, OpKind, Payload, Program, Tensor};
+use super::{Collective, Group, OpKind, Payload, Program, Tensor};
 use crate::model::Shard;
 use crate::units::{GroupId, RankId, StageId};
 use std::collections::BTreeMap;
@@ -67,21 +67,29 @@ pub fn shares(program: &Program, rank: RankId) -> Result<BTreeMap<(StageId, u16)
             return Err(SharesError::Twice { rank, what });
         }
     }
-    let members = |group: GroupId| program.groups[group.index()].ranks.as_slice();
-    let counters = counters.map(members);
+    let group = |id: GroupId| &program.groups[id.index()];
+    let counters = counters.map(|id| group(id).ranks.as_slice());
     let held = this.buffers.iter().filter_map(|buffer| match buffer.tensor {
         Tensor::Gradients { stage, unit } => Some((stage, unit)),
         _ => None,
     });
     held.map(|(stage, unit)| {
         let uncounted = |what| Err(SharesError::Uncounted { rank, stage, unit, what });
-        let reduction = reductions.get(&(stage, unit)).map(|&(collective, group)| (collective, members(group)));
+        let reduction = reductions.get(&(stage, unit)).map(|&(collective, id)| (collective, group(id)));
         let update = match reduction {
-            Some((Collective::ReduceScatter, holders)) => shard_of(holders.iter().copied(), rank),
+            // A representative program leaves members out; their shards exist all the same.
+            Some((Collective::ReduceScatter, holders)) => {
+                Shard { count: holders.size, ..shard_of(holders.ranks.iter().copied(), rank) }
+            }
             _ => Shard::WHOLE,
         };
         let norm = match (reduction, counters) {
-            (Some((_, holders)), Some(counters)) => {
+            (Some((_, Group { ranks, size, .. })), Some(_))
+                if update != Shard::WHOLE && ranks.len() < *size as usize =>
+            {
+                update
+            }
+            (Some((_, Group { ranks: holders, .. })), Some(counters)) => {
                 let both = holders.iter().copied().filter(|holder| counters.contains(holder));
                 if update != Shard::WHOLE && both.clone().count() != holders.len() {
                     return uncounted("the norm leaves other shards out");
@@ -113,8 +121,7 @@ fn without(all: Range<usize>, hole: Range<usize>) -> impl Iterator<Item = Range<
 mod tests {
     use super::*;
     use crate::program::{
-        Buffer, Coordinates, Device, Group, MemoryClass, NetworkLevel, Op, PROGRAM_FORMAT, RankProgram, Stream,
-        Workload,
+        Buffer, Coordinates, Device, MemoryClass, NetworkLevel, Op, PROGRAM_FORMAT, RankProgram, Stream, Workload,
     };
     use crate::units::{BufferId, DeviceId};
     use smallvec::SmallVec;
@@ -187,6 +194,16 @@ mod tests {
         assert_eq!(of(&grid, 3), Ok(Shares { update: Shard::WHOLE, norm: half }));
         let lost = program(4, pairs, &[(Collective::ReduceScatter, GRADIENTS, 0), crossed]);
         assert!(of(&lost, 0).unwrap_err().to_string().contains("leaves other shards out"));
+    }
+
+    #[test]
+    fn a_representative_has_its_shard_of_the_true_group() {
+        let everyone: &[&[u32]] = &[&[0]];
+        let norm = (Collective::AllReduce, Payload::GradientNorm, 0);
+        let mut one = program(1, everyone, &[(Collective::ReduceScatter, GRADIENTS, 0), norm]);
+        one.groups[0].size = 4;
+        let quarter = Shard { index: 0, count: 4 };
+        assert_eq!(of(&one, 0), Ok(Shares { update: quarter, norm: quarter }));
     }
 
     #[test]
