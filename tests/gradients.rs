@@ -5,8 +5,10 @@ use paceline_exec::{Dataset, LearningRate, OptimizerSettings, RunReport, RunSett
 use paceline_kernels::CpuDevice;
 use paceline_planner::lower::{Blueprint, Form, StatePartition, Substance, cut, forward_flops, lower};
 use paceline_planner::schedules::{self, Request, SCHEDULES};
+use paceline_sim::memory::walk;
 use paceline_sim::model::{Activation, ModelConfig, Norm, Positions};
 use paceline_sim::program::{Device, Program, Recompute, TransformerWorkload};
+use paceline_sim::units::RankId;
 use std::collections::BTreeMap;
 
 const SEQ: u32 = 8;
@@ -129,6 +131,11 @@ fn check(cases: &[Case]) {
             assert!(error < 1e-5, "{case:?}: norm {} instead of {}", found.gradient_norm, expected.gradient_norm);
         }
         assert_same(case, "gradient", &found.gradients, &expected.gradients);
+        for (rank, measured) in (0..).zip(&found.memory) {
+            let walked = walk(&program, RankId(rank));
+            assert_eq!(measured.peak_bytes, walked.peak_bytes, "{case:?}: peak of rank {rank}");
+            assert_eq!(measured.peak_by_class, walked.peak_by_class, "{case:?}: peak of rank {rank}");
+        }
     }
 }
 

@@ -3,21 +3,29 @@
 //! - [`order`]: what a schedule states.
 //! - [`schedules`]: the named schedules, and the registry that the command line asks.
 //! - [`blocks`]: the building-block algebra, for schedules made by repetition and rearrangement.
+//! - [`configuration`]: one point of the space of a job.
 //! - [`drawing`]: a replayed schedule as terminal cells and as SVG.
 //! - [`interchange`]: schedules as files of other tools.
 //! - [`job`]: what to train, on what, and which axes are fixed.
 //! - [`lower`]: from an order to the program that simulator and executor interpret.
 //! - [`predict`]: an iteration of a layout on a real cluster, second by second and byte by byte.
 //! - [`validate`]: predictions against measured runs, and fits to them.
+//! - [`prediction`]: time and memory of a program, by part.
+//! - [`search`]: the best configurations of a job.
+//! - [`plan`]: a configuration as a file, to be run later.
 //! - [`replay`]: exact times and memory of an order, and its validation.
 
 pub mod blocks;
+pub mod configuration;
 pub mod drawing;
 pub mod interchange;
 pub mod job;
 pub mod lower;
 pub mod order;
+pub mod plan;
 pub mod predict;
+pub mod prediction;
 pub mod replay;
 pub mod schedules;
+pub mod search;
 pub mod validate;

@@ -209,7 +209,7 @@ pub(super) fn parse_bytes(text: &str) -> Option<u64> {
         _ => return None,
     };
     let bytes = number.parse::<f64>().ok()? * factor as f64;
-    (bytes >= 1.0 && bytes < 1e18).then_some(bytes.round() as u64)
+    (1.0..1e18).contains(&bytes).then_some(bytes.round() as u64)
 }
 
 /// Insertions, deletions and replacements from one word to another (Levenshtein 1966).

@@ -19,6 +19,7 @@ mod train;
 pub use error::JobError;
 pub use train::Train;
 
+use crate::configuration::MOST_DEVICES;
 use crate::lower::StatePartition;
 use crate::schedules;
 use fields::Fields;
@@ -149,6 +150,10 @@ impl Job {
             if let Some(size) = fields.optional_count(key)?.filter(|&size| size > 1) {
                 return Err(fields.unsupported(key, size.to_string(), "1"));
             }
+        }
+        if self.gpus_per_node.is_some_and(|devices| devices > MOST_DEVICES) {
+            let allowed = format!("up to {MOST_DEVICES}");
+            return Err(fields.unsupported("gpus_per_node", fields.show("gpus_per_node"), &allowed));
         }
         if self.nodes.is_some_and(|nodes| nodes > 1) {
             return Err(fields.unsupported("nodes", fields.show("nodes"), "1"));

@@ -104,10 +104,10 @@ proptest! {
     /// Whatever a file holds, reading it ends with a job or an error, never otherwise.
     #[test]
     fn any_text_is_a_job_or_an_error(text in "(model|seq|global_batch|dp|pp|[a-z_]{1,12}|train|\\[train\\]|=|[0-9]{1,12}|'[a-z0-9/.-]{0,9}'|\n|\\[|\\]|,| ){0,40}") {
-        if let Ok(table) = text.parse::<toml::Table>() {
-            if let Err(error) = Job::from_table(table, "fuzz") {
-                prop_assert!(!error.to_string().is_empty());
-            }
+        if let Ok(table) = text.parse::<toml::Table>()
+            && let Err(error) = Job::from_table(table, "fuzz")
+        {
+            prop_assert!(!error.to_string().is_empty());
         }
     }
 

@@ -189,3 +189,6 @@ fn validate(blueprint: &Blueprint) -> Result<(), LowerError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

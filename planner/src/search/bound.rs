@@ -1,0 +1,247 @@
+//! Lower bounds from single layers: each layer's passes are costed once per microbatch size and kind of recomputation, and a
+//! candidate's bound is arithmetic on those.
+//!
+//! Time: a device is busy with all passes of its ranks; a pipeline rank starts when the first microbatch has come through the
+//! stages before it. Memory: what persists, and one microbatch's activations of one stage.
+
+use super::{AtLeast, Bound};
+use crate::configuration::{Configuration, Machine};
+use crate::job::Job;
+use crate::lower::{Blueprint, Form, StatePartition, Substance, cut, lower_unchecked};
+use crate::order::{ComputeOrder, Placement};
+use crate::prediction::Costs;
+use crate::schedules::{action, find, looped};
+use paceline_sim::model::Layer;
+use paceline_sim::program::{Device, MemoryClass, OpKind, Pass, Recompute, Stage, Tensor, TransformerWorkload, Unit};
+use paceline_sim::units::RankId;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What one layer takes for one microbatch.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+struct LayerTimes {
+    forward: f64,
+    again: f64,
+    fused: f64,
+    split: f64,
+    optimizer: f64,
+    /// Parameters and gradients.
+    weights: u64,
+    moments: u64,
+    /// From F to the backward.
+    kept: u64,
+}
+
+/// By layer in forward order.
+type Layers = Arc<Vec<LayerTimes>>;
+
+/// Bounds for one job on one machine.
+pub struct LayerBound<'a> {
+    job: &'a Job,
+    machine: Machine,
+    costs: &'a dyn Costs,
+    known: Mutex<HashMap<(u32, Recompute), Result<Layers, String>>>,
+}
+
+impl<'a> LayerBound<'a> {
+    /// Nothing is costed before it is asked for.
+    pub fn new(job: &'a Job, machine: Machine, costs: &'a dyn Costs) -> LayerBound<'a> {
+        LayerBound { job, machine, costs, known: Mutex::new(HashMap::new()) }
+    }
+
+    /// Cuts the layers by the times that they take.
+    ///
+    /// # Errors
+    /// When they cannot be cut so, or have no costs.
+    pub fn cut(&self, candidate: &Configuration) -> Result<Vec<u32>, String> {
+        let placement = self.placement(candidate)?;
+        let stages = self.stages(candidate, placement.stages_per_copy())?;
+        Ok(stages.iter().map(|stage| stage.units.len() as u32).collect())
+    }
+
+    fn placement(&self, candidate: &Configuration) -> Result<Placement, String> {
+        let schedule = find(&candidate.schedule).map_err(|error| error.to_string())?;
+        schedule.placement(candidate.pp, Some(candidate.chunks)).map_err(|error| error.to_string())
+    }
+
+    fn stages(&self, candidate: &Configuration, stages: usize) -> Result<Vec<Stage>, String> {
+        if !candidate.stage_layers.is_empty() {
+            return candidate.cut(self.job, stages).map_err(|error| error.to_string());
+        }
+        let layers = self.layers(candidate)?;
+        let weight = |layer: Layer| {
+            let place = match layer {
+                Layer::Embedding => 0,
+                Layer::Block(block) => block as usize + 1,
+                Layer::Head => layers.len() - 1,
+            };
+            let times = &layers[place];
+            times.forward + times.again + times.fused
+        };
+        cut(&self.job.model, stages, weight).map_err(|error| error.to_string())
+    }
+
+    fn layers(&self, candidate: &Configuration) -> Result<Layers, String> {
+        let key = (candidate.micro_batch, candidate.recompute);
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.entry(key).or_insert_with(|| self.probe(key.0, key.1)).clone()
+    }
+
+    /// Costs every layer as a stage of its own on one rank: microbatch 0 with the fused backward, microbatch 1 with the
+    /// split one.
+    fn probe(&self, micro_batch: u32, recompute: Recompute) -> Result<Layers, String> {
+        let layers: Vec<Layer> = self.job.model.all_layers().collect();
+        let n = layers.len() as u32;
+        let forwards = (0..2).flat_map(|m| (0..n).map(move |s| action(Pass::F, s, m)));
+        let fused = (0..n).rev().map(|s| action(Pass::BW, s, 0));
+        let split = (0..n).rev().flat_map(|s| [action(Pass::B, s, 1), action(Pass::W, s, 1)]);
+        let order = ComputeOrder {
+            name: "layer by layer".into(),
+            microbatches: 2,
+            placement: looped(1, n),
+            actions: vec![forwards.chain(fused).chain(split).collect()],
+        };
+        let workload = TransformerWorkload {
+            model: self.job.model.clone(),
+            micro_batch,
+            seq: self.job.seq,
+            recompute,
+            tied_on_one_rank: true,
+        };
+        let program = lower_unchecked(&Blueprint {
+            order: &order,
+            substance: Substance::Transformer(workload),
+            stages: layers.iter().map(|&layer| Stage { units: vec![Unit { layers: vec![layer] }] }).collect(),
+            data: 1,
+            states: StatePartition::None,
+            devices: (0..self.machine.devices).map(|d| Device { name: format!("cpu:{d}"), node: 0 }).collect(),
+            form: Form::Full,
+        })
+        .map_err(|error| error.to_string())?;
+        let (costs, _) = self.costs.of(&program).map_err(|error| error.to_string())?;
+        // A stage is one op for all its layers: what an op takes by itself does not count for each of them.
+        let nothing = Op {
+            stream: Stream::COMPUTE,
+            kind: OpKind::Join,
+            waits: Ids::new(),
+            alloc: Ids::new(),
+            uses: Ids::new(),
+            free: Ids::new(),
+        };
+        let overhead = costs.compute(&program, RankId(0), &nothing);
+        let mut times = vec![LayerTimes::default(); layers.len()];
+        for op in &program.ranks[0].ops {
+            let seconds = || (costs.compute(&program, RankId(0), op) - overhead).seconds();
+            match op.kind {
+                OpKind::Compute { pass, stage, microbatch, .. } => {
+                    let layer = &mut times[stage.index()];
+                    match (pass, microbatch.0) {
+                        (Pass::F, 0) => layer.forward = seconds(),
+                        (Pass::R, 0) => layer.again = seconds(),
+                        (Pass::BW, _) => layer.fused = seconds(),
+                        (Pass::B | Pass::W, _) => layer.split += seconds(),
+                        _ => {}
+                    }
+                }
+                OpKind::Optimizer { stage, .. } => times[stage.index()].optimizer += seconds(),
+                _ => {}
+            }
+        }
+        for buffer in &program.ranks[0].buffers {
+            let (stage, bytes) = match buffer.tensor {
+                Tensor::Parameters { stage, .. } | Tensor::Gradients { stage, .. } => {
+                    times[stage.index()].weights += buffer.bytes;
+                    continue;
+                }
+                Tensor::Moments { stage, .. } => {
+                    times[stage.index()].moments += buffer.bytes;
+                    continue;
+                }
+                Tensor::SavedForB { stage, microbatch, .. } | Tensor::SavedForW { stage, microbatch, .. }
+                    if microbatch.0 == 0 && recompute != Recompute::Full =>
+                {
+                    (stage, buffer.bytes)
+                }
+                Tensor::Checkpoint { stage, microbatch, .. } if microbatch.0 == 0 => (stage, buffer.bytes),
+                _ => continue,
+            };
+            debug_assert!(buffer.class == MemoryClass::Activation);
+            times[stage.index()].kept += bytes;
+        }
+        Ok(Arc::new(times))
+    }
+}
+
+impl Bound for LayerBound<'_> {
+    fn at_least(&self, candidate: &Configuration) -> Result<AtLeast, String> {
+        let microbatches = candidate.microbatches(self.job).map_err(|error| error.to_string())?;
+        let placement = self.placement(candidate)?;
+        let layers = self.layers(candidate)?;
+        let per_copy = placement.stages_per_copy();
+        let stages = self.stages(candidate, per_copy)?;
+        let split = find(&candidate.schedule).is_ok_and(|schedule| schedule.split);
+        // Sums over the layers of each stage of one copy.
+        let mut next = 0;
+        let sums: Vec<LayerTimes> = stages
+            .iter()
+            .map(|stage| {
+                let held = &layers[next..next + stage.units.len()];
+                next += stage.units.len();
+                let sum = |of: fn(&LayerTimes) -> f64| held.iter().map(of).sum::<f64>();
+                let bytes = |of: fn(&LayerTimes) -> u64| held.iter().map(of).sum::<u64>();
+                LayerTimes {
+                    forward: sum(|l| l.forward),
+                    again: sum(|l| l.again),
+                    fused: sum(|l| l.fused),
+                    split: sum(|l| l.split),
+                    optimizer: sum(|l| l.optimizer),
+                    weights: bytes(|l| l.weights),
+                    moments: bytes(|l| l.moments),
+                    kept: bytes(|l| l.kept),
+                }
+            })
+            .collect();
+
+        let pp = candidate.pp as usize;
+        let copies = placement.copies as usize;
+        let shards = match candidate.states {
+            StatePartition::Zero1 => f64::from(candidate.dp) * copies as f64,
+            StatePartition::None => 1.0,
+        };
+        let mut work = vec![0.0; pp];
+        let mut arrival = vec![f64::INFINITY; pp];
+        let mut bytes = vec![0u64; pp];
+        let mut kept = vec![0u64; pp];
+        for copy in 0..copies {
+            // The copies share the microbatches: the first one takes the odd one.
+            let passes = if copies == 1 {
+                microbatches
+            } else if copy == 0 {
+                microbatches.div_ceil(2)
+            } else {
+                microbatches / 2
+            };
+            let mut reached = 0.0;
+            for (stage, times) in sums.iter().enumerate() {
+                let rank = placement.device_of_stage[copy * per_copy + stage] as usize;
+                // Schedules that split do so for some microbatches at least; both kinds of backward bound them.
+                let backward = if split { times.split.min(times.fused) } else { times.fused };
+                work[rank] += f64::from(passes) * (times.forward + times.again + backward) + times.optimizer / shards;
+                if passes > 0 {
+                    arrival[rank] = f64::min(arrival[rank], reached);
+                    kept[rank] = kept[rank].max(times.kept);
+                }
+                reached += times.forward;
+                bytes[rank] += times.weights + (times.moments as f64 / shards) as u64;
+            }
+        }
+        let mut load = vec![0.0; self.machine.devices as usize];
+        for rank in 0..candidate.ranks() as usize {
+            load[rank % self.machine.devices as usize] += work[rank % pp];
+        }
+        let alone = work.iter().zip(&arrival).filter(|(_, at)| at.is_finite()).map(|(work, at)| work + at);
+        let seconds = load.into_iter().chain(alone).fold(0.0, f64::max);
+        let bytes = bytes.iter().zip(&kept).map(|(held, kept)| held + kept).max().unwrap_or(0);
+        Ok(AtLeast { seconds, bytes })
+    }
+}

@@ -1,0 +1,159 @@
+//! Searches with costs by FLOPs: bounds hold, pruning loses nothing, and a no says what would do.
+
+use super::*;
+use crate::configuration::ConfigurationError;
+use paceline_profiles::Shares;
+use paceline_sim::cost::{CostError, CostModel, Round};
+use paceline_sim::model::ModelPass;
+use paceline_sim::program::{Collective, Group, Op, OpKind, Program, Workload};
+use paceline_sim::units::Nanos;
+use smallvec::{SmallVec, smallvec};
+
+/// A device of 1 GFLOP/s with 1 us per op, and links of 1 GB/s.
+struct ByFlops;
+
+impl CostModel for ByFlops {
+    fn compute(&self, program: &Program, _: paceline_sim::units::RankId, op: &Op) -> Nanos {
+        let Workload::Transformer(workload) = &program.workload else { return Nanos::ZERO };
+        let flops = match op.kind {
+            OpKind::Compute { .. } => ModelPass::new(workload, &program.stages, program.microbatches, &op.kind).flops(),
+            _ => 0.0,
+        };
+        Nanos(1000) + Nanos::from_seconds(flops * 1e-9)
+    }
+
+    fn transfer(
+        &self,
+        _: &Program,
+        _: paceline_sim::units::RankId,
+        _: paceline_sim::units::RankId,
+        bytes: u64,
+    ) -> Round {
+        Round { wire: Nanos(bytes), work: Nanos::ZERO }
+    }
+
+    fn collective(&self, _: &Program, _: Collective, _: &Group, bytes: u64) -> SmallVec<[Round; 2]> {
+        smallvec![Round { wire: Nanos(bytes), work: Nanos::ZERO }]
+    }
+}
+
+impl Costs for ByFlops {
+    fn of(&self, _: &Program) -> Result<(Box<dyn CostModel>, Shares), CostError> {
+        Ok((Box::new(ByFlops), Shares { measured: 1.0, ..Shares::default() }))
+    }
+}
+
+const MACHINE: Machine = Machine { devices: 4, flops_per_second: Some(1e9) };
+
+fn job(more: &str) -> Job {
+    Job::from_table(format!("model = 'demo-1m'\nseq = 16\nglobal_batch = 16\n{more}").parse().unwrap(), "job").unwrap()
+}
+
+fn run(job: &Job, top: usize) -> Result<Plans, SearchError> {
+    search(job, MACHINE, &ByFlops, top, &|_| true)
+}
+
+#[test]
+fn bounds_hold_and_pruning_loses_nothing() {
+    let job = job("micro_batch = [1, 4]\nschedule = ['1f1b', 'interleaved', 'zb-h1', 'v-half', 'dualpipe']");
+    let candidates = candidates::of_job(&job, MACHINE);
+    assert!(candidates.len() > 100, "{}", candidates.len());
+    let bound = LayerBound::new(&job, MACHINE, &ByFlops);
+    let score = Simulation { job: &job, machine: MACHINE, costs: &ByFlops, cuts: &bound };
+    let mut all: Vec<Scored> = Vec::new();
+    for candidate in &candidates {
+        let Ok(scored) = score.predict(candidate) else { continue };
+        let least = bound.at_least(candidate).unwrap();
+        let peak = *scored.prediction.memory.peak_bytes.iter().max().unwrap();
+        assert!(least.seconds <= scored.prediction.iteration_seconds * (1.0 + 1e-9), "{candidate}");
+        assert!(least.bytes <= peak, "{candidate}: {} > {peak}", least.bytes);
+        assert_eq!(score.bytes(candidate).unwrap(), peak);
+        all.push(scored);
+    }
+    all.sort_by(|a, b| a.prediction.iteration_seconds.total_cmp(&b.prediction.iteration_seconds));
+    let plans = run(&job, 5).unwrap();
+    let seconds = |list: &[Scored]| list.iter().map(|s| s.prediction.iteration_seconds).collect::<Vec<_>>();
+    assert_eq!(seconds(&plans.plans), seconds(&all[..5]));
+    assert_eq!(plans.candidates, candidates.len());
+    assert_eq!(plans.candidates, plans.plans.len() + plans.losers.len());
+    assert_eq!(plans.candidates, plans.simulated + plans.pruned.memory + plans.pruned.bound + plans.pruned.invalid);
+    assert!(plans.pruned.bound > 0 && plans.gap >= 0.0 && plans.gap < 1.0, "{:?} {}", plans.pruned, plans.gap);
+    // Four devices, no bubble to speak of: the best uses all of them.
+    assert_eq!(plans.plans[0].configuration.ranks(), 4);
+}
+
+#[test]
+fn a_prediction_is_the_sum_of_its_parts() {
+    for text in ["dp = 2\npp = 2\nrecompute = 'full'\nstates = 'zero1'", "pp = 4\nschedule = 'zb-h1'", "dp = 4", ""] {
+        let job = job(text);
+        let configuration = Configuration::of_job(&job).unwrap();
+        let program = configuration.program(&job, MACHINE).unwrap();
+        let (found, trace) = crate::prediction::predict(&program, &ByFlops, MACHINE, Some(1 << 20)).unwrap();
+        assert!((found.time.total() / found.iteration_seconds - 1.0).abs() < 1e-12, "{text}: {:?}", found.time);
+        assert_eq!(found.iteration_seconds, trace.makespan.seconds());
+        for (peak, classes) in found.memory.peak_bytes.iter().zip(&found.memory.by_class) {
+            assert_eq!(*peak, classes.total());
+        }
+        assert_eq!(found.memory.peak_bytes.len(), configuration.pp as usize);
+        assert!(!found.memory.fits);
+        assert_eq!(found.time.recompute > 0.0, text.contains("full"));
+        assert_eq!(found.time.exposed_dp > 0.0, configuration.dp > 1 || text.contains("zb"), "{text}");
+        // All FLOPs of the model over the FLOPs of four devices.
+        let tokens = found.tokens_per_second_per_gpu * 4.0 * found.iteration_seconds;
+        assert!((tokens / 256.0 - 1.0).abs() < 1e-9, "{tokens}");
+        let (mfu, hfu) = (found.mfu.unwrap(), found.hfu.unwrap());
+        assert!(mfu > 0.1 && mfu <= hfu && hfu <= 1.0, "{text}: {mfu} {hfu}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_told_what_the_smallest_plan_needs() {
+    let tight = |limit: u64| job(&format!("micro_batch = [1, 16]\nmemory_limit = {limit}"));
+    let SearchError::NothingFits { needed, configuration, limit } = run(&tight(1000), 3).unwrap_err() else { panic!() };
+    assert_eq!(limit, 1000);
+    // Nothing holds less, and what it says is enough.
+    assert!(matches!(run(&tight(needed - 1), 3), Err(SearchError::NothingFits { needed: n, .. }) if n == needed));
+    let plans = run(&tight(needed), 3).unwrap();
+    assert!(plans.plans.iter().any(|plan| {
+        Configuration { stage_layers: vec![], ..plan.configuration.clone() }
+            == Configuration { stage_layers: vec![], ..(*configuration).clone() }
+    }));
+    assert!(plans.pruned.memory > 0);
+    let memory = plans.losers.iter().filter(|loser| matches!(loser.reason, Reason::Memory { .. })).count();
+    assert_eq!(memory, plans.pruned.memory);
+    assert!(plans.plans.iter().all(|plan| plan.prediction.memory.fits));
+}
+
+#[test]
+fn fixed_axes_stay_fixed_and_impossible_jobs_say_why() {
+    let plans = run(&job("dp = 2\npp = 2\nschedule = '1f1b'\nmicro_batch = 2\nrecompute = 'none'\nstates = 'none'"), 9)
+        .unwrap();
+    assert_eq!((plans.candidates, plans.plans.len()), (1, 1));
+    assert_eq!(plans.plans[0].configuration.to_string(), "dp 2 pp 2 1f1b, micro-batch 2");
+    // Interleaving needs a multiple of pp microbatches.
+    let error = run(&job("dp = 2\npp = 3\nschedule = 'interleaved'\nmicro_batch = 2"), 3).unwrap_err().to_string();
+    assert!(error.contains("multiple of 3"), "{error}");
+
+    let refuse = |text: &str| Configuration::of_job(&job(text)).unwrap_err();
+    assert!(matches!(refuse("pp = [1, 2]"), ConfigurationError::Choice { key: "pp", .. }));
+    let text = refuse("dp = 8\nmicro_batch = 4").to_string();
+    assert!(text.contains("global_batch = 16") && text.contains("multiple of 32"), "{text}");
+    assert!(refuse("schedule = 'zb-v'\nchunks = 3").to_string().contains("exactly 2"));
+}
+
+#[test]
+fn a_search_can_be_stopped_and_tells_how_far_it_is() {
+    let seen = std::sync::Mutex::new(Vec::new());
+    let stop_at_once = |progress: Progress| {
+        seen.lock().unwrap().push(progress);
+        false
+    };
+    let plans = search(&job(""), MACHINE, &ByFlops, 10, &stop_at_once).unwrap();
+    let seen = seen.into_inner().unwrap();
+    assert_eq!(seen.len(), 1);
+    assert_eq!(
+        (seen[0].candidates, seen[0].best),
+        (plans.candidates, Some(plans.plans[0].prediction.iteration_seconds))
+    );
+    assert!(seen[0].decided < plans.candidates);
+}
