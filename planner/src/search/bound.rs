@@ -12,7 +12,9 @@ use crate::order::{ComputeOrder, Placement};
 use crate::prediction::Costs;
 use crate::schedules::{action, find, looped};
 use paceline_sim::model::Layer;
-use paceline_sim::program::{Device, MemoryClass, OpKind, Pass, Recompute, Stage, Tensor, TransformerWorkload, Unit};
+use paceline_sim::program::{
+    Device, Ids, MemoryClass, Op, OpKind, Pass, Recompute, Stage, Stream, Tensor, TransformerWorkload, Unit,
+};
 use paceline_sim::units::RankId;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
