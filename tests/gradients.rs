@@ -158,7 +158,7 @@ fn cases_of(schedule: &'static str) -> Vec<Case> {
 #[test]
 fn schedules_with_fused_backward_train_the_same_model() {
     let fused = SCHEDULES.iter().filter(|s| !s.split);
-    let cases: Vec<Case> = fused.flat_map(|s| cases_of(s.name)).filter(|case| fits(case)).collect();
+    let cases: Vec<Case> = fused.flat_map(|s| cases_of(s.name)).filter(fits).collect();
     assert!(cases.len() > 40);
     check(&cases);
 }
@@ -166,7 +166,7 @@ fn schedules_with_fused_backward_train_the_same_model() {
 #[test]
 fn schedules_with_split_backward_train_the_same_model() {
     let split = SCHEDULES.iter().filter(|s| s.split);
-    let cases: Vec<Case> = split.flat_map(|s| cases_of(s.name)).filter(|case| fits(case)).collect();
+    let cases: Vec<Case> = split.flat_map(|s| cases_of(s.name)).filter(fits).collect();
     assert!(cases.len() > 40);
     check(&cases);
 }
