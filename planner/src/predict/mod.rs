@@ -4,19 +4,26 @@
 //! microbatches and continued at the pace of its steady state.
 
 mod overlap;
+mod request;
 mod stages;
+mod sweep;
 
 pub use overlap::{OverlapRatios, TokenBudget};
+pub use request::{ClusterRequest, PRECISIONS, RequestError};
 pub use stages::{Groups, PassTimes, Stage, Timer, cut};
+
+pub use sweep::{ClusterPlan, ClusterSweep, Pruned, sweep_cluster};
 
 use crate::order::ComputeOrder;
 use crate::replay::{OrderError, Replayer, StageMemory, StageTimes, peaks};
 use crate::schedules::{self, Request, ScheduleError};
-use paceline_profiles::Cluster;
+use paceline_profiles::{Cluster, Gpu};
 use paceline_sim::cluster::device::Device;
 use paceline_sim::cluster::memory::{RankParameters, expert_replicas, states};
 use paceline_sim::cluster::network::Network;
-use paceline_sim::cluster::{Architecture, Layout, LayoutError, Partition, Physics, Recompute, Sharding, activations};
+use paceline_sim::cluster::{
+    Architecture, Compute, Layout, LayoutError, Partition, Physics, Recompute, Sharding, activations,
+};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -167,6 +174,16 @@ pub enum PredictError {
     /// More stages than blocks.
     #[error("{stages} stages, but the model has {layers} blocks; use at most {layers} (pp x chunks)")]
     Stages { stages: u64, layers: u64 },
+}
+
+/// Stated FLOPs per second of a GPU in a format; in 16 bits where nothing else is known.
+fn stated_rate(gpu: &Gpu, compute: Option<Compute>) -> f64 {
+    1e12 * match compute {
+        Some(Compute::Fp32) => gpu.tf32_tflops,
+        Some(Compute::Fp8) => gpu.fp8_tflops.unwrap_or(gpu.bf16_tflops),
+        Some(Compute::Fp4) => gpu.fp4_tflops.or(gpu.fp8_tflops).unwrap_or(gpu.bf16_tflops),
+        _ => gpu.bf16_tflops,
+    }
 }
 
 /// Rounds of `pp` microbatches that are replayed before the steady state is continued.

@@ -1,0 +1,290 @@
+//! What a user asks for, in the words of the command line, as a model, a layout and a cluster.
+
+use crate::schedules;
+use paceline_profiles::{Cluster, ClusterError, find_cluster};
+use paceline_sim::cluster::{
+    Architecture, AttentionKernel, Compute, Layout, LayoutError, Numerics, Overlap, Recompute, Sharding, ZooError,
+};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// One configuration on a cluster; what is left open takes its default.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ClusterRequest {
+    /// A preset, or the path of a `config.json`.
+    pub model: String,
+    /// A preset, or the path of a TOML file.
+    pub cluster: String,
+    /// Nodes; 1 by default.
+    pub nodes: Option<u64>,
+    /// GPUs of a node; those of the cluster by default.
+    pub gpus_per_node: Option<u64>,
+    /// Tokens of a sequence.
+    pub seq: u64,
+    /// Sequences of an iteration.
+    pub global_batch: u64,
+    /// Sequences of a microbatch; 1 by default.
+    pub micro_batch: Option<u64>,
+    /// Tensor-parallel ranks; 1 by default.
+    pub tp: Option<u64>,
+    /// Sequence parallelism; on by default with tensor parallelism.
+    pub sp: Option<bool>,
+    /// Context-parallel ranks; 1 by default.
+    pub cp: Option<u64>,
+    /// Pipeline ranks; 1 by default.
+    pub pp: Option<u64>,
+    /// Stages per pipeline rank; what the schedule usually has by default.
+    pub chunks: Option<u64>,
+    /// Replicas; what is left of the GPUs by default.
+    pub dp: Option<u64>,
+    /// Expert-parallel ranks; 1 by default.
+    pub ep: Option<u64>,
+    /// `none`, `zero1`, `zero2`, `zero3` (the same: `fsdp`); `zero1` by default.
+    pub states: Option<String>,
+    /// A schedule's name; `1f1b` by default.
+    pub schedule: Option<String>,
+    /// `none`, `selective`, `full`; `none` by default.
+    pub recompute: Option<String>,
+    /// A recipe, see [`PRECISIONS`]; `bf16` by default.
+    pub precision: Option<String>,
+    /// `naive`, `fused`, `flash`; `flash` by default.
+    pub attention: Option<String>,
+}
+
+/// Recipes of number formats.
+pub const PRECISIONS: [(&str, Numerics); 7] = [
+    ("fp32", Numerics::FP32),
+    ("bf16", Numerics::MIXED),
+    ("bf16-fp32-gradients", Numerics::MIXED_FP32_GRADIENTS),
+    ("bf16-fp32-accumulation", Numerics::MIXED_FP32_ACCUMULATION),
+    ("fp8", Numerics { compute: Compute::Fp8, ..Numerics::MIXED }),
+    ("mxfp8", Numerics { compute: Compute::Fp8, ..Numerics::MIXED }),
+    ("nvfp4", Numerics { compute: Compute::Fp4, ..Numerics::MIXED }),
+];
+
+const STATES: [(&str, Sharding); 5] = [
+    ("none", Sharding::None),
+    ("zero1", Sharding::Optimizer),
+    ("zero2", Sharding::Gradients),
+    ("zero3", Sharding::Full),
+    ("fsdp", Sharding::Full),
+];
+const RECOMPUTES: [(&str, Recompute); 3] =
+    [("none", Recompute::None), ("selective", Recompute::Selective), ("full", Recompute::Full)];
+
+/// A request that names no configuration.
+#[derive(Debug, Error)]
+pub enum RequestError {
+    /// Its model.
+    #[error(transparent)]
+    Model(#[from] ZooError),
+    /// Its cluster.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// The file of its cluster.
+    #[error("cluster {path}: {source}")]
+    Unreadable { path: PathBuf, source: std::io::Error },
+    /// A word that is not known.
+    #[error("{key} = {value:?}; allowed: {allowed}")]
+    Word { key: &'static str, value: String, allowed: String },
+    /// A number that is missing or zero.
+    #[error("{key} has to be given, as a whole number above zero")]
+    Number { key: &'static str },
+    /// Factors that do not make the GPUs.
+    #[error(
+        "tp x cp x pp x dp = {product}, but there are {gpus} GPUs ({nodes} nodes of {per_node}); change dp or nodes"
+    )]
+    Gpus { product: u64, gpus: u64, nodes: u64, per_node: u64 },
+    /// A batch that does not divide.
+    #[error("global_batch = {global} is no multiple of micro_batch x dp = {part}; take {nearest}")]
+    Batch { global: u64, part: u64, nearest: u64 },
+    /// A schedule that is not known or does not fit.
+    #[error(transparent)]
+    Schedule(#[from] schedules::ScheduleError),
+    /// The layout.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+}
+
+fn word<T: Copy>(key: &'static str, value: Option<&str>, usual: &str, known: &[(&str, T)]) -> Result<T, RequestError> {
+    let value = value.unwrap_or(usual);
+    known.iter().find(|(name, _)| *name == value).map(|(_, v)| *v).ok_or_else(|| RequestError::Word {
+        key,
+        value: value.to_owned(),
+        allowed: known.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", "),
+    })
+}
+
+impl ClusterRequest {
+    /// The cluster: a preset, or a file.
+    ///
+    /// # Errors
+    /// When there is neither, or the file is wrong.
+    pub fn cluster(&self) -> Result<Cluster, RequestError> {
+        let path = Path::new(&self.cluster);
+        let mut cluster = if path.extension().is_some_and(|e| e == "toml") {
+            let text = std::fs::read_to_string(path)
+                .map_err(|source| RequestError::Unreadable { path: path.to_owned(), source })?;
+            Cluster::from_toml(&text)?
+        } else {
+            find_cluster(&self.cluster)?.clone()
+        };
+        if let Some(gpus) = self.gpus_per_node {
+            cluster.gpus_per_node = gpus.min(u64::from(u32::MAX)) as u32;
+            cluster.check()?;
+        }
+        Ok(cluster)
+    }
+
+    /// The model, the layout and the cluster.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with what is allowed.
+    pub fn resolve(&self) -> Result<(Architecture, Layout, Cluster), RequestError> {
+        let model = Architecture::load(&self.model)?;
+        let cluster = self.cluster()?;
+        let layout = self.layout(&model, &cluster)?;
+        Ok((model, layout, cluster))
+    }
+
+    pub(super) fn layout(&self, model: &Architecture, cluster: &Cluster) -> Result<Layout, RequestError> {
+        for (key, value) in [("seq", self.seq), ("global_batch", self.global_batch)] {
+            if value == 0 {
+                return Err(RequestError::Number { key });
+            }
+        }
+        let one = |value: Option<u64>| value.unwrap_or(1);
+        let (tp, cp, pp, ep) = (one(self.tp), one(self.cp), one(self.pp), one(self.ep));
+        let (nodes, per_node) = (one(self.nodes), u64::from(cluster.gpus_per_node));
+        let gpus = nodes.saturating_mul(per_node);
+        let inner = tp.saturating_mul(cp).saturating_mul(pp);
+        for (key, value) in [("tp", tp), ("cp", cp), ("pp", pp), ("micro_batch", one(self.micro_batch))] {
+            if value == 0 {
+                return Err(RequestError::Number { key });
+            }
+        }
+        let dp = self.dp.unwrap_or((gpus / inner).max(1));
+        let product = inner.saturating_mul(dp);
+        if product != gpus {
+            return Err(RequestError::Gpus { product, gpus, nodes, per_node });
+        }
+        let micro_batch = one(self.micro_batch);
+        let part = micro_batch.saturating_mul(dp);
+        if !self.global_batch.is_multiple_of(part) {
+            let nearest = (self.global_batch / part).max(1).saturating_mul(part);
+            return Err(RequestError::Batch { global: self.global_batch, part, nearest });
+        }
+        let name = self.schedule.as_deref().unwrap_or("1f1b");
+        let schedule = schedules::find(name)?;
+        let chunks = match (pp, self.chunks) {
+            (1, None) => 1,
+            (_, asked) => u64::from(schedule.chunks_for(asked.map(|n| n.min(u64::from(u32::MAX)) as u32))?),
+        };
+        let attention = word(
+            "attention",
+            self.attention.as_deref(),
+            "flash",
+            &[
+                ("naive", AttentionKernel::Naive),
+                ("fused", AttentionKernel::FusedSoftmax),
+                ("flash", best_flash(cluster)),
+            ],
+        )?;
+        let layout = Layout {
+            tp,
+            sp: self.sp.unwrap_or(true) && tp > 1,
+            cp,
+            pp,
+            chunks,
+            dp,
+            ep,
+            sharding: word("states", self.states.as_deref(), "zero1", &STATES)?,
+            schedule: if pp == 1 { "1f1b".into() } else { name.into() },
+            microbatches: self.global_batch / part,
+            recompute: word("recompute", self.recompute.as_deref(), "none", &RECOMPUTES)?,
+            attention,
+            numerics: word("precision", self.precision.as_deref(), "bf16", &PRECISIONS)?,
+            overlap: Overlap { gradients: true, tensor: false, input_gradients: true, parameters: true },
+            ..Layout::single(self.seq, micro_batch)
+        };
+        layout.check()?;
+        let stages = pp * layout.chunks;
+        if stages > model.layers {
+            return Err(RequestError::Word {
+                key: "pp",
+                value: format!("{pp} x {} chunks", layout.chunks),
+                allowed: format!("at most {} stages, one per block", model.layers),
+            });
+        }
+        Ok(layout)
+    }
+}
+
+/// FlashAttention 3 (or cuDNN) on Hopper and later, 2 before.
+fn best_flash(cluster: &Cluster) -> AttentionKernel {
+    use paceline_profiles::Generation;
+    match cluster.gpu.generation {
+        Generation::Hopper | Generation::Blackwell => AttentionKernel::Flash3,
+        _ => AttentionKernel::Flash2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> ClusterRequest {
+        ClusterRequest {
+            model: "llama-3-8b".into(),
+            cluster: "dgx-h100-ib".into(),
+            nodes: Some(2),
+            seq: 8192,
+            global_batch: 64,
+            ..ClusterRequest::default()
+        }
+    }
+
+    #[test]
+    fn defaults_make_data_parallelism() {
+        let (model, layout, cluster) = request().resolve().unwrap();
+        assert_eq!((layout.dp, layout.microbatches, layout.sp), (16, 4, false));
+        assert_eq!((model.layers, cluster.gpus_per_node), (32, 8));
+        let request = ClusterRequest {
+            tp: Some(2),
+            pp: Some(4),
+            schedule: Some("interleaved".into()),
+            states: Some("zero3".into()),
+            precision: Some("fp8".into()),
+            ..request()
+        };
+        let (_, layout, _) = request.resolve().unwrap();
+        assert_eq!((layout.dp, layout.chunks, layout.sp, layout.sharding), (2, 2, true, Sharding::Full));
+    }
+
+    #[test]
+    fn mistakes_are_named_with_what_is_allowed() {
+        let error = |change: &dyn Fn(&mut ClusterRequest)| {
+            let mut request = request();
+            change(&mut request);
+            request.resolve().unwrap_err().to_string()
+        };
+        for (message, phrase) in [
+            (error(&|r| r.model = "llama-9".into()), "llama-9"),
+            (error(&|r| r.cluster = "moon".into()), "dgx-h100-ib"),
+            (error(&|r| r.dp = Some(3)), "there are 16 GPUs"),
+            (error(&|r| r.global_batch = 65), "take 64"),
+            (error(&|r| r.states = Some("zero9".into())), "zero1"),
+            (error(&|r| r.recompute = Some("some".into())), "selective"),
+            (error(&|r| r.precision = Some("int1".into())), "bf16"),
+            (error(&|r| r.schedule = Some("none".into())), "none"),
+            (error(&|r| r.seq = 0), "seq"),
+            (error(&|r| r.tp = Some(0)), "tp"),
+            (error(&|r| (r.pp, r.nodes) = (Some(64), Some(8))), "32 stages"),
+            (error(&|r| r.cluster = "missing.toml".into()), "missing.toml"),
+        ] {
+            assert!(message.contains(phrase), "{message}");
+        }
+    }
+}
