@@ -1,7 +1,7 @@
 //! One point of a job's space: every axis fixed. It is lowered to the same program each time, because it also says how the
 //! layers are cut.
 
-use crate::job::Job;
+use crate::job::{Job, LOCAL};
 use crate::lower::{
     Blueprint, Form, LowerError, StatePartition, Substance, cut, forward_flops, lower, lower_unchecked,
 };
@@ -67,6 +67,11 @@ pub enum ConfigurationError {
         "{key} = {values} leaves a choice, and a prediction is of one configuration; name one value, or search with `paceline plan`"
     )]
     Choice { key: &'static str, values: String },
+    /// Not this machine.
+    #[error(
+        "cluster = {cluster:?} has layouts with more axes than a program of this machine; leave the key out to stay on it"
+    )]
+    Cluster { cluster: String },
     /// The batch cannot be cut like this.
     #[error(
         "global_batch = {global_batch} is not divisible by dp * micro_batch = {dp} * {micro_batch}; take a global_batch that is a multiple of {}, or a smaller micro_batch",
@@ -117,6 +122,9 @@ impl Configuration {
                 [value] => Ok(value.clone()),
                 many => Err(ConfigurationError::Choice { key, values: format!("{many:?}") }),
             }
+        }
+        if job.cluster != LOCAL {
+            return Err(ConfigurationError::Cluster { cluster: job.cluster.clone() });
         }
         let chunks = one("chunks", &job.chunks, 0)?;
         let usual = if chunks > 1 { "interleaved" } else { "1f1b" };

@@ -7,7 +7,7 @@ use paceline_profiles::{Predictor, Shares};
 use paceline_sim::cost::{CostError, CostModel, FixedTimes, ProfileCost};
 use paceline_sim::engine::{EngineError, simulate};
 use paceline_sim::memory::walk;
-use paceline_sim::model::{Flops, model_flops_per_token};
+use paceline_sim::model::{Flops, Layer, model_flops_per_token};
 use paceline_sim::program::{MemoryClass, OpKind, Pass, Program, Recompute, Stream, Workload};
 use paceline_sim::trace::Trace;
 use paceline_sim::units::{Nanos, RankId};
@@ -29,7 +29,7 @@ pub struct Prediction {
     pub tokens_per_second_per_gpu: f64,
     /// Share of the devices' rate that the model's FLOPs make; absent where the rate is not known.
     pub mfu: Option<f64>,
-    /// The same with what is recomputed.
+    /// The same with the forward passes that full recomputation repeats.
     pub hfu: Option<f64>,
     /// Parts of the step, mean over the devices; they sum to `iteration_seconds`.
     pub time: TimeParts,
@@ -169,8 +169,9 @@ pub fn predict(
         prediction.tokens_per_second_per_gpu = tokens / iteration_seconds / devices;
         if let Some(rate) = machine.flops_per_second {
             let per_token = model_flops_per_token(&workload.model, workload.seq);
+            let block = Flops::of_layer(&workload.model, Layer::Block(0), workload.seq).total();
             let again = match workload.recompute {
-                Recompute::Full => Flops::per_token(&workload.model, workload.seq).total(),
+                Recompute::Full => block * f64::from(workload.model.layers),
                 Recompute::None | Recompute::Selective => 0.0,
             };
             let share = |flops: f64| Some(flops * prediction.tokens_per_second_per_gpu / rate);

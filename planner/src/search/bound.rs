@@ -19,6 +19,9 @@ use paceline_sim::units::RankId;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+/// Forward passes of a step, over all ranks, up to which programs are simulated.
+const MOST_PASSES: u64 = 1 << 20;
+
 /// What one layer takes for one microbatch.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct LayerTimes {
@@ -178,6 +181,12 @@ impl Bound for LayerBound<'_> {
     fn at_least(&self, candidate: &Configuration) -> Result<AtLeast, String> {
         let microbatches = candidate.microbatches(self.job).map_err(|error| error.to_string())?;
         let placement = self.placement(candidate)?;
+        let passes = u64::from(microbatches) * placement.stages() as u64 * u64::from(candidate.dp);
+        if passes > MOST_PASSES {
+            return Err(format!(
+                "{passes} forward passes in a step are more than the {MOST_PASSES} that a search simulates; name a larger micro_batch"
+            ));
+        }
         let layers = self.layers(candidate)?;
         let per_copy = placement.stages_per_copy();
         let stages = self.stages(candidate, per_copy)?;

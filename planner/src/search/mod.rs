@@ -9,7 +9,7 @@ pub mod candidates;
 pub mod score;
 
 use crate::configuration::{Configuration, Machine};
-use crate::job::Job;
+use crate::job::{Job, LOCAL};
 use crate::prediction::{Costs, Prediction};
 use bound::LayerBound;
 use paceline_sim::units::show_bytes;
@@ -166,6 +166,11 @@ pub enum SearchError {
         show_bytes(*.limit), show_bytes(*.needed)
     )]
     NothingFits { limit: u64, needed: u64, configuration: Box<Configuration> },
+    /// Not this machine.
+    #[error(
+        "cluster = {cluster:?}: the search covers cluster = \"local\" only; leave the key out, or predict single layouts of that cluster"
+    )]
+    Cluster { cluster: String },
     /// Nothing can be.
     #[error("no configuration of this job can be: {why}")]
     NothingPossible { why: String },
@@ -183,6 +188,9 @@ pub fn search(
     top: usize,
     progress: &(dyn Fn(Progress) -> bool + Sync),
 ) -> Result<Plans, SearchError> {
+    if job.cluster != LOCAL {
+        return Err(SearchError::Cluster { cluster: job.cluster.clone() });
+    }
     let machine = machine.for_job(job);
     let candidates = candidates::of_job(job, machine);
     let bound = LayerBound::new(job, machine, costs);

@@ -139,6 +139,14 @@ fn fixed_axes_stay_fixed_and_impossible_jobs_say_why() {
     let text = refuse("dp = 8\nmicro_batch = 4").to_string();
     assert!(text.contains("global_batch = 16") && text.contains("multiple of 32"), "{text}");
     assert!(refuse("schedule = 'zb-v'\nchunks = 3").to_string().contains("exactly 2"));
+    assert!(matches!(refuse("cluster = 'h100'"), ConfigurationError::Cluster { .. }));
+    let error = run(&job("cluster = 'h100'"), 3).unwrap_err().to_string();
+    assert!(error.contains("\"h100\"") && error.contains("\"local\""), "{error}");
+    // A batch of millions with one sequence at a time is refused before it is lowered.
+    let text = "model = 'demo-1m'\nseq = 16\nglobal_batch = 8388608\nmicro_batch = 1";
+    let vast = Job::from_table(text.parse().unwrap(), "job").unwrap();
+    let error = run(&vast, 3).unwrap_err().to_string();
+    assert!(error.contains("larger micro_batch"), "{error}");
 }
 
 #[test]
