@@ -1,6 +1,10 @@
 //! Clusters: a GPU, nodes, and the network between them. Shipped ones in `data/clusters.toml`, others in a TOML file of the
 //! user's with one `[cluster]` table and, for a GPU that is not shipped, one `[gpu]` table.
 
+mod measured;
+
+pub use measured::{Change, MeasuredError};
+
 use crate::gpu::{Gpu, GpuError, find_gpu};
 use serde::{Deserialize, Serialize};
 use std::sync::LazyLock;

@@ -21,7 +21,7 @@ mod recalibrate;
 mod row;
 mod work;
 
-pub use cluster::{Cluster, ClusterError, Fabric, cluster_names, find_cluster};
+pub use cluster::{Change, Cluster, ClusterError, Fabric, MeasuredError, cluster_names, find_cluster};
 pub use context::*;
 pub use estimate::*;
 pub use fit::Line;
