@@ -3,11 +3,12 @@
 
 use super::recipe::{Recipe, recipe};
 use super::row::Row;
+use crate::predict::{ClusterPrediction, PredictError, predict_cluster};
 use crate::schedules;
 use paceline_profiles::{Cluster, Fabric, find_cluster, find_gpu};
 use paceline_sim::cluster::{
-    Architecture, Attention, AttentionKernel, Compute, Experts, Layout, Numerics, Partition, PositionTable, Recompute,
-    Sharding,
+    Architecture, Attention, AttentionKernel, Compute, Experts, Layout, Numerics, Partition, Physics, PositionTable,
+    Recompute, Sharding,
 };
 
 /// A run to be predicted, and what was measured.
@@ -33,9 +34,32 @@ pub struct Case {
     pub allocated: bool,
     /// Whether it ran out of memory.
     pub oom: bool,
+    /// Nothing is said about recomputation: what fits is assumed, the least first.
+    pub recompute_open: bool,
     /// Scored, but not fitted to: so slow that something else than its layout must have held it up, or a runtime whose extra
     /// passes are not modelled.
     pub doubtful: bool,
+}
+
+impl Case {
+    /// Predicts the run. Where nothing is said about recomputation, with the least that fits: what would not fit is not run.
+    ///
+    /// # Errors
+    /// When the layout or its schedule is impossible.
+    pub fn predict(&self, physics: &Physics) -> Result<ClusterPrediction, PredictError> {
+        let predicted = predict_cluster(&self.model, &self.layout, &self.cluster, physics)?;
+        if !self.recompute_open || predicted.memory.fits {
+            return Ok(predicted);
+        }
+        for recompute in [Recompute::Selective, Recompute::Full] {
+            let layout = Layout { recompute, ..self.layout.clone() };
+            let again = predict_cluster(&self.model, &layout, &self.cluster, physics)?;
+            if again.memory.fits {
+                return Ok(again);
+            }
+        }
+        Ok(predicted)
+    }
 }
 
 /// Builds a case, or says in a few words why not.
@@ -68,6 +92,7 @@ pub fn case(row: &Row) -> Result<Case, String> {
         peak_gib: if oom { None } else { row.number("peak_mem_gib") },
         allocated: row.noted("max_allocated") || row.noted("allocated peak") || row.noted("peak allocated"),
         oom,
+        recompute_open: row.text("recompute").is_empty(),
         doubtful: row.noted("very low MFU") || layout.partition == Partition::VocabularySpread,
         model,
         layout,
@@ -116,13 +141,14 @@ fn architecture(row: &Row, recipe: &Recipe) -> Result<Architecture, String> {
         // Two thirds of four, as Llama has it.
         None => (hidden * 8).div_ceil(3),
     };
+    let (known_ffn, known_shared, known_dense) = mixture(&name).unwrap_or((ffn, 0, 0));
     let experts = (count > 1).then(|| Experts {
         count,
         top_k: row.count("topk").filter(|n| *n > 0).unwrap_or(1).min(count),
-        ffn: number_in(row, &["moe_ffn", "expert_ffn", "moe_ffn_hidden"]).unwrap_or(ffn),
-        shared_ffn: number_in(row, &["shared ffn", "shared_ffn", "shared expert ffn"]).unwrap_or(0),
+        ffn: number_in(row, &["moe_ffn", "expert_ffn", "moe_ffn_hidden"]).unwrap_or(known_ffn),
+        shared_ffn: number_in(row, &["shared ffn", "shared_ffn", "shared expert ffn"]).unwrap_or(known_shared),
         dense_layers: number_in(row, &["first dense layers", "first_dense_layers", "dense layers"])
-            .unwrap_or(0)
+            .unwrap_or(known_dense)
             .min(layers),
     });
     let seq = need(row, "seq")?;
@@ -153,11 +179,38 @@ fn architecture(row: &Row, recipe: &Recipe) -> Result<Architecture, String> {
     })
 }
 
+/// Width of an expert, of the shared expert, and number of dense layers of published mixtures whose runs are often listed with the
+/// dense width only (their `config.json`).
+fn mixture(name: &str) -> Option<(u64, u64, u64)> {
+    let known = [
+        ("deepseek-v2", (1536, 3072, 1)),
+        ("deepseek-v3", (2048, 2048, 3)),
+        ("kimi-k2", (2048, 2048, 1)),
+        ("qwen3-30b", (768, 0, 0)),
+        ("qwen3-235b", (1536, 0, 0)),
+        ("gpt-oss", (2880, 0, 0)),
+    ];
+    let plain = name.replace([' ', '_'], "-");
+    known.into_iter().find(|(prefix, _)| plain.contains(prefix)).map(|(_, widths)| widths)
+}
+
 /// The variant of a model, gated or not, that comes close to a published count, if the usual one does not.
 fn agree(usual: Architecture, published: f64) -> Architecture {
     let error = |model: &Architecture| (model.parameters() as f64 / published - 1.0).abs();
     if error(&usual) < 0.04 {
         return usual;
+    }
+    if let Some(experts) = usual.experts {
+        // The width that makes the count, in steps of 64.
+        let without = Architecture { experts: Some(Experts { ffn: 0, ..experts }), ..usual.clone() };
+        let routed = (usual.layers - experts.dense_layers) * experts.count;
+        let each = (published - without.parameters() as f64) / (routed * usual.hidden * 3).max(1) as f64;
+        let ffn = (each / 64.0).round() * 64.0;
+        if ffn < 64.0 {
+            return usual;
+        }
+        let fitted = Architecture { experts: Some(Experts { ffn: ffn as u64, ..experts }), ..usual.clone() };
+        return if error(&fitted) < 0.04 { fitted } else { usual };
     }
     let other = Architecture { gated: !usual.gated, ..usual.clone() };
     if error(&other) < 0.02 { other } else { usual }
@@ -171,7 +224,8 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
     if tp * cp * pp * dp != gpus {
         return Err("gpus is not tp x cp x pp x dp".into());
     }
-    let mbs = row.count("mbs").filter(|n| *n > 0).ok_or("mbs not known")?;
+    // Where nothing is said the models are large, and large models run one sequence at a time.
+    let mbs = or_one("mbs");
     let gbs = row.count("gbs").filter(|n| *n > 0).ok_or("gbs not known")?;
     let microbatches = gbs / (mbs * dp);
     if microbatches == 0 || microbatches * mbs * dp != gbs {
@@ -411,11 +465,19 @@ mod tests {
     }
 
     #[test]
+    fn widths_of_experts_follow_from_the_count_or_the_name() {
+        let width = |line: &str| one(line).unwrap().model.experts.unwrap().ffn;
+        assert_eq!(width("x-1,s,mystery-moe,32,4096,99999,32,8,32000,8,2,4096,46.7,H100,8,,,,1,8,100,ok,"), 14336);
+        assert_eq!(width("x-2,s,deepseek-v2-L4,4,5120,12288,128,128,102400,160,6,4096,,A100,8,,,,1,8,100,ok,"), 1536);
+        assert_eq!(width("x-3,s,mixtral,32,4096,14336,32,8,32000,8,2,4096,,H100,8,,,,1,8,100,ok,"), 14336);
+    }
+
+    #[test]
     fn reasons_to_skip() {
         for (line, reason) in [
             ("a,s,m,2,64,,4,,,,,128,,MI300X,1,,,,1,1,,ok,", "unknown GPU \"MI300X\""),
             ("a,s,m,2,64,,4,,,,,128,,A100,8,3,,,1,8,,ok,", "gpus is not"),
-            ("a,s,m,2,64,,4,,,,,128,,A100,8,,,,,8,,ok,", "mbs not known"),
+            ("a,s,m,2,64,,4,,,,,128,,A100,8,,,,1,,,ok,", "gbs not known"),
             ("a,s,m,2,64,,4,,,,,128,,A100,8,,,,3,8,,ok,", "multiple"),
             ("a,s,m,2,64,,4,,,,,128,,A100,8,,,,1,8,,crashed,", "outcome"),
         ] {

@@ -6,7 +6,6 @@
 //! and Mead's (argmin), in logits of each parameter's place in its range.
 
 use super::{Case, Scored, score, scored};
-use crate::predict::predict_cluster;
 use argmin::core::{CostFunction, Error, Executor, State};
 use argmin::solver::neldermead::NelderMead;
 use paceline_sim::cluster::{PARAMETERS, Physics};
@@ -94,7 +93,7 @@ fn loss(chosen: &BTreeMap<&str, Vec<&Case>>, physics: &Physics) -> f64 {
 }
 
 fn errors(case: &Case, physics: &Physics) -> (Option<f64>, Option<f64>) {
-    let Ok(prediction) = predict_cluster(&case.model, &case.layout, &case.cluster, physics) else {
+    let Ok(prediction) = case.predict(physics) else {
         return (None, None);
     };
     let distance = |a: f64, b: f64| (a / b).ln().abs().min(CUT);
@@ -216,7 +215,7 @@ fn leave_out(
     let (own, others): (Vec<_>, Vec<_>) = cases.iter().enumerate().partition(|(n, case)| group(*n, case) == left);
     let physics = fit(others.into_iter().map(|(_, case)| case), start, evaluations)?.physics;
     let predicted = |(_, case): (usize, &Case)| {
-        let prediction = predict_cluster(&case.model, &case.layout, &case.cluster, &physics).ok()?;
+        let prediction = case.predict(&physics).ok()?;
         Some(scored(case, &prediction))
     };
     let rows: Vec<Scored> = own.into_iter().filter_map(predicted).collect();

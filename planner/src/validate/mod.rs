@@ -14,7 +14,7 @@ pub use recipe::{Recipe, recipe};
 pub use row::{NEEDED, ReadError, Row, read};
 pub use score::{Scored, SourceScore, Verdicts, quantile, score};
 
-use crate::predict::{ClusterPrediction, predict_cluster};
+use crate::predict::ClusterPrediction;
 use paceline_sim::cluster::Physics;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -94,7 +94,7 @@ pub fn validate(mut all: Cases, physics: &Physics) -> Validation {
         .cases
         .par_iter()
         .map(|case| {
-            let prediction = predict_cluster(&case.model, &case.layout, &case.cluster, physics);
+            let prediction = case.predict(physics);
             prediction.map(|p| scored(case, &p)).map_err(|e| (case.source.clone(), e.to_string()))
         })
         .collect();

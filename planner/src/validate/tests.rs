@@ -1,4 +1,5 @@
 use super::*;
+use crate::predict::predict_cluster;
 
 const RUNS: &str = "id,source,model,layers,hidden,ffn_hidden,heads,kv_heads,vocab,seq,gpu,gpus,gpus_per_node,tp,sp,pp,dp,zero_stage_or_fsdp,mbs,gbs,recompute,flash_attn,framework,precision,iter_time_s,peak_mem_gib,outcome,notes
 k-1,korthikanti,gpt-22b,48,6144,24576,64,64,51200,2048,A100-80G-SXM,8,8,8,True,1,1,zero0,4,4,selective,False,Megatron-LM 2022,fp16,1.10,,ok,
@@ -87,4 +88,17 @@ fn published_runs_stay_predicted() {
         assert!(memory.is_none_or(|limit| score.memory_median_error.unwrap() < limit), "{score:?}");
         assert!(score.oom.right().unwrap() > 0.99);
     }
+}
+
+/// A model that needs recomputation and of which nothing is said gets it; one that says it does not, runs out of memory.
+#[test]
+fn recomputation_is_assumed_only_where_nothing_is_said() {
+    let head = RUNS.lines().next().unwrap();
+    let run = |recompute: &str| {
+        format!(
+            "r-{recompute},s,gpt-22b,48,6144,24576,64,64,51200,2048,A100-80G-SXM,8,8,8,True,1,1,zero0,32,32,{recompute},False,Megatron-LM 2022,fp16,9,,ok,"
+        )
+    };
+    let validation = validate(load(&format!("{head}\n{}\n{}\n", run(""), run("none"))).unwrap(), &Physics::default());
+    assert_eq!(validation.rows.iter().map(|r| r.predicted_oom).collect::<Vec<_>>(), [false, true]);
 }
