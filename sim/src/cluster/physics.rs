@@ -81,19 +81,19 @@ impl Default for Physics {
     /// Fitted to the public runs of `docs/accuracy.md`.
     fn default() -> Physics {
         Physics {
-            matmul_ampere: 0.837,
+            matmul_ampere: 0.835,
             matmul_hopper: 0.676,
-            matmul_blackwell: 0.492,
-            attention: 0.810,
-            memory: 0.713,
-            prologue: 274.0,
-            launch: 2.36e-05,
-            intra: 0.842,
-            inter: 0.864,
-            contention: 0.425,
-            jitter: 3.23e-03,
-            fragmentation: 0.057,
-            context: 2.23e+09,
+            matmul_blackwell: 0.489,
+            attention: 0.805,
+            memory: 0.714,
+            prologue: 264.0,
+            launch: 2.35e-05,
+            intra: 0.843,
+            inter: 0.865,
+            contention: 0.394,
+            jitter: 3.42e-03,
+            fragmentation: 0.054,
+            context: 2.12e+09,
         }
     }
 }
