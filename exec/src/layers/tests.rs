@@ -1,3 +1,5 @@
+mod reference;
+
 use super::*;
 use crate::data::mix;
 use crate::kernel_times::kernel_key;
@@ -6,6 +8,7 @@ use paceline_profiles::KernelKey;
 use paceline_sim::model::{Activation, ModelConfig, Norm, Positions};
 use paceline_sim::program::{Pass, Recompute, Unit};
 use paceline_sim::units::{MicrobatchId, OpId, RankId};
+use reference::Reference;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
@@ -100,7 +103,6 @@ impl Model {
                 }
             }
         }
-        let ids = |salt: u64| -> Vec<u32> { (0..10).map(|n| (mix(n + salt) % u64::from(VOCAB)) as u32).collect() };
         let microbatch = MicrobatchId(0);
         for (tensor, ids) in [(Tensor::Tokens { microbatch }, ids(0)), (Tensor::Targets { microbatch }, ids(77))] {
             let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_ne_bytes()).collect();
@@ -176,47 +178,63 @@ impl Model {
     }
 }
 
+/// Ids of the ten tokens of the microbatch.
+fn ids(salt: u64) -> Vec<u32> {
+    (0..10).map(|n| (mix(n + salt) % u64::from(VOCAB)) as u32).collect()
+}
+
 /// Between -1 and 1.
 fn random(n: u64) -> f32 {
     (mix(n) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
 }
 
+/// Models that differ in everything that changes a step: norms, activation, positions, biases, shared keys, tied matrix.
+fn models() -> [ModelConfig; 4] {
+    let biased = ModelConfig { qkv_bias: true, tied_embeddings: true, name: "biased tied llama".into(), ..llama() };
+    let untied = ModelConfig { tied_embeddings: false, kv_heads: 1, name: "untied gpt".into(), ..gpt() };
+    [llama(), gpt(), biased, untied]
+}
+
 #[test]
-fn gradients_are_those_of_finite_differences() {
-    for config in [llama(), gpt()] {
+fn loss_and_every_gradient_are_those_of_a_reference_in_double_precision() {
+    for config in models() {
         let name = config.name.clone();
-        let model = Model::new(config, Recompute::None);
-        let gradients = model.gradients(&[Pass::BW]);
-        let mut checked = 0;
-        for ((tensor, specs), gradient) in model.layout().into_iter().zip(&gradients) {
+        let model = Model::new(config.clone(), Recompute::None);
+        let mut values = BTreeMap::new();
+        for (tensor, specs) in model.layout() {
             let all = model.read(tensor);
             for spec in specs {
-                let (start, len) = (spec.range.start, spec.range.len());
-                let direction: Vec<f32> = (0..len).map(|n| random(5 + n as u64)).collect();
-                let moved = |step: f32| {
-                    let there = all[spec.range.clone()].iter().zip(&direction).map(|(p, d)| p + step * d);
-                    model.write(tensor, start, &there.collect::<Vec<_>>());
-                    model.loss()
-                };
-                let step = 4e-3;
-                let found = (moved(step) - moved(-step)) / (2.0 * f64::from(step));
-                moved(0.0);
-                let own = &gradient[spec.range.clone()];
-                let expected: f64 = own.iter().zip(&direction).map(|(g, d)| f64::from(g * d)).sum();
-                let length = own.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
-                assert!(length > 1e-4, "{name} {}: no gradient", spec.name);
-                let allowed = 4e-3 * length * (len as f64).sqrt() + 2e-4;
-                assert!((found - expected).abs() < allowed, "{name} {}: {found} {expected} {length}", spec.name);
-                checked += 1;
+                let own = all[spec.range.clone()].iter().map(|&value| f64::from(value)).collect();
+                assert!(values.insert(spec.name, own).is_none(), "{name}: every name once");
             }
         }
-        assert!(checked >= 15, "{name}: {checked}");
+        let (tokens, targets) = (ids(0), ids(77));
+        let mut reference = Reference { config, values, seq: 5, tokens, targets };
+        let (found, expected) = (model.loss(), reference.loss());
+        assert!((found / expected - 1.0).abs() < 1e-6, "{name}: loss {found} {expected}");
+        let gradients = model.gradients(&[Pass::BW]);
+        let mut checked = 0;
+        for ((_, specs), gradient) in model.layout().into_iter().zip(&gradients) {
+            for spec in specs {
+                let own = &gradient[spec.range.clone()];
+                let largest = own.iter().fold(0f32, |a, g| a.max(g.abs()));
+                assert!(largest > 1e-4, "{name} {}: no gradient", spec.name);
+                for (element, &found) in own.iter().enumerate() {
+                    let expected = reference.gradient(&spec.name, element);
+                    let allowed = 1e-5 * f64::from(largest) + 1e-8;
+                    let close = (f64::from(found) - expected).abs() <= allowed;
+                    assert!(close, "{name} {} element {element}: {found} {expected}", spec.name);
+                    checked += 1;
+                }
+            }
+        }
+        assert_eq!(checked, reference.config.parameters(), "{name}");
     }
 }
 
 #[test]
 fn split_and_recomputed_backwards_give_the_same_gradients() {
-    for config in [llama(), gpt()] {
+    for config in models() {
         let fused = Model::new(config.clone(), Recompute::None).gradients(&[Pass::BW]);
         for (recompute, backward) in [
             (Recompute::None, &[Pass::B, Pass::W][..]),
