@@ -1,3 +1,5 @@
+mod fuzz;
+
 use super::parameters::{tied_matrix, unit_layout, unit_parameters};
 use super::*;
 use crate::program::{MemoryClass, OpKind, Pass, Recompute, Stage, Tensor, TransformerWorkload, Unit};

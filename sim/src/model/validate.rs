@@ -1,9 +1,13 @@
 //! What makes an architecture, a microbatch or a cut into stages impossible.
 
-use super::{Layer, ModelConfig, Positions};
+use super::{Activation, Layer, ModelConfig, Positions};
 use crate::program::{Stage, TransformerWorkload};
 use crate::units::StageId;
 use thiserror::Error;
+
+/// Most parameters of a model, and most elements that a microbatch keeps: far above any machine, and far enough below the range
+/// of 64 bits that sizes in bytes, with optimizer state and over all microbatches, do not overflow.
+const LARGEST: u64 = 1 << 52;
 
 /// Why a model cannot be built or cut as asked.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -58,12 +62,40 @@ impl ModelConfig {
         if !(self.norm_epsilon.is_finite() && self.norm_epsilon > 0.0) {
             return refuse("norm_epsilon", self.norm_epsilon.to_string(), "a number above 0, for example 1e-5".into());
         }
+        let (heads, kv_heads) = (u64::from(self.heads), u64::from(self.kv_heads));
+        let width = u64::from(self.head_dim) * heads;
+        if u32::try_from(width.saturating_add(2 * kv_heads * u64::from(self.head_dim))).is_err() {
+            let allowed = "such that queries, keys and values are at most 4294967295 wide".into();
+            return refuse("head_dim", self.head_dim.to_string(), allowed);
+        }
+        if self.activation == Activation::SwiGlu && self.intermediate > u32::MAX / 2 {
+            let allowed = format!("at most {}: gate and up are one matrix", u32::MAX / 2);
+            return refuse("intermediate", self.intermediate.to_string(), allowed);
+        }
+        let parameters = self.wide_parameters();
+        if parameters > u128::from(LARGEST) {
+            return refuse(
+                "parameters",
+                parameters.to_string(),
+                format!("at most {LARGEST}; use fewer or narrower layers"),
+            );
+        }
         match self.positions {
             Positions::Rotary { theta } if !(theta.is_finite() && theta > 1.0) => {
                 refuse("rope_theta", theta.to_string(), "a number above 1, for example 10000".into())
             }
             _ => Ok(()),
         }
+    }
+
+    /// About [`ModelConfig::parameters`], from above, where that may overflow.
+    fn wide_parameters(&self) -> u128 {
+        let wide = |value: u32| u128::from(value);
+        let hidden = wide(self.hidden);
+        let attention = wide(self.head_dim) * (2 * wide(self.heads) + 2 * wide(self.kv_heads));
+        // Three matrices of the MLP, and as a bound on norms and biases eight vectors more.
+        let block = (hidden + 1) * (attention + 3 * wide(self.intermediate) + 8);
+        wide(self.layers) * block + hidden * (2 * wide(self.vocab) + wide(self.max_positions) + 4)
     }
 
     /// The layers of the model in forward order: embedding, blocks, head.
@@ -99,6 +131,15 @@ impl TransformerWorkload {
                 self.micro_batch,
                 format!("below {} at seq {}", u32::MAX / self.seq, self.seq),
             );
+        }
+        let model = &self.model;
+        // What a token keeps over all layers is fewer elements than this: see the table of `activations`.
+        let widths = 12 * u128::from(model.hidden) + 4 * (model.qkv_width() + 2 * model.up_width()) as u128;
+        let rows = u128::from(self.micro_batch) * u128::from(self.seq);
+        if rows * widths * (u128::from(model.layers) + 2) > u128::from(LARGEST) {
+            let allowed =
+                format!("such that activations are at most {LARGEST} elements; use a smaller microbatch or seq");
+            return refuse("micro_batch", self.micro_batch, allowed);
         }
         self.validate_stages(stages)
     }
