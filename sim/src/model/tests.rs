@@ -1,4 +1,5 @@
 mod fuzz;
+mod lifetimes;
 
 use super::parameters::{tied_matrix, unit_layout, unit_parameters};
 use super::*;
