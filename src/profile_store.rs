@@ -1,0 +1,58 @@
+//! Which profile answers: `--profile`, then `$PACELINE_PROFILE`, then what `paceline calibrate` wrote for this user, then the one
+//! that ships with Paceline. A profile of another machine is used with a warning that names both.
+
+use crate::failure::Failure;
+use crate::screen::Screen;
+use paceline_profiles::{Machine, Profile};
+use std::path::{Path, PathBuf};
+
+/// The profile that ships for CPUs, of the machine that Paceline was developed on.
+const SHIPPED_CPU: &str = include_str!("../profiles/data/cpu.csv");
+
+/// The environment variable that names a profile.
+const VARIABLE: &str = "PACELINE_PROFILE";
+
+/// A profile and where it came from.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// The measurements.
+    pub profile: Profile,
+    /// For people.
+    pub origin: String,
+}
+
+/// Where `paceline calibrate` writes for this user: `$XDG_DATA_HOME` or `~/.local/share`, and there `paceline/`.
+pub fn user_path() -> Option<PathBuf> {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = absolute("XDG_DATA_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/share")))?;
+    Some(base.join("paceline").join("cpu-profile.csv"))
+}
+
+/// Finds the profile for `here` and warns when it was made elsewhere.
+pub fn find(screen: &Screen, flag: Option<&Path>, here: &Machine) -> Result<Found, Failure> {
+    let found = search(flag)?;
+    if let Some(other) = found.profile.made_elsewhere(here) {
+        screen.warn(format!("{other} ({})", found.origin));
+    }
+    Ok(found)
+}
+
+fn search(flag: Option<&Path>) -> Result<Found, Failure> {
+    if let Some(path) = flag {
+        return load(path, format!("--profile {}", path.display()));
+    }
+    if let Some(path) = std::env::var_os(VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from) {
+        return load(&path, format!("${VARIABLE}, {}", path.display()));
+    }
+    if let Some(path) = user_path().filter(|path| path.exists()) {
+        return load(&path, path.display().to_string());
+    }
+    let profile = Profile::read(SHIPPED_CPU.as_bytes()).map_err(Failure::internal)?;
+    Ok(Found { profile, origin: "shipped profile".into() })
+}
+
+fn load(path: &Path, origin: String) -> Result<Found, Failure> {
+    let profile =
+        Profile::load(path).map_err(|error| Failure::bad_input(format!("{}: {error}", path.display())))?;
+    Ok(Found { profile, origin })
+}
