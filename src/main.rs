@@ -3,8 +3,14 @@
 mod commands;
 mod failure;
 mod flags;
+mod interrupt;
+mod job_source;
+mod local;
+mod profile_store;
 mod screen;
 mod table;
+mod trace_file;
+mod training;
 
 use clap::{Parser, Subcommand};
 use screen::{ColorChoice, Screen};
@@ -14,7 +20,11 @@ use std::process::ExitCode;
 ///
 /// Without a command, the demonstration of the whole loop on the bundled job.
 #[derive(Debug, Parser)]
-#[command(name = "paceline", version, after_help = "Exit codes: 0 done, 1 internal or run-time failure, 2 bad input, 3 no feasible plan, 130 interrupted.\n\nExamples:\n  paceline\n  paceline plan job.toml -o plan.json\n  paceline run plan.json --steps 100")]
+#[command(
+    name = "paceline",
+    version,
+    after_help = "Exit codes: 0 done, 1 internal or run-time failure, 2 bad input, 3 no feasible plan, 130 interrupted.\n\nExamples:\n  paceline\n  paceline plan job.toml -o plan.json\n  paceline run plan.json --steps 100"
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
@@ -46,8 +56,6 @@ enum Command {
     Calibrate(commands::calibrate::Arguments),
     /// Hold a predicted trace against a measured one.
     Compare(commands::compare::Arguments),
-    /// Build, draw, compare, export or import pipeline schedules.
-    Schedule(commands::schedule::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -69,7 +77,6 @@ fn main() -> ExitCode {
         Some(Command::Run(a)) => commands::run::run(&screen, &a),
         Some(Command::Calibrate(a)) => commands::calibrate::run(&screen, &a),
         Some(Command::Compare(a)) => commands::compare::run(&screen, &a),
-        Some(Command::Schedule(a)) => commands::schedule::run(&screen, &a),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -37,6 +37,36 @@ pub fn find(screen: &Screen, flag: Option<&Path>, here: &Machine) -> Result<Foun
     Ok(found)
 }
 
+/// Writes a profile to `path`. Rows of the same machine that lie there already stay where nothing newer measures the same.
+pub fn update(screen: &Screen, path: &Path, newer: Profile) -> Result<Profile, Failure> {
+    let mut whole = newer;
+    if path.exists() {
+        let mut older = Profile::load(path).map_err(|error| {
+            Failure::bad_input(format!("{}: {error}", path.display()))
+                .hint("name another file with -o, or move that one away")
+        })?;
+        if older.made_elsewhere(&whole.machine).is_some() {
+            return Err(Failure::bad_input(format!(
+                "{} holds a profile of {}, and this is one of {}",
+                path.display(),
+                older.machine,
+                whole.machine
+            ))
+            .hint("name another file with -o, or move that one away"));
+        }
+        let kept = older.rows.len();
+        older.update(whole).map_err(Failure::internal)?;
+        whole = older;
+        screen.say(format!("updating {} ({kept} rows so far)", path.display()));
+    }
+    if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
+        std::fs::create_dir_all(directory)
+            .map_err(|error| Failure::bad_input(format!("cannot make {}: {error}", directory.display())))?;
+    }
+    whole.save(path).map_err(Failure::bad_input)?;
+    Ok(whole)
+}
+
 fn search(flag: Option<&Path>) -> Result<Found, Failure> {
     if let Some(path) = flag {
         return load(path, format!("--profile {}", path.display()));
@@ -52,7 +82,6 @@ fn search(flag: Option<&Path>) -> Result<Found, Failure> {
 }
 
 fn load(path: &Path, origin: String) -> Result<Found, Failure> {
-    let profile =
-        Profile::load(path).map_err(|error| Failure::bad_input(format!("{}: {error}", path.display())))?;
+    let profile = Profile::load(path).map_err(|error| Failure::bad_input(format!("{}: {error}", path.display())))?;
     Ok(Found { profile, origin })
 }

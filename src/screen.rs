@@ -34,7 +34,6 @@ pub struct Screen {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
     Bold,
-    Dim,
     Good,
     Bad,
     Warning,
@@ -45,7 +44,6 @@ impl Style {
     fn code(self) -> &'static str {
         match self {
             Style::Bold => "1",
-            Style::Dim => "2",
             Style::Good => "32",
             Style::Bad => "31;1",
             Style::Warning => "33",
@@ -74,22 +72,6 @@ impl Screen {
             color_out: decide(std::io::stdout().is_terminal()),
             color_err: decide(std::io::stderr().is_terminal()),
         }
-    }
-
-    /// Whether standard output carries one JSON document.
-    pub fn json(&self) -> bool {
-        self.json
-    }
-
-    /// Whether standard output may carry colour.
-    pub fn color(&self) -> bool {
-        self.color_out
-    }
-
-    /// Columns of the terminal, 100 where there is none.
-    pub fn width(&self) -> usize {
-        let (rows, columns) = console::Term::stdout().size();
-        if std::io::stdout().is_terminal() && rows > 0 { usize::from(columns).max(40) } else { 100 }
     }
 
     /// Styled text for standard output.
@@ -121,7 +103,11 @@ impl Screen {
 
     /// A step of long work, on standard error.
     pub fn step(&self, text: impl AsRef<str>) {
-        self.say(format!("{} {}", paint(self.color_err, Style::Accent, "==>"), paint(self.color_err, Style::Bold, text.as_ref())));
+        self.say(format!(
+            "{} {}",
+            paint(self.color_err, Style::Accent, "==>"),
+            paint(self.color_err, Style::Bold, text.as_ref())
+        ));
     }
 
     /// A warning on standard error, also with `--quiet` off only.
@@ -144,7 +130,9 @@ impl Screen {
             Some(length),
             if terminal && !self.quiet { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() },
         );
-        if let Ok(style) = ProgressStyle::with_template("    {prefix} [{bar:30}] {pos}/{len} {elapsed_precise} {wide_msg}") {
+        if let Ok(style) =
+            ProgressStyle::with_template("    {prefix} [{bar:30}] {pos}/{len} {elapsed_precise} {wide_msg}")
+        {
             bar.set_style(style.progress_chars("=> "));
         }
         bar.set_prefix(what.to_string());
@@ -175,6 +163,25 @@ impl Progress {
             self.said = done / eighth;
             eprintln!("    {} {done}/{} {}", self.what, self.length, message.as_ref());
         }
+    }
+}
+
+impl Progress {
+    /// The length became known, or has changed.
+    pub fn resize(&mut self, length: u64) {
+        self.length = length;
+        self.bar.set_length(length);
+    }
+
+    /// `done` of the length given, on terminals only.
+    pub fn at(&mut self, done: u64, message: &str) {
+        self.bar.set_position(done);
+        self.bar.set_message(message.to_string());
+    }
+
+    /// A line above the bar, or by itself where there is no terminal.
+    pub fn above(&self, screen: &Screen, line: &str) {
+        self.bar.suspend(|| screen.say(line));
     }
 }
 

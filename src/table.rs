@@ -31,7 +31,13 @@ impl Table {
     pub fn lines(&self, screen: &Screen) -> Vec<String> {
         let columns = self.header.len();
         let width = |c: usize| {
-            self.rows.iter().chain([&self.header]).filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0)
+            self.rows
+                .iter()
+                .chain([&self.header])
+                .filter_map(|r| r.get(c))
+                .map(|s| s.chars().count())
+                .max()
+                .unwrap_or(0)
         };
         let widths: Vec<usize> = (0..columns).map(width).collect();
         let numeric: Vec<bool> = (0..columns)
@@ -79,7 +85,13 @@ pub fn show_seconds(seconds: f64) -> String {
         s if s >= 1e-3 => (seconds * 1e3, "ms"),
         _ => (seconds * 1e6, "us"),
     };
-    let digits = if value.abs() >= 100.0 { 0 } else if value.abs() >= 10.0 { 1 } else { 2 };
+    let digits = if value.abs() >= 100.0 {
+        0
+    } else if value.abs() >= 10.0 {
+        1
+    } else {
+        2
+    };
     format!("{value:.digits$} {unit}")
 }
 

@@ -6,4 +6,3 @@ pub mod demo;
 pub mod plan;
 pub mod predict;
 pub mod run;
-pub mod schedule;

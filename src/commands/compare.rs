@@ -1,0 +1,133 @@
+//! `paceline compare`: predicted against measured, op class by op class, rank by rank.
+
+use crate::failure::Failure;
+use crate::local::Local;
+use crate::screen::{Screen, Style};
+use crate::table::{Table, show_percent, show_seconds};
+use crate::trace_file;
+use paceline_planner::plan::Plan;
+use paceline_planner::prediction::predict;
+use paceline_sim::compare::{Comparison, compare};
+use paceline_sim::trace::Trace;
+use paceline_sim::units::show_bytes;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// Holds a predicted step against a measured one.
+#[derive(Debug, Clone, clap::Args)]
+#[command(
+    after_help = "Example:\n  paceline run plan.json --steps 20 --trace measured.json\n  paceline compare plan.json measured.json"
+)]
+pub struct Arguments {
+    /// A plan, which is then simulated, or a trace that `paceline predict --trace` wrote.
+    #[arg(value_name = "PREDICTED")]
+    predicted: PathBuf,
+
+    /// A trace that `paceline run --trace` wrote.
+    #[arg(value_name = "MEASURED")]
+    measured: PathBuf,
+
+    /// Profile with which a plan is simulated (default: as for `paceline predict`).
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
+}
+
+/// The document of `--json`.
+#[derive(Debug, Serialize)]
+struct Document<'a> {
+    format: &'static str,
+    /// Relative error of the predicted step time, signed.
+    error: f64,
+    peak_bytes_equal: bool,
+    #[serde(flatten)]
+    comparison: &'a Comparison,
+}
+
+/// Runs the command.
+pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
+    let measured = trace_file::read(&arguments.measured)?;
+    let predicted = predicted_trace(screen, &arguments.predicted, arguments.profile.as_deref())?;
+    let comparison = compare(&predicted, &measured).map_err(Failure::bad_input)?;
+    show(screen, &comparison)?;
+    screen.document(&Document {
+        format: "paceline.comparison/1",
+        error: comparison.error(),
+        peak_bytes_equal: peaks_equal(&comparison),
+        comparison: &comparison,
+    })
+}
+
+fn predicted_trace(screen: &Screen, path: &Path, profile: Option<&Path>) -> Result<Trace, Failure> {
+    let is_plan = std::fs::read_to_string(path)
+        .ok()
+        .and_then(|text| serde_json::from_str::<serde_json::Value>(&text).ok())
+        .and_then(|value| {
+            value.get("format").and_then(|format| format.as_str()).map(|f| f.starts_with("paceline.plan/"))
+        })
+        .unwrap_or(false);
+    if !is_plan {
+        return trace_file::read(path);
+    }
+    let plan = Plan::read(path).map_err(Failure::bad_input)?;
+    let local = Local::open(screen, profile)?;
+    let program = plan.program().map_err(Failure::bad_input)?;
+    let (_, trace) =
+        predict(&program, &local.predictor, plan.machine, plan.job.memory_limit).map_err(Failure::internal)?;
+    Ok(trace)
+}
+
+/// Every rank's peak is what was predicted.
+pub fn peaks_equal(comparison: &Comparison) -> bool {
+    comparison.ranks.iter().all(|rank| rank.predicted_peak_bytes == rank.measured_peak_bytes)
+}
+
+/// Prints a comparison.
+pub fn show(screen: &Screen, comparison: &Comparison) -> Result<(), Failure> {
+    let signed = |error: f64| format!("{:+.1} %", error * 100.0);
+    let mut table = Table::new(["op class", "count", "predicted", "measured", "error", "share of ops"]);
+    let all: f64 = comparison.classes.iter().map(|class| class.measured_seconds).sum();
+    for class in &comparison.classes {
+        table.row([
+            class.class.clone(),
+            class.count.to_string(),
+            show_seconds(class.predicted_seconds),
+            show_seconds(class.measured_seconds),
+            class.error().map_or("-".into(), signed),
+            show_percent(class.measured_seconds / all.max(f64::MIN_POSITIVE)),
+        ]);
+    }
+    table.print(screen)?;
+    screen.line("")?;
+    let mut table = Table::new([
+        "rank",
+        "compute predicted",
+        "measured",
+        "end predicted",
+        "measured",
+        "peak predicted",
+        "peak measured",
+    ]);
+    for rank in &comparison.ranks {
+        let equal = rank.predicted_peak_bytes == rank.measured_peak_bytes;
+        table.styled(
+            (!equal).then_some(Style::Bad),
+            [
+                rank.rank.to_string(),
+                show_seconds(rank.predicted_compute_seconds),
+                show_seconds(rank.measured_compute_seconds),
+                show_seconds(rank.predicted_end_seconds),
+                show_seconds(rank.measured_end_seconds),
+                show_bytes(rank.predicted_peak_bytes),
+                show_bytes(rank.measured_peak_bytes),
+            ],
+        );
+    }
+    table.print(screen)?;
+    screen.line(format!(
+        "\n  step: predicted {}, measured {}, error {}; peak bytes {}",
+        show_seconds(comparison.predicted_seconds),
+        show_seconds(comparison.measured_seconds),
+        signed(comparison.error()),
+        if peaks_equal(comparison) { "equal on every rank" } else { "differ" }
+    ))
+}

@@ -1,0 +1,115 @@
+//! This machine: its device, the profile that describes it, and what the planner needs to know of it.
+
+use crate::failure::Failure;
+use crate::profile_store;
+use crate::screen::Screen;
+use paceline_exec::measure::{self, MeasureError, MeasureSettings, this_machine};
+use paceline_kernels::CpuDevice;
+use paceline_planner::configuration::Machine;
+use paceline_planner::job::Job;
+use paceline_planner::lower::Form;
+use paceline_planner::search::candidates;
+use paceline_profiles::{KernelKey, KernelOp, Machine as Identity, Predictor, Profile, Source, Subject, Work};
+use paceline_sim::cost::kernels_of;
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+/// This machine, ready to predict with.
+pub struct Local {
+    /// Its device.
+    pub device: CpuDevice,
+    /// What is known of it.
+    pub profile: Profile,
+    /// Where that came from, for people.
+    pub origin: String,
+    /// Fits over it.
+    pub predictor: Predictor,
+    /// What the planner needs.
+    pub machine: Machine,
+}
+
+impl Local {
+    /// Opens the machine with the profile that `--profile`, the environment or an earlier calibration names.
+    pub fn open(screen: &Screen, profile: Option<&Path>) -> Result<Local, Failure> {
+        let device = CpuDevice::new();
+        let found = profile_store::find(screen, profile, &identity(&device))?;
+        Local::with(device, found.profile, found.origin)
+    }
+
+    /// The machine with a profile at hand.
+    pub fn with(device: CpuDevice, profile: Profile, origin: String) -> Result<Local, Failure> {
+        let predictor = Predictor::new(&profile).map_err(|error| Failure::bad_input(format!("{origin}: {error}")))?;
+        let machine = Machine { devices: cores(), flops_per_second: product_rate(&profile) };
+        Ok(Local { device, profile, origin, predictor, machine })
+    }
+}
+
+/// How profiles name this machine.
+pub fn identity(device: &CpuDevice) -> Identity {
+    this_machine(device)
+}
+
+/// Device slots of this machine: one per core.
+pub fn cores() -> u32 {
+    std::thread::available_parallelism().map_or(1, |n| n.get() as u32)
+}
+
+/// The highest rate of matrix products that was measured, in FLOP/s of one device: what MFU is relative to.
+pub fn product_rate(profile: &Profile) -> Option<f64> {
+    let rate = |row: &paceline_profiles::Row| match &row.subject {
+        Subject::Kernel(key) if is_product(key.op) && row.source == Source::Measured => {
+            Some(Work::of(key).flops / row.median_seconds)
+        }
+        _ => None,
+    };
+    profile.rows.iter().filter_map(rate).reduce(f64::max)
+}
+
+fn is_product(op: KernelOp) -> bool {
+    matches!(op, KernelOp::MatmulNn | KernelOp::MatmulNt | KernelOp::MatmulTn)
+}
+
+/// Every kernel of every configuration that a job allows on this machine, at its shape there.
+pub fn kernels_of_job(job: &Job) -> Result<BTreeSet<KernelKey>, Failure> {
+    let machine = Machine { devices: cores(), flops_per_second: None }.for_job(job);
+    let mut keys = BTreeSet::new();
+    for configuration in candidates::of_job(job, machine) {
+        // What cannot be lowered is none of the job's configurations.
+        if let Ok(program) = configuration.program_unchecked(job, machine, Form::Representative) {
+            keys.extend(kernels_of(&program).map_err(Failure::internal)?);
+        }
+    }
+    Ok(keys)
+}
+
+/// Measures this machine at `keys` and around them, with progress.
+pub fn calibrate(
+    screen: &Screen,
+    keys: &BTreeSet<KernelKey>,
+    settings: &MeasureSettings,
+    stop: &AtomicBool,
+) -> Result<Profile, Failure> {
+    let keys: Vec<KernelKey> = keys.iter().cloned().collect();
+    let around = measure::grid_around(&keys);
+    let mut progress = screen.progress(settings.budget.as_secs().max(1), "calibrate");
+    let mut tell = |at: measure::MeasureProgress| {
+        progress.set((at.fraction * settings.budget.as_secs_f64()) as u64, at.phase.to_string());
+    };
+    measure::calibrate(&CpuDevice::new(), &keys, &around, settings, &mut tell, Some(stop)).map_err(
+        |error| match error {
+            MeasureError::Stopped => Failure::interrupted("calibration stopped; nothing was written"),
+            MeasureError::Devices { .. } | MeasureError::TooLarge { .. } | MeasureError::Memory(_) => {
+                Failure::bad_input(error)
+            }
+            other => Failure::internal(other),
+        },
+    )
+}
+
+/// Settings of a measurement of `seconds`.
+pub fn measure_settings(seconds: f64, devices: Option<u32>) -> MeasureSettings {
+    let usual = MeasureSettings::default();
+    MeasureSettings { devices: devices.unwrap_or(usual.devices), budget: Duration::from_secs_f64(seconds), ..usual }
+}
