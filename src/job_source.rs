@@ -3,7 +3,7 @@
 use crate::failure::Failure;
 use crate::flags::JobFlags;
 use clap::Args;
-use paceline_planner::job::Job;
+use paceline_planner::job::{Job, JobError};
 use std::path::PathBuf;
 
 /// Where a job comes from.
@@ -33,14 +33,10 @@ impl JobSource {
             Some(path) => Job::read_with(path, self.flags()?),
             None => Job::from_table(self.flags()?, "command line"),
         };
-        job.map_err(|error| {
-            let failure = Failure::bad_input(error);
-            match self.job {
-                Some(_) => failure,
-                None => failure.hint(
-                    "give a job file, or the keys as flags, for example --model demo-3m --seq 256 --global-batch 8",
-                ),
-            }
+        job.map_err(|error| match error {
+            JobError::Missing { .. } if self.job.is_none() => Failure::bad_input(error)
+                .hint("give a job file, or the keys as flags, for example --model demo-3m --seq 256 --global-batch 8"),
+            other => Failure::bad_input(other),
         })
     }
 }
