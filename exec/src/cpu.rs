@@ -12,6 +12,7 @@ use crate::memory::RankMemory;
 use crate::seam::{Launch, Operands, Passes};
 use crate::settings::OptimizerSettings;
 use paceline_kernels::{AdamW, Call, DType, Device, KernelError, View};
+use paceline_sim::model::parameters::{DecayRun, decay_runs};
 use paceline_sim::program::{Op, OpKind, Payload, Program, RankProgram, Shares, Tensor, shares};
 use paceline_sim::units::{MicrobatchId, OpId, RankId, StageId};
 use std::cell::RefCell;
@@ -122,6 +123,8 @@ pub(crate) struct CpuHands<'a> {
     pub orders: StepOrders,
     /// By stage and unit: what it updates and counts.
     shares: BTreeMap<(StageId, u16), Shares>,
+    /// By stage and unit: its parameters in order, and whether weight decay applies to them.
+    parameters: BTreeMap<(StageId, u16), Vec<DecayRun>>,
     /// Losses of the microbatches whose loss it computes, of the last step.
     pub losses: Vec<f32>,
     loss_microbatches: Vec<MicrobatchId>,
@@ -145,7 +148,12 @@ impl<'a> CpuHands<'a> {
             }
             _ => None,
         });
+        let decays = |&(stage, unit): &(StageId, u16)| {
+            let all = job.passes.parameters(stage, unit).into_iter();
+            ((stage, unit), all.map(|parameter| (parameter.range, parameter.decay)).collect())
+        };
         let mut hands = CpuHands {
+            parameters: shares.keys().map(decays).collect(),
             memory: RankMemory::new(job.device, rank.buffers.len(), job.poison),
             curve: Vec::with_capacity(2 * rank.ops.len()),
             kernels: KernelTally::default(),
@@ -369,22 +377,26 @@ impl Hands for CpuHands<'_> {
                     self.gradients.insert((stage, unit), (own.clone(), values));
                 }
                 let settings = &job.optimizer;
-                launch.launch(Call::AdamW {
-                    parameters: parameters.slice(own.start, own.len()),
-                    gradients: gradients.slice(own.start, own.len()),
-                    first: moments.slice(0, own.len()),
-                    second: moments.slice(own.len(), own.len()),
-                    norm,
-                    with: AdamW {
-                        lr: settings.learning_rate.at(self.orders.step) as f32,
-                        beta1: settings.beta1,
-                        beta2: settings.beta2,
-                        epsilon: settings.epsilon,
-                        weight_decay: settings.weight_decay,
-                        step: self.orders.step as u32 + 1,
-                        clip: settings.clip,
-                    },
-                })?;
+                let all = self.parameters[&(stage, unit)].iter().cloned();
+                for (run, decay) in decay_runs(all, own.clone()) {
+                    let (place, len) = (run.start - own.start, run.len());
+                    launch.launch(Call::AdamW {
+                        parameters: parameters.slice(run.start, len),
+                        gradients: gradients.slice(run.start, len),
+                        first: moments.slice(place, len),
+                        second: moments.slice(own.len() + place, len),
+                        norm,
+                        with: AdamW {
+                            lr: settings.learning_rate.at(self.orders.step) as f32,
+                            beta1: settings.beta1,
+                            beta2: settings.beta2,
+                            epsilon: settings.epsilon,
+                            weight_decay: if decay { settings.weight_decay } else { 0.0 },
+                            step: self.orders.step as u32 + 1,
+                            clip: settings.clip,
+                        },
+                    })?;
+                }
                 // AdamW zeroes the gradients that it used; the other members' shards are left from the reduction.
                 for part in self.shares[&(stage, unit)].leftover(gradients.len()) {
                     launch.launch(Call::Zero { x: gradients.slice(part.start, part.len()) })?;

@@ -135,6 +135,7 @@ impl Passes for TransformerPasses {
                 Initial::Normal { deviation } => Start::Normal { deviation },
                 Initial::Constant(value) => Start::Constant(value),
             },
+            decay: spec.decay,
         };
         unit_layout(&self.workload, &self.stages, stage, unit).into_iter().map(parameter).collect()
     }

@@ -46,6 +46,8 @@ pub struct Parameter {
     pub range: Range<usize>,
     /// Its first value.
     pub start: Start,
+    /// Weight decay pulls it towards zero.
+    pub decay: bool,
 }
 
 /// The copy of a tied embedding matrix that a unit holds.

@@ -462,9 +462,13 @@ impl Passes for Toy {
             shape: vec![WIDTH, WIDTH],
             range: table..table + WIDTH * WIDTH,
             start,
+            decay: true,
         }];
         if table > 0 {
-            all.insert(0, Parameter { name: "table".into(), shape: vec![VOCAB, WIDTH], range: 0..table, start });
+            all.insert(
+                0,
+                Parameter { name: "table".into(), shape: vec![VOCAB, WIDTH], range: 0..table, start, decay: true },
+            );
         }
         all
     }

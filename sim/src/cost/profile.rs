@@ -2,7 +2,7 @@
 
 use super::{CostModel, Round};
 use crate::model::ModelPass;
-use crate::model::parameters::tied_matrix;
+use crate::model::parameters::{decay_runs, tied_matrix, unit_layout};
 use crate::program::{
     Collective, Group, Op, OpKind, Pass, Program, RankProgram, Recompute, Shares, SharesError, Tensor,
     TransformerWorkload, Workload, shares,
@@ -276,7 +276,9 @@ impl Calls<'_> {
                 let update = |(stage, unit, len)| {
                     let own = self.own(stage, unit);
                     let zeroed = own.leftover(len).map(move |part| elements(KernelOp::Zero, part.len()));
-                    std::iter::once(elements(KernelOp::AdamW, own.update.range(len).len())).chain(zeroed)
+                    let specs = unit_layout(self.workload, stages, stage, unit).into_iter();
+                    let runs = decay_runs(specs.map(|spec| (spec.range, spec.decay)), own.update.range(len));
+                    runs.into_iter().map(|(run, _)| elements(KernelOp::AdamW, run.len())).chain(zeroed)
                 };
                 self.gradients(op).flat_map(update).collect()
             }

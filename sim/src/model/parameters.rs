@@ -184,6 +184,26 @@ pub fn unit_layout(workload: &TransformerWorkload, stages: &[Stage], stage: Stag
     specs
 }
 
+/// Elements of a unit's flat buffer, and whether weight decay applies to them.
+pub type DecayRun = (Range<usize>, bool);
+
+/// Cuts the part `within` of a unit's flat buffer into the longest runs that weight decay treats alike: one optimizer call
+/// each. `parameters` are all parameters of the unit in order, with [`ParameterSpec::decay`].
+pub fn decay_runs(parameters: impl IntoIterator<Item = DecayRun>, within: Range<usize>) -> Vec<DecayRun> {
+    let mut runs: Vec<DecayRun> = Vec::new();
+    for (range, decay) in parameters {
+        let part = range.start.max(within.start)..range.end.min(within.end);
+        if part.is_empty() {
+            continue;
+        }
+        match runs.last_mut() {
+            Some((last, same)) if *same == decay && last.end == part.start => last.end = part.end,
+            _ => runs.push((part, decay)),
+        }
+    }
+    runs
+}
+
 /// Where the parameters of one layer lie in the flat buffer of its unit.
 pub(crate) fn role_ranges(
     workload: &TransformerWorkload,
