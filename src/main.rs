@@ -9,6 +9,7 @@ mod local;
 mod profile_store;
 mod screen;
 mod table;
+mod timeline;
 mod trace_file;
 mod training;
 

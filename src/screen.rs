@@ -74,6 +74,17 @@ impl Screen {
         }
     }
 
+    /// Whether standard output may carry colour.
+    pub fn color(&self) -> bool {
+        self.color_out
+    }
+
+    /// Columns of the terminal, 100 where there is none.
+    pub fn width(&self) -> usize {
+        let (rows, columns) = console::Term::stdout().size();
+        if std::io::stdout().is_terminal() && rows > 0 { usize::from(columns).max(40) } else { 100 }
+    }
+
     /// Styled text for standard output.
     pub fn style(&self, style: Style, text: impl AsRef<str>) -> String {
         paint(self.color_out, style, text.as_ref())

@@ -1,6 +1,9 @@
 //! The timeline and memory curve of one step, predicted by the simulator or measured by the executor, in one schema.
 
 mod export;
+mod timeline;
+
+pub use timeline::Moment;
 
 use crate::program::{MemoryClass, OpKind, Stream};
 use crate::units::{Nanos, OpId};

@@ -4,6 +4,7 @@ use crate::failure::Failure;
 use crate::local::Local;
 use crate::screen::{Screen, Style};
 use crate::table::{Table, show_percent, show_seconds};
+use crate::timeline;
 use crate::trace_file;
 use paceline_planner::plan::Plan;
 use paceline_planner::prediction::predict;
@@ -48,6 +49,11 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     let measured = trace_file::read(&arguments.measured)?;
     let predicted = predicted_trace(screen, &arguments.predicted, arguments.profile.as_deref())?;
     let comparison = compare(&predicted, &measured).map_err(Failure::bad_input)?;
+    for (name, trace) in [("predicted", &predicted), ("measured", &measured)] {
+        screen.line(screen.style(Style::Bold, name))?;
+        timeline::show(screen, trace)?;
+        screen.line("")?;
+    }
     show(screen, &comparison)?;
     screen.document(&Document {
         format: "paceline.comparison/1",

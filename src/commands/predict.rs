@@ -5,6 +5,7 @@ use crate::job_source::JobSource;
 use crate::local::Local;
 use crate::screen::{Screen, Style};
 use crate::table::{Table, show_percent, show_seconds};
+use crate::timeline;
 use crate::trace_file;
 use paceline_planner::configuration::Configuration;
 use paceline_planner::prediction::{Prediction, predict};
@@ -50,6 +51,8 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
         plural(machine.devices)
     ))?;
     show(screen, &prediction)?;
+    screen.line("")?;
+    timeline::show(screen, &trace)?;
     screen.document(&prediction)
 }
 
