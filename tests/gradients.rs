@@ -90,7 +90,8 @@ fn program(case: &Case) -> Program {
     .unwrap()
 }
 
-fn train(program: &Program) -> RunReport {
+/// Gradients in the report are those of the last step.
+fn train(program: &Program, steps: u64) -> RunReport {
     let tokens: Vec<u16> = (0..4000u32).map(|k| ((k * k + k / 7) % 32) as u16).collect();
     let settings = RunSettings {
         optimizer: OptimizerSettings {
@@ -101,18 +102,25 @@ fn train(program: &Program) -> RunReport {
         seed: 5,
         capture_gradients: true,
         poison: true,
-        ..RunSettings::new(2, 1e-3)
+        ..RunSettings::new(steps, 1e-3)
     };
     run(program, &CpuDevice::new(), &settings, &Dataset::from_tokens("squares", &tokens), &mut Silent).unwrap()
 }
 
-fn assert_same(case: &Case, what: &str, found: &BTreeMap<String, Vec<f32>>, expected: &BTreeMap<String, Vec<f32>>) {
+/// Single elements of a gradient are sums of terms that nearly cancel; they are held against the largest of their tensor.
+fn assert_same(
+    case: &Case,
+    what: &str,
+    tolerance: f32,
+    found: &BTreeMap<String, Vec<f32>>,
+    expected: &BTreeMap<String, Vec<f32>>,
+) {
     assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{case:?}");
     for (name, expected) in expected {
         let size = expected.iter().fold(0f32, |size, x| size.max(x.abs()));
         for (n, (f, e)) in found[name].iter().zip(expected).enumerate() {
             assert!(
-                (f - e).abs() <= 2e-5 * size,
+                (f - e).abs() <= tolerance * size,
                 "{case:?}: {what} of {name}[{n}] is {f} instead of {e} (size {size})"
             );
         }
@@ -120,17 +128,21 @@ fn assert_same(case: &Case, what: &str, found: &BTreeMap<String, Vec<f32>>, expe
 }
 
 fn check(cases: &[Case]) {
-    let alone = [false, true].map(|tied| train(&program(&Case { tied, ..ALONE })));
+    let alone = [1, 2].map(|steps| [false, true].map(|tied| train(&program(&Case { tied, ..ALONE }), steps)));
     for case in cases {
         let program = program(case);
-        let (found, expected) = (train(&program), &alone[usize::from(case.tied)]);
+        let first = train(&program, 1).gradients;
+        assert_same(case, "gradient", 1e-5, &first, &alone[0][usize::from(case.tied)].gradients);
+        let (found, expected) = (train(&program, 2), &alone[1][usize::from(case.tied)]);
         for (found, expected) in found.steps.iter().zip(&expected.steps) {
             let error = (found.loss - expected.loss).abs() / expected.loss;
             assert!(error < 1e-5, "{case:?}: loss {} instead of {}", found.loss, expected.loss);
             let error = (found.gradient_norm - expected.gradient_norm).abs() / expected.gradient_norm;
             assert!(error < 1e-5, "{case:?}: norm {} instead of {}", found.gradient_norm, expected.gradient_norm);
         }
-        assert_same(case, "gradient", &found.gradients, &expected.gradients);
+        // Adam's first update divides each gradient by its own size, so a rounding error of an element that is nearly zero
+        // becomes one of the learning rate: the second gradient is of slightly different parameters.
+        assert_same(case, "second gradient", 2e-5, &found.gradients, &expected.gradients);
         for (rank, measured) in (0..).zip(&found.memory) {
             let walked = walk(&program, RankId(rank));
             assert_eq!(measured.peak_bytes, walked.peak_bytes, "{case:?}: peak of rank {rank}");

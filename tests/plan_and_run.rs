@@ -63,7 +63,7 @@ fn the_best_plan_of_a_search_trains_and_holds_what_it_said() {
 
 #[test]
 fn a_schedule_for_32_devices_is_rehearsed_at_the_simulated_pace() {
-    for name in ["v-half", "zb-h1"] {
+    for name in ["1f1b", "v-half", "zb-h1"] {
         let order = build(name, &Request::new(32, 48)).unwrap();
         let stages = order.placement.stages();
         let size = AbstractStage { parameters: 4096, message: 64, checkpoint: 0, until_b: 340, until_w: 320 };
@@ -80,11 +80,18 @@ fn a_schedule_for_32_devices_is_rehearsed_at_the_simulated_pace() {
         let [f, b, w, comm] = [1_850_000, 1_810_000, 930_000, 100_000].map(Nanos);
         let costs = FixedTimes::uniform(f, b, w, comm);
         let simulated = simulate(&program, &costs).unwrap().makespan.seconds();
-        let rehearsal = rehearse(&program, &costs, 2, None).unwrap();
-        let fastest = rehearsal.iteration_seconds.iter().copied().fold(f64::INFINITY, f64::min);
+        // Never faster than planned. A busy machine wakes threads late: the fastest of some steps counts.
+        let mut fastest = f64::INFINITY;
+        let mut rehearsal = rehearse(&program, &costs, 2, None).unwrap();
+        for _ in 0..4 {
+            fastest = rehearsal.iteration_seconds.iter().copied().fold(fastest, f64::min);
+            if fastest < 1.03 * simulated {
+                break;
+            }
+            rehearsal = rehearse(&program, &costs, 2, None).unwrap();
+        }
         println!("{name}: simulated {simulated:.4} s, rehearsed {fastest:.4} s");
-        // Never faster than planned; how late the last thread wakes is the machine's affair.
-        assert!(fastest >= simulated && fastest < 1.5 * simulated, "{name}: {fastest} for {simulated}");
+        assert!(fastest >= simulated && fastest < 1.03 * simulated, "{name}: {fastest} for {simulated}");
         for (rank, memory) in (0..).zip(&rehearsal.memory) {
             assert_eq!(memory.peak_bytes, walk(&program, RankId(rank)).peak_bytes);
         }
