@@ -49,11 +49,15 @@ pub struct Arguments {
     /// Steps of each configuration that is held against its prediction.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(3..))]
     steps: u64,
+
+    /// How often a configuration runs at most, where other work disturbed its run.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    attempts: u32,
 }
 
 impl Default for Arguments {
     fn default() -> Self {
-        Arguments { output: None, calibrate: 30.0, train: 45.0, steps: 10 }
+        Arguments { output: None, calibrate: 30.0, train: 45.0, steps: 10, attempts: 3 }
     }
 }
 
@@ -143,7 +147,7 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
 
     let steps = ((arguments.train / best.prediction.iteration_seconds) as u64).clamp(20, 2000);
     screen.step(format!("train: {steps} steps under the best plan, {}", chosen.configuration));
-    let bench = Bench { local: &local, job: &job, data: &data, stop: &stop };
+    let bench = Bench { local: &local, job: &job, data: &data, stop: &stop, attempts: arguments.attempts };
     let report = train(screen, &bench, &chosen, steps)?;
     bench.refuse_if_stopped()?;
     let trained = trained(&chosen, &report);

@@ -14,15 +14,14 @@ use paceline_sim::program::Program;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Runs of a configuration before it is taken as it is.
-const ATTEMPTS: u32 = 3;
-
 /// Where trials run.
 pub struct Bench<'a> {
     pub local: &'a Local,
     pub job: &'a Job,
     pub data: &'a Dataset,
     pub stop: &'a Arc<AtomicBool>,
+    /// Runs of a configuration before it is taken as it is.
+    pub attempts: u32,
 }
 
 /// A finished trial.
@@ -51,7 +50,7 @@ impl Bench<'_> {
         settings.stop = Some(self.stop.clone());
         let mut least: Option<(f64, RunReport)> = None;
         let mut disturbed = 0;
-        for _ in 0..ATTEMPTS {
+        for _ in 0..self.attempts {
             let report = paceline_exec::run(&program, &self.local.device, &settings, self.data, &mut Silent)
                 .map_err(training::failure)?;
             self.refuse_if_stopped()?;
