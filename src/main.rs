@@ -8,6 +8,7 @@ mod job_source;
 mod local;
 mod profile_store;
 mod screen;
+mod size;
 mod table;
 mod timeline;
 mod trace_file;
@@ -57,6 +58,8 @@ enum Command {
     Calibrate(commands::calibrate::Arguments),
     /// Hold a predicted trace against a measured one.
     Compare(commands::compare::Arguments),
+    /// Build, draw, compare, export and import pipeline schedules.
+    Schedule(commands::schedule::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Some(Command::Run(a)) => commands::run::run(&screen, &a),
         Some(Command::Calibrate(a)) => commands::calibrate::run(&screen, &a),
         Some(Command::Compare(a)) => commands::compare::run(&screen, &a),
+        Some(Command::Schedule(a)) => commands::schedule::run(&screen, &a),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -34,6 +34,7 @@ pub struct Screen {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
     Bold,
+    Dim,
     Good,
     Bad,
     Warning,
@@ -44,6 +45,7 @@ impl Style {
     fn code(self) -> &'static str {
         match self {
             Style::Bold => "1",
+            Style::Dim => "2",
             Style::Good => "32",
             Style::Bad => "31;1",
             Style::Warning => "33",
@@ -72,6 +74,11 @@ impl Screen {
             color_out: decide(std::io::stdout().is_terminal()),
             color_err: decide(std::io::stderr().is_terminal()),
         }
+    }
+
+    /// Whether standard output carries one JSON document.
+    pub fn json(&self) -> bool {
+        self.json
     }
 
     /// Whether standard output may carry colour.

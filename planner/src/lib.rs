@@ -3,8 +3,10 @@
 //! - [`order`]: what a schedule states.
 //! - [`schedules`]: the named schedules, and the registry that the command line asks.
 //! - [`blocks`]: the building-block algebra, for schedules made by repetition and rearrangement.
+//! - [`bounds`]: proven lower bounds on the makespan of any order.
 //! - [`configuration`]: one point of the space of a job.
 //! - [`drawing`]: a replayed schedule as terminal cells and as SVG.
+//! - `generators`: schedules computed for given times and memory limits, behind the registry.
 //! - [`interchange`]: schedules as files of other tools.
 //! - [`job`]: what to train, on what, and which axes are fixed.
 //! - [`lower`]: from an order to the program that simulator and executor interpret.
@@ -16,8 +18,10 @@
 //! - [`replay`]: exact times and memory of an order, and its validation.
 
 pub mod blocks;
+pub mod bounds;
 pub mod configuration;
 pub mod drawing;
+mod generators;
 pub mod interchange;
 pub mod job;
 pub mod lower;

@@ -1,7 +1,7 @@
 //! Table 5 of the zero-bubble paper (arXiv 2401.10241): the authors' bubble rates, computed from the profiled times of
 //! their Table 9. A replay of our orders with these times has to give the same four digits.
 
-use paceline_planner::replay::{StageTimes, replay};
+use paceline_planner::replay::{StageMemory, StageTimes, replay};
 use paceline_planner::schedules::{Request, build};
 
 struct Row<'a> {
@@ -89,4 +89,40 @@ fn interleaving_has_the_published_bubble() {
         checked += 1;
     }
     assert_eq!(checked, 12);
+}
+
+#[test]
+fn the_heuristic_has_the_published_bubble() {
+    // Sizes of the paper's section 3: per layer M_B = s b (34 h + 5 a s) and M_W = 32 s b h; only their ratio matters here.
+    let mut checked = 0;
+    for row in rows() {
+        let name = match row.schedule {
+            "ZB-1p" => "zb-1p",
+            "ZB-2p" => "zb-2p",
+            _ => continue,
+        };
+        let (heads, hidden) = match row.model {
+            "1.5B" => (24.0, 2304.0),
+            "6.2B" => (32.0, 4096.0),
+            "14.6B" => (40.0, 5120.0),
+            "28.3B" => (48.0, 6144.0),
+            other => panic!("unknown model {other}"),
+        };
+        let stages = row.devices as usize;
+        let memory = StageMemory {
+            until_b: vec![34.0 * hidden + 5.0 * heads * 1024.0; stages],
+            until_w: vec![32.0 * hidden; stages],
+            checkpoint: vec![0.0; stages],
+        };
+        let [f, b, w, comm] = row.times;
+        let times = StageTimes::uniform(stages, f, b, w, comm);
+        let request =
+            Request { times: Some(times.clone()), memory: Some(memory), ..Request::new(row.devices, row.microbatches) };
+        let order = build(name, &request).unwrap();
+        let rate = replay(&order, &times).unwrap().bubble_span();
+        let label = format!("{} p={} m={} {name}", row.model, row.devices, row.microbatches);
+        assert!((rate - row.rate).abs() < LAST_DIGIT, "{label}: {rate:.5}, published {}", row.rate);
+        checked += 1;
+    }
+    assert_eq!(checked, 24);
 }

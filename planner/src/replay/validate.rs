@@ -90,6 +90,11 @@ impl Placement {
         self.stages() / self.copies.max(1) as usize
     }
 
+    /// Number of devices that hold stages.
+    pub fn devices(&self) -> usize {
+        self.device_of_stage.iter().max().map_or(0, |last| *last as usize + 1)
+    }
+
     /// Whether the stage is the first of its copy, so that its F needs no input from another stage.
     pub fn is_first(&self, stage: StageId) -> bool {
         stage.index().is_multiple_of(self.stages_per_copy())

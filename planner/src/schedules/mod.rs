@@ -14,7 +14,7 @@ mod vee;
 pub use placement::{bidirectional, looped, v_shape};
 pub use registry::{Chunks, PlacementKind, SCHEDULES, Schedule, build, find, names};
 
-use crate::order::{Action, ComputeOrder};
+use crate::order::{Action, ComputeOrder, Placement};
 use crate::replay::{OrderError, StageMemory, StageTimes};
 use paceline_sim::program::Pass;
 use paceline_sim::units::{MicrobatchId, StageId};
@@ -50,6 +50,14 @@ impl Request {
     pub fn chunks(mut self, chunks: u32) -> Request {
         self.chunks = Some(chunks);
         self
+    }
+
+    /// Times and activation sizes, the defaults where none are given: unit time, microbatch-stages all freed at W.
+    pub(crate) fn sizes(&self, placement: &Placement) -> (StageTimes, StageMemory) {
+        let times = self.times.clone().unwrap_or_else(|| StageTimes::unit(placement.stages()));
+        let memory = self.memory.clone();
+        let memory = memory.unwrap_or_else(|| StageMemory::microbatch_stages(placement, self.devices as usize, 0.0));
+        (times, memory)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The table of schedules: name, placement, chunks, and the function that states the order.
 
 use super::{MOST_ACTIONS, Request, ScheduleError, bidirectional, classic, dual, interleaved, looped, v_shape, vee};
+use crate::generators;
 use crate::order::{ComputeOrder, Placement};
 
 /// How many stages a device may hold.
@@ -174,6 +175,22 @@ pub const SCHEDULES: &[Schedule] = &[
         build: |r, _| Ok(classic::zb_h2(r.devices, r.microbatches)),
     },
     Schedule {
+        name: "zb-1p",
+        summary: "zero-bubble heuristic for the times given, at the memory of 1F1B or --memory-limit",
+        placement: PlacementKind::Loop,
+        chunks: Chunks::Exactly(1),
+        split: true,
+        build: |r, _| zero_bubble("zb-1p", r, 1),
+    },
+    Schedule {
+        name: "zb-2p",
+        summary: "zero-bubble heuristic for the times given, at twice the memory of 1F1B or --memory-limit",
+        placement: PlacementKind::Loop,
+        chunks: Chunks::Exactly(1),
+        split: true,
+        build: |r, _| zero_bubble("zb-2p", r, 2),
+    },
+    Schedule {
         name: "zb-v",
         summary: "hand-made V schedule: no bubble in unit time at the memory of 1F1B",
         placement: PlacementKind::V,
@@ -230,6 +247,18 @@ pub const SCHEDULES: &[Schedule] = &[
         build: |r, _| Ok(dual::dualpipe_v(r.devices, r.microbatches)),
     },
 ];
+
+/// The heuristic with room for `times_p * p` microbatches on every device, or less where the request limits it.
+fn zero_bubble(name: &'static str, request: &Request, times_p: u32) -> Result<ComputeOrder, ScheduleError> {
+    let p = request.devices;
+    let (times, memory) = request.sizes(&looped(p, 1));
+    let own = memory.until_b.iter().map(|size| f64::from(times_p * p) * size);
+    let limit: Vec<f64> = match &request.limit {
+        Some(limits) => own.zip(limits).map(|(own, limit)| own.min(*limit)).collect(),
+        None => own.collect(),
+    };
+    generators::zero_bubble(name, request.microbatches, &times, &memory, &limit)
+}
 
 /// The names of all schedules.
 pub fn names() -> impl Iterator<Item = &'static str> {
