@@ -13,7 +13,7 @@ use paceline_profiles::{Predictor, Profile};
 use paceline_sim::cost::FixedTimes;
 use paceline_sim::engine::simulate;
 use paceline_sim::memory::walk;
-use paceline_sim::program::{Device, Stage, Unit};
+use paceline_sim::program::{Device, Stage, Stream, Unit};
 use paceline_sim::units::{Nanos, RankId};
 use std::path::Path;
 
@@ -61,10 +61,13 @@ fn the_best_plan_of_a_search_trains_and_holds_what_it_said() {
     }
 }
 
+/// Rehearsals per schedule until one lands close: lateness is the machine's, and a busy machine wakes sleepers late.
+const ATTEMPTS: usize = 3;
+
 #[test]
-fn a_schedule_for_32_devices_is_rehearsed_at_the_simulated_pace() {
-    for name in ["1f1b", "v-half", "zb-h1"] {
-        let order = build(name, &Request::new(32, 48)).unwrap();
+fn schedules_for_32_devices_are_rehearsed_at_the_simulated_pace() {
+    for name in ["1f1b", "interleaved", "zb-h1", "v-half", "zb-v", "dualpipe-v"] {
+        let order = build(name, &Request::new(32, 64)).unwrap();
         let stages = order.placement.stages();
         let size = AbstractStage { parameters: 4096, message: 64, checkpoint: 0, until_b: 340, until_w: 320 };
         let program = lower(&Blueprint {
@@ -77,23 +80,31 @@ fn a_schedule_for_32_devices_is_rehearsed_at_the_simulated_pace() {
             form: Form::Full,
         })
         .unwrap();
-        let [f, b, w, comm] = [1_850_000, 1_810_000, 930_000, 100_000].map(Nanos);
-        let costs = FixedTimes::uniform(f, b, w, comm);
-        let simulated = simulate(&program, &costs).unwrap().makespan.seconds();
-        // Never faster than planned. A busy machine wakes threads late: the fastest of some steps counts.
-        let mut fastest = f64::INFINITY;
-        let mut rehearsal = rehearse(&program, &costs, 2, None).unwrap();
-        for _ in 0..4 {
-            fastest = rehearsal.iteration_seconds.iter().copied().fold(fastest, f64::min);
-            if fastest < 1.03 * simulated {
+        let chunks = stages as u64 / 32;
+        let [f, b, w, comm] = [3_700_000, 3_620_000, 1_860_000, 200_000].map(|whole| Nanos(whole / chunks));
+        let costs = FixedTimes { optimizer: Nanos(500_000), ..FixedTimes::uniform(f, b, w, comm) };
+        let simulated = simulate(&program, &costs).unwrap();
+        let makespan = simulated.makespan.seconds();
+        let mut closest = f64::INFINITY;
+        for _ in 0..ATTEMPTS {
+            let rehearsal = rehearse(&program, &costs, 2, None).unwrap();
+            let fastest = rehearsal.iteration_seconds.iter().copied().fold(f64::INFINITY, f64::min);
+            closest = closest.min(fastest / makespan);
+            for ((rank, memory), trace) in (0..).zip(&rehearsal.memory).zip(&rehearsal.trace.ranks) {
+                let walked = walk(&program, RankId(rank));
+                assert_eq!((memory.peak_bytes, &memory.peak_by_class), (walked.peak_bytes, &walked.peak_by_class));
+                // Ops begin when they are planned to, whenever the thread woke that ran them.
+                let starts = trace.events.iter().zip(&simulated.ranks[rank as usize].events);
+                for (event, planned) in starts.filter(|(event, _)| event.stream == Stream::COMPUTE) {
+                    assert_eq!(event.start, planned.start, "{name}: rank {rank} {}", event.op);
+                }
+            }
+            if closest < 1.03 {
                 break;
             }
-            rehearsal = rehearse(&program, &costs, 2, None).unwrap();
         }
-        println!("{name}: simulated {simulated:.4} s, rehearsed {fastest:.4} s");
-        assert!(fastest >= simulated && fastest < 1.03 * simulated, "{name}: {fastest} for {simulated}");
-        for (rank, memory) in (0..).zip(&rehearsal.memory) {
-            assert_eq!(memory.peak_bytes, walk(&program, RankId(rank)).peak_bytes);
-        }
+        println!("{name}: simulated {makespan:.4} s, rehearsed {closest:.4} of that");
+        // Never faster than planned.
+        assert!((1.0..1.03).contains(&closest), "{name}: {closest} of {makespan} s");
     }
 }

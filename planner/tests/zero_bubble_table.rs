@@ -1,8 +1,13 @@
 //! Table 5 of the zero-bubble paper (arXiv 2401.10241): the authors' bubble rates, computed from the profiled times of
 //! their Table 9. A replay of our orders with these times has to give the same four digits.
 
+use paceline_planner::lower::{AbstractStage, Blueprint, Form, StatePartition, Substance, lower};
 use paceline_planner::replay::{StageMemory, StageTimes, replay};
 use paceline_planner::schedules::{Request, build};
+use paceline_sim::cost::FixedTimes;
+use paceline_sim::engine::simulate;
+use paceline_sim::program::{Device, Stage, Stream, Unit};
+use paceline_sim::units::Nanos;
 
 struct Row<'a> {
     model: &'a str,
@@ -60,6 +65,43 @@ fn hand_made_orders_have_the_published_bubble() {
         checked += 1;
     }
     assert_eq!(checked, 36);
+}
+
+#[test]
+fn the_engine_has_the_published_bubble_of_1f1b() {
+    let mut checked = 0;
+    for row in rows().into_iter().filter(|row| row.schedule == "1F1B") {
+        let order = build("1f1b", &Request::new(row.devices, row.microbatches)).unwrap();
+        let stages = row.devices as usize;
+        let program = lower(&Blueprint {
+            order: &order,
+            substance: Substance::Abstract(vec![
+                AbstractStage { message: 1, until_b: 1, ..AbstractStage::default() };
+                stages
+            ]),
+            stages: vec![Stage { units: vec![Unit { layers: vec![] }] }; stages],
+            data: 1,
+            states: StatePartition::None,
+            devices: (0..row.devices).map(|n| Device { name: format!("gpu:{n}"), node: n / 8 }).collect(),
+            form: Form::Full,
+        })
+        .unwrap();
+        // Milliseconds.
+        let [f, b, w, comm] = row.times.map(|time| Nanos::from_seconds(time / 1e3));
+        let trace = simulate(&program, &FixedTimes::uniform(f, b, w, comm)).unwrap();
+        let (mut work, mut longest) = (0, 0);
+        for rank in &trace.ranks {
+            let ops = rank.events.iter().filter(|event| event.stream == Stream::COMPUTE && event.end > event.start);
+            work += ops.clone().map(|event| event.end.0 - event.start.0).sum::<u64>();
+            let begin = ops.clone().map(|event| event.start.0).min().unwrap();
+            longest = longest.max(ops.map(|event| event.end.0).max().unwrap() - begin);
+        }
+        let rate = 1.0 - work as f64 / f64::from(row.devices) / longest as f64;
+        let label = format!("{} p={} m={}", row.model, row.devices, row.microbatches);
+        assert!((rate - row.rate).abs() < LAST_DIGIT, "{label}: {rate:.5}, published {}", row.rate);
+        checked += 1;
+    }
+    assert_eq!(checked, 12);
 }
 
 #[test]

@@ -104,6 +104,96 @@ fn replicas_and_sharded_optimizers_pass_the_check() {
     }
 }
 
+/// Everything that lowering puts in is needed: a program with one thing taken out or turned round fails its check, and the
+/// ops that it is about are named.
+#[test]
+fn planted_faults_are_found_and_named() {
+    let stage = AbstractStage { parameters: 1000, message: 64, ..STAGE };
+    let (mut waits, mut frees, mut swaps, mut circles) = (0, 0, 0, 0);
+    for name in ["1f1b", "interleaved", "zb-h1", "v-half", "dualpipe"] {
+        let order = schedules::build(name, &Request::new(4, 8)).unwrap();
+        let sound = lower(&blueprint(&order, stage, 2, StatePartition::Zero1)).unwrap();
+        let fault = |rank: usize, spoil: &mut dyn FnMut(&mut Vec<Op>)| {
+            let mut program = sound.clone();
+            spoil(&mut program.ranks[rank].ops);
+            check(&program).err().map(|error| error.to_string())
+        };
+        // The replicas are alike.
+        for (rank, held) in sound.ranks.iter().enumerate().take(4) {
+            for (index, op) in held.ops.iter().enumerate() {
+                let named = |other: usize| [format!("r{rank} op{index}"), format!("r{rank} op{other}")];
+                for (place, wait) in op.waits.iter().enumerate() {
+                    let found = fault(rank, &mut |ops| {
+                        ops[index].waits.remove(place);
+                    });
+                    let [waiter, other] = named(wait.index());
+                    // A join collects what is still under way, without touching it; and a stream is first in, first out,
+                    // so a wait for a later op of it is one for this op too.
+                    let awaited = &held.ops[wait.index()];
+                    let touches = awaited.uses.iter().any(|buffer| op.uses.contains(buffer));
+                    let implied = (0..=index).any(|n| {
+                        let before = held.ops[n].waits.iter().filter(|w| n < index || *w != wait);
+                        held.ops[n].stream == Stream::COMPUTE
+                            && before.into_iter().any(|w| w >= wait && held.ops[w.index()].stream == awaited.stream)
+                    });
+                    if touches && !implied {
+                        let message = found.unwrap_or_else(|| panic!("{name}: {waiter} need not wait for {other}"));
+                        assert!(message.contains(&waiter) && message.contains(&other), "{name}: {message}");
+                        waits += 1;
+                    }
+                }
+                for &buffer in &op.free {
+                    let twice = fault(rank, &mut |ops| ops[index].free.push(buffer)).unwrap();
+                    assert!(twice.contains(&named(0)[0]) && twice.contains("has freed"), "{name}: {twice}");
+                    let never = fault(rank, &mut |ops| ops[index].free.retain(|b| *b != buffer)).unwrap();
+                    assert!(never.contains("is never freed"), "{name}: {never}");
+                    frees += 1;
+                }
+            }
+            let collectives: Vec<usize> =
+                (0..held.ops.len()).filter(|&n| matches!(held.ops[n].kind, OpKind::Collective { .. })).collect();
+            for pair in collectives.windows(2) {
+                let (a, b) = (held.ops[pair[0]].kind, held.ops[pair[1]].kind);
+                let same_group = |a, b| match (a, b) {
+                    (OpKind::Collective { group: a, .. }, OpKind::Collective { group: b, .. }) => a == b,
+                    _ => false,
+                };
+                let crossed = fault(rank, &mut |ops| {
+                    (ops[pair[0]].kind, ops[pair[1]].kind) = (b, a);
+                    let uses = ops[pair[0]].uses.clone();
+                    ops[pair[0]].uses = std::mem::replace(&mut ops[pair[1]].uses, uses);
+                });
+                let message = crossed.unwrap_or_else(|| panic!("{name}: {a:?} and {b:?} may be crossed"));
+                if same_group(a, b) && message.contains("disagrees") {
+                    assert!(message.contains(&format!("r{rank} op{}", pair[0])), "{name}: {message}");
+                    swaps += 1;
+                }
+            }
+        }
+        // A pass of the first rank that waits for the gradient of a later one: nobody can go on.
+        let ops = &sound.ranks[0].ops;
+        let last = (0..ops.len()).rev().find(|&n| matches!(ops[n].kind, OpKind::Recv { .. })).unwrap();
+        let circle = fault(0, &mut |ops| {
+            let receive = ops.remove(last);
+            ops.insert(0, receive);
+            for op in ops.iter_mut().skip(1) {
+                for wait in &mut op.waits {
+                    wait.0 = match wait.index() {
+                        w if w == last => 0,
+                        w if w < last => wait.0 + 1,
+                        _ => wait.0,
+                    };
+                }
+            }
+            ops[1].waits.push(paceline_sim::units::OpId(0));
+        });
+        let message = circle.unwrap();
+        assert!(message.starts_with("deadlock: ") && message.contains("r0 op0 Recv"), "{name}: {message}");
+        circles += 1;
+    }
+    assert!(waits > 500 && frees > 500 && swaps >= 8 && circles == 5, "{waits} {frees} {swaps}");
+}
+
 #[test]
 fn a_message_is_posted_ahead_and_its_buffer_goes_when_it_must_have_arrived() {
     let order = schedules::build("1f1b", &Request::new(2, 2)).unwrap();
