@@ -3,7 +3,7 @@
 use crate::failure::Failure;
 use crate::flags::JobFlags;
 use clap::Args;
-use paceline_planner::job::{Job, JobError};
+use paceline_planner::job::{Job, JobError, LOCAL};
 use std::path::PathBuf;
 
 /// Where a job comes from.
@@ -25,6 +25,27 @@ impl JobSource {
 
     fn flags(&self) -> Result<toml::Table, Failure> {
         self.flags.table().map_err(Failure::internal)
+    }
+
+    /// All keys, unchecked, and what to call their origin in errors.
+    pub fn table(&self) -> Result<(toml::Table, String), Failure> {
+        let Some(path) = &self.job else { return Ok((self.flags()?, "command line".into())) };
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            Failure::bad_input(format!("job {}: {error}", path.display()))
+                .hint("give the path of a job file, or its keys as flags (--model, --seq, --global-batch, ...)")
+        })?;
+        let mut table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
+            Failure::bad_input(format!("job {}: not a TOML document: {error}", path.display()))
+        })?;
+        table.extend(self.flags()?);
+        Ok((table, path.display().to_string()))
+    }
+
+    /// The cluster that the job names; `None` for this machine.
+    pub fn cluster(&self) -> Result<Option<String>, Failure> {
+        let (table, _) = self.table()?;
+        let name = table.get("cluster").and_then(toml::Value::as_str);
+        Ok(name.filter(|name| *name != LOCAL).map(str::to_string))
     }
 
     /// The job.

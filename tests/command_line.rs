@@ -167,6 +167,91 @@ fn the_demonstration_closes_the_loop() {
     assert!(demo["trained"]["held_out_loss_last"].as_f64().unwrap() < first);
 }
 
+const CLUSTER: &str = "--model llama-3-8b --cluster dgx-h100-ib --nodes 2 --seq 8192 --global-batch 64";
+
+#[test]
+fn layouts_on_clusters_are_predicted_and_searched() {
+    let folder = Folder::new("cluster");
+    let one = folder.json(&format!("predict {CLUSTER} --tp 4 --pp 2 --tokens 1e12 --dollars-per-gpu-hour 2 --json"));
+    assert_eq!(one["format"], "paceline.prediction/1");
+    let sum: f64 = one["time"].as_object().unwrap().values().map(|part| part.as_f64().unwrap()).sum();
+    assert!((sum / one["iteration_seconds"].as_f64().unwrap() - 1.0).abs() < 1e-9);
+    assert_eq!(one["memory"]["peak_bytes"].as_array().unwrap().len(), 2);
+    let budget = &one["budget"];
+    let number = |value: &Value| value.as_f64().unwrap();
+    let gpu_seconds = 1e12 / number(&one["tokens_per_second_per_gpu"]);
+    assert!((number(&budget["cost"]) / (gpu_seconds / 3600.0 * 2.0) - 1.0).abs() < 1e-9);
+    assert!((number(&budget["days"]) * 16.0 * 86400.0 / gpu_seconds - 1.0).abs() < 1e-9);
+
+    let plans = folder.json(&format!("plan {CLUSTER} --top 4 --json"));
+    assert_eq!(plans["format"], "paceline.plans/1");
+    let best = &plans["plans"][0];
+    assert!(best["prediction"]["iteration_seconds"].as_f64() <= one["iteration_seconds"].as_f64());
+    // A job file with the best plan's axes predicts what the plan says.
+    let axes = best["configuration"].as_object().unwrap().iter().filter(|(_, value)| !value.is_null());
+    let job: String = axes.map(|(key, value)| format!("{key} = {value}\n")).collect();
+    folder.write("job.toml", &job);
+    let again = folder.json("predict job.toml --json");
+    assert_eq!(again["iteration_seconds"], best["prediction"]["iteration_seconds"]);
+    assert_eq!(again["memory"], best["prediction"]["memory"]);
+    // A limit is kept.
+    let limited = folder.json(&format!("plan {CLUSTER} --memory-limit 24GiB --json"));
+    for plan in limited["plans"].as_array().unwrap() {
+        let peaks = plan["prediction"]["memory"]["peak_bytes"].as_array().unwrap();
+        assert!(peaks.iter().all(|peak| number(peak) <= 24.0 * f64::from(1 << 30)));
+    }
+}
+
+#[test]
+fn impossible_clusters_are_refused() {
+    let folder = Folder::new("bad-clusters");
+    let model = "--model llama-3-8b --seq 8192 --global-batch 64";
+    let cases: [(&str, &[&str]); 7] = [
+        ("--cluster moon", &["moon", "dgx-h100-ib", "[cluster] table"]),
+        ("--cluster dgx-h100-ib --dp 3", &["there are 8 GPUs"]),
+        ("--cluster dgx-h100-ib --micro-batch 3", &["global_batch = 64", "take 48"]),
+        ("--cluster dgx-h100-ib --states zero9", &["zero9", "zero1"]),
+        ("--cluster dgx-h100-ib --precision int1", &["int1", "bf16"]),
+        ("--cluster dgx-h100-ib --memory-limit lots", &["lots", "80GiB"]),
+        ("--cluster dgx-h100-ib --trace t.json", &["--trace", "local"]),
+    ];
+    for (flags, parts) in cases {
+        says(&folder.fails(2, &format!("predict {model} {flags}")), parts);
+    }
+    let large = "plan --model llama-3.1-405b --cluster dgx-h100-ib --seq 8192 --global-batch 64";
+    says(&folder.fails(3, large), &["no plan fits", "needs", "more nodes"]);
+    says(&folder.fails(2, "predict --cluster dgx-h100-ib --model llama-3-8b --seq 8"), &["global_batch is missing"]);
+    folder.write("job.toml", "model = 'llama-3-8b'\ncluster = 'p5'\nseq = 8192\nglobal_batch = 64\npiplines = 2\n");
+    says(&folder.fails(2, "predict job.toml"), &["job.toml", "piplines", "pp"]);
+}
+
+#[test]
+fn measured_runs_are_scored() {
+    let folder = Folder::new("validate");
+    // Two rows of Megatron-LM's table 1 (arXiv 2104.04473): 1.7B and 18.4B parameters on A100s.
+    let header = "id,source,layers,hidden,heads,seq,vocab,gpu,gpus,tp,pp,dp,micro_batch,global_batch,iteration_seconds";
+    let rows = "a-1,tables,24,2304,24,2048,51200,A100-80G-SXM,32,1,1,32,16,512,4.9\n\
+                a-2,tables,40,6144,48,2048,51200,A100-80G-SXM,256,8,1,32,4,1024,9.9\n";
+    folder.write("runs.csv", &format!("{header}\n{rows}"));
+    let document = folder.json("validate runs.csv --rows --json --csv out.csv --svg out.svg");
+    assert_eq!(document["format"], "paceline.validation/1");
+    let source = &document["sources"][0];
+    assert_eq!((source["source"].as_str(), source["rows"].as_u64()), (Some("tables"), Some(2)));
+    let rows = document["rows"].as_array().unwrap();
+    assert!(rows.iter().all(|row| row["predicted_iteration_seconds"].as_f64().is_some_and(|s| s > 0.1)));
+    assert_eq!(std::fs::read_to_string(folder.0.join("out.csv")).unwrap().lines().count(), 3);
+    assert!(std::fs::read_to_string(folder.0.join("out.svg")).unwrap().starts_with("<svg"));
+    assert!(folder.json("validate runs.csv --json").get("rows").is_none());
+
+    folder.write("bad.csv", "id,source,layers\n1,x,24\n");
+    says(&folder.fails(2, "validate bad.csv"), &["bad.csv", "hidden", "missing"]);
+    folder.write("bad.csv", &format!("{header}\na-1,tables,24,2304,24,2048,51200,A100-80G-SXM,32,1,1,32,16,512,NaN\n"));
+    says(&folder.fails(2, "validate bad.csv"), &["bad.csv", "NaN"]);
+    folder.write("bad.csv", &format!("{header}\na-1,tables,24,2304,24,2048,51200,A100-80G-SXM,32,1,1,32,16,512,-4\n"));
+    says(&folder.fails(2, "validate bad.csv"), &["bad.csv", "-4"]);
+    says(&folder.fails(2, "validate none.csv"), &["none.csv"]);
+}
+
 #[test]
 fn bad_jobs_are_refused_with_key_value_and_a_way_out() {
     let folder = Folder::new("bad-jobs");
@@ -295,7 +380,7 @@ fn a_profile_of_another_machine_warns_and_names_both() {
 #[test]
 fn help_shows_an_example_of_every_command_and_words_are_checked() {
     let folder = Folder::new("help");
-    for command in ["demo", "predict", "plan", "run", "calibrate", "compare"] {
+    for command in ["demo", "predict", "plan", "run", "calibrate", "compare", "validate"] {
         let output = folder.run(&format!("{command} --help"));
         assert!(output.status.success());
         let text = String::from_utf8(output.stdout).unwrap();

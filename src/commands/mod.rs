@@ -1,9 +1,11 @@
 //! One file per subcommand: parse, call, render.
 
 pub mod calibrate;
+pub mod cluster;
 pub mod compare;
 pub mod demo;
 pub mod plan;
 pub mod predict;
 pub mod run;
 pub mod schedule;
+pub mod validate;

@@ -1,5 +1,6 @@
 //! `paceline plan`: the best configurations of a job, and why the others lost.
 
+use crate::commands::cluster;
 use crate::failure::Failure;
 use crate::interrupt;
 use crate::job_source::JobSource;
@@ -47,6 +48,12 @@ pub struct Arguments {
 
 /// Runs the command.
 pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
+    if arguments.source.cluster()?.is_some() {
+        if arguments.output.is_some() || arguments.profile.is_some() {
+            return Err(Failure::bad_input("-o and --profile are for cluster = \"local\"; leave them out"));
+        }
+        return cluster::plan(screen, &arguments.source, arguments.top as usize, arguments.explain).map(drop);
+    }
     let job = arguments.source.read()?;
     let local = Local::open(screen, arguments.profile.as_deref())?;
     let plans = find(screen, &job, &local, arguments.top.max(arguments.pick) as usize)?;

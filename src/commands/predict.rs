@@ -1,5 +1,6 @@
 //! `paceline predict`: will it fit, how fast will it be?
 
+use crate::commands::cluster;
 use crate::failure::Failure;
 use crate::job_source::JobSource;
 use crate::local::Local;
@@ -32,10 +33,21 @@ pub struct Arguments {
     /// Write the simulated timeline for ui.perfetto.dev.
     #[arg(long, value_name = "FILE")]
     pub perfetto: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub budget: cluster::Budget,
 }
 
 /// Runs the command.
 pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
+    if arguments.source.cluster()?.is_some() {
+        if arguments.trace.is_some() || arguments.perfetto.is_some() || arguments.profile.is_some() {
+            return Err(Failure::bad_input(
+                "--trace, --perfetto and --profile are for cluster = \"local\"; leave them out",
+            ));
+        }
+        return cluster::predict(screen, &arguments.source, &arguments.budget);
+    }
     let job = arguments.source.read()?;
     let configuration = Configuration::of_job(&job).map_err(Failure::bad_input)?;
     let local = Local::open(screen, arguments.profile.as_deref())?;
@@ -100,6 +112,7 @@ pub fn show(screen: &Screen, prediction: &Prediction) -> Result<(), Failure> {
         "activations",
         "communication",
         "workspace",
+        "overhead",
     ]);
     for (rank, (&peak, classes)) in p.memory.peak_bytes.iter().zip(&p.memory.by_class).enumerate() {
         let over = p.memory.limit_bytes.is_some_and(|limit| peak > limit);
@@ -114,6 +127,7 @@ pub fn show(screen: &Screen, prediction: &Prediction) -> Result<(), Failure> {
                 show_bytes(classes.activations),
                 show_bytes(classes.communication),
                 show_bytes(classes.workspace),
+                show_bytes(classes.overhead),
             ],
         );
     }

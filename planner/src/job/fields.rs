@@ -191,8 +191,8 @@ fn show(value: &Value) -> String {
     }
 }
 
-/// Bytes from a text: powers of 1024 with an `i`, of 1000 without.
-pub(super) fn parse_bytes(text: &str) -> Option<u64> {
+/// Bytes from a text such as `80GiB` or `1048576`: powers of 1024 with an `i`, of 1000 without.
+pub fn parse_bytes(text: &str) -> Option<u64> {
     let text = text.trim();
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);

@@ -17,6 +17,7 @@ mod fields;
 mod train;
 
 pub use error::JobError;
+pub use fields::parse_bytes;
 pub use train::Train;
 
 use crate::configuration::MOST_DEVICES;

@@ -485,7 +485,8 @@ fn memory(
         let memory = StageMemory { until_b: kept.clone(), until_w, checkpoint: vec![0.0; kept.len()] };
         peaks(&order, &memory).peak
     };
-    let limit = cluster.gpu.memory_bytes() - physics.context;
+    let held = cluster.gpu.memory_bytes() - physics.context;
+    let limit = layout.memory_limit.map_or(held, |limit| limit.min(held));
     let mut parts = MemoryParts { limit_bytes: limit, fits: true, ..MemoryParts::default() };
     for (rank, in_flight) in activations_peak.into_iter().enumerate() {
         let mut classes = MemoryClasses { activations: in_flight, ..MemoryClasses::default() };

@@ -51,6 +51,8 @@ pub struct ClusterRequest {
     pub precision: Option<String>,
     /// `naive`, `fused`, `flash`; `flash` by default.
     pub attention: Option<String>,
+    /// Most bytes per GPU; what the GPU has for the allocator by default.
+    pub memory_limit: Option<u64>,
 }
 
 /// Recipes of number formats.
@@ -206,6 +208,7 @@ impl ClusterRequest {
             recompute: word("recompute", self.recompute.as_deref(), "none", &RECOMPUTES)?,
             attention,
             numerics: word("precision", self.precision.as_deref(), "bf16", &PRECISIONS)?,
+            memory_limit: self.memory_limit.map(|bytes| bytes as f64),
             overlap: Overlap { gradients: true, tensor: false, input_gradients: true, parameters: true },
             ..Layout::single(self.seq, micro_batch)
         };

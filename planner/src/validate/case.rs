@@ -321,6 +321,7 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         numerics,
         overlap: recipe.overlap,
         bucket_bytes: recipe.bucket_bytes,
+        memory_limit: None,
     };
     layout.check().map_err(|e| e.to_string())?;
     if pp * chunks > model.layers + 2 {

@@ -59,7 +59,7 @@ pub fn read(text: &str) -> Result<Vec<Row>, ReadError> {
         .headers()?
         .iter()
         .enumerate()
-        .map(|(n, name)| (name.trim_start_matches('\u{feff}').to_ascii_lowercase(), n))
+        .map(|(n, name)| (canonical(name.trim_start_matches('\u{feff}').to_ascii_lowercase()), n))
         .collect();
     let missing: Vec<&str> = NEEDED.into_iter().filter(|c| !columns.contains_key(*c)).collect();
     if !missing.is_empty() {
@@ -75,6 +75,19 @@ pub fn read(text: &str) -> Result<Vec<Row>, ReadError> {
         rows.push(row);
     }
     Ok(rows)
+}
+
+/// The flags of the command line name some columns otherwise; both names are read.
+fn canonical(name: String) -> String {
+    let known = [
+        ("micro_batch", "mbs"),
+        ("global_batch", "gbs"),
+        ("chunks", "vpp"),
+        ("states", "zero_stage_or_fsdp"),
+        ("iteration_seconds", "iter_time_s"),
+        ("peak_gib", "peak_mem_gib"),
+    ];
+    known.iter().find(|(flag, _)| *flag == name).map_or(name, |(_, column)| (*column).to_owned())
 }
 
 impl Row {

@@ -54,6 +54,9 @@ pub struct Layout {
     pub overlap: Overlap,
     /// Bytes of gradients that are reduced at a time; all at once without.
     pub bucket_bytes: Option<f64>,
+    /// Most bytes that a rank may hold; what its GPU has for the allocator where that is less.
+    #[serde(default)]
+    pub memory_limit: Option<f64>,
 }
 
 /// How blocks are spread over the stages.
@@ -241,6 +244,7 @@ impl Layout {
             numerics: Numerics::MIXED_FP32_GRADIENTS,
             overlap: Overlap { gradients: false, tensor: false, input_gradients: true, parameters: false },
             bucket_bytes: None,
+            memory_limit: None,
         }
     }
 

@@ -1,0 +1,325 @@
+//! `paceline predict` and `paceline plan` for a cluster other than this machine: five-dimensional layouts from datasheets, published
+//! measurements and few fitted parameters.
+
+use crate::commands::predict::show;
+use crate::failure::Failure;
+use crate::job_source::JobSource;
+use crate::screen::{Screen, Style};
+use crate::table::{Table, show_percent, show_seconds};
+use clap::Args;
+use paceline_planner::job::parse_bytes;
+use paceline_planner::predict::{
+    ClusterPlan, ClusterPrediction, ClusterRequest, ClusterSweep, OverlapRatios, RequestError, TokenBudget,
+    predict_cluster, sweep_cluster,
+};
+use paceline_planner::prediction::{ClassBytes, MemoryPrediction, PREDICTION_FORMAT, Prediction};
+use paceline_profiles::Shares;
+use paceline_sim::cluster::Physics;
+use paceline_sim::units::show_bytes;
+use serde::Serialize;
+use toml::Value;
+
+/// What training on a number of tokens takes and costs.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Budget (on clusters)")]
+pub struct Budget {
+    /// Tokens to train on, for example 15e12: prints days and cost.
+    #[arg(long, value_name = "TOKENS", value_parser = positive)]
+    tokens: Option<f64>,
+    /// Price of a GPU for an hour.
+    #[arg(long, value_name = "DOLLARS", value_parser = positive, requires = "tokens")]
+    dollars_per_gpu_hour: Option<f64>,
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && value > 0.0 => Ok(value),
+        _ => Err("a number above zero is needed".into()),
+    }
+}
+
+/// What `predict --json` adds for a cluster.
+#[derive(Debug, Serialize)]
+struct Document {
+    #[serde(flatten)]
+    prediction: serde_json::Value,
+    configuration: ClusterRequest,
+    overlap_ratios: OverlapRatios,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    budget: Option<TokenBudget>,
+}
+
+/// The prediction of one layout.
+pub fn predict(screen: &Screen, source: &JobSource, budget: &Budget) -> Result<(), Failure> {
+    let request = request(source)?;
+    let (model, layout, cluster) = request.resolve().map_err(|error| refused(source, error))?;
+    let physics = Physics::default();
+    let prediction = predict_cluster(&model, &layout, &cluster, &physics).map_err(Failure::bad_input)?;
+    let configuration = ClusterRequest { dp: Some(layout.dp), chunks: Some(layout.chunks), ..request.clone() };
+    screen.line(format!(
+        "{} on {} x {} of {}, {}",
+        model.name,
+        layout.gpus().div_ceil(u64::from(cluster.gpus_per_node)),
+        cluster.gpus_per_node,
+        cluster.name,
+        describe(&configuration)
+    ))?;
+    show(screen, &as_prediction(&prediction))?;
+    let ratios = OverlapRatios::of(&model, &layout, &cluster);
+    screen.line("")?;
+    show_ratios(screen, &ratios)?;
+    let speed = prediction.tokens_per_second_per_gpu;
+    let gpus = layout.gpus();
+    let price = budget.dollars_per_gpu_hour.unwrap_or(0.0);
+    let spent = budget.tokens.map(|tokens| TokenBudget::of(speed, gpus, tokens, price));
+    let day = TokenBudget::of(speed, gpus, 1.0, 0.0).tokens_per_day;
+    screen.line(format!("\n  {:.3e} tokens per day on {gpus} GPUs", day))?;
+    if let (Some(tokens), Some(spent)) = (budget.tokens, &spent) {
+        let mut line = format!("  {tokens:.3e} tokens: {:.1} days, {:.0} GPU-hours", spent.days, spent.gpu_hours);
+        if budget.dollars_per_gpu_hour.is_some() {
+            line += &format!(", {:.0} dollars", spent.cost);
+        }
+        screen.line(line)?;
+    }
+    screen.line(format!("  cluster figures: {}", cluster.source))?;
+    if !prediction.memory.fits {
+        screen.warn("this does not fit; `paceline plan` with the same flags searches for what does");
+    }
+    screen.document(&Document {
+        prediction: prediction.to_json().map_err(Failure::internal)?,
+        configuration,
+        overlap_ratios: ratios,
+        budget: spent,
+    })
+}
+
+/// The best layouts.
+pub fn plan(screen: &Screen, source: &JobSource, top: usize, explain: bool) -> Result<ClusterSweep, Failure> {
+    let request = request(source)?;
+    let sweep = sweep_cluster(&request, &Physics::default(), top).map_err(|error| refused(source, error))?;
+    if sweep.plans.is_empty() {
+        return Err(nothing(&sweep));
+    }
+    screen.line(format!(
+        "{} on {} node{} of {}, {} tokens per step",
+        request.model,
+        request.nodes.unwrap_or(1),
+        if request.nodes.unwrap_or(1) == 1 { "" } else { "s" },
+        request.cluster,
+        request.global_batch.saturating_mul(request.seq)
+    ))?;
+    let mut table = Table::new(["", "time", "tokens/s per GPU", "MFU", "bubble", "peak per GPU", "configuration"]);
+    for (place, plan) in sweep.plans.iter().enumerate() {
+        let p = &plan.prediction;
+        table.styled(
+            (place == 0).then_some(Style::Good),
+            [
+                (place + 1).to_string(),
+                show_seconds(p.iteration_seconds),
+                format!("{:.0}", p.tokens_per_second_per_gpu),
+                show_percent(p.mfu),
+                show_percent(p.time.bubble / p.iteration_seconds),
+                show_bytes(highest(p)),
+                describe(&plan.configuration),
+            ],
+        );
+    }
+    table.print(screen)?;
+    screen.line(format!(
+        "\n  {} candidates in {}: {} predicted, {} too large, {} impossible; the best takes {:.2} times what the model's FLOPs take at the stated rate",
+        sweep.candidates,
+        show_seconds(sweep.search_seconds),
+        sweep.simulated,
+        sweep.pruned.memory,
+        sweep.pruned.invalid,
+        1.0 + sweep.gap.unwrap_or(0.0)
+    ))?;
+    if explain {
+        screen.line("")?;
+        show_differences(screen, &sweep.plans)?;
+    }
+    screen.document(&sweep)?;
+    Ok(sweep)
+}
+
+/// Where each plan spends more than the best.
+fn show_differences(screen: &Screen, plans: &[ClusterPlan]) -> Result<(), Failure> {
+    let mut table = Table::new([
+        "",
+        "compute",
+        "recompute",
+        "tensor",
+        "data",
+        "pipeline",
+        "context",
+        "experts",
+        "bubble",
+        "optimizer",
+    ]);
+    for (place, plan) in plans.iter().enumerate() {
+        let t = &plan.prediction.time;
+        let parts = [
+            t.compute,
+            t.recompute,
+            t.exposed_tp,
+            t.exposed_dp,
+            t.exposed_pp,
+            t.exposed_cp,
+            t.exposed_ep,
+            t.bubble,
+            t.optimizer,
+        ];
+        table.row(std::iter::once((place + 1).to_string()).chain(parts.map(show_seconds)));
+    }
+    table.print(screen)
+}
+
+fn nothing(sweep: &ClusterSweep) -> Failure {
+    match &sweep.nearest {
+        Some(near) => Failure::infeasible(format!(
+            "no plan fits: every GPU may hold {}, and the layout that lacks the least ({}) needs {} ({} bytes)",
+            show_bytes(near.prediction.memory.limit_bytes as u64),
+            describe(&near.configuration),
+            show_bytes(highest(&near.prediction)),
+            highest(&near.prediction)
+        ))
+        .hint("use more nodes or GPUs with more memory, raise memory_limit, or free an axis that is fixed (recompute, states, tp, pp)"),
+        None => Failure::infeasible(format!(
+            "none of {} combinations can be: tp x cp x pp x dp must be the number of GPUs, and global_batch a multiple of dp x micro_batch",
+            sweep.candidates
+        ))
+        .hint("free an axis that is fixed, or change global_batch"),
+    }
+}
+
+fn highest(prediction: &ClusterPrediction) -> u64 {
+    prediction.memory.peak_bytes.iter().copied().fold(0.0, f64::max).ceil() as u64
+}
+
+/// The request of a job: same keys, each with one value.
+fn request(source: &JobSource) -> Result<ClusterRequest, Failure> {
+    let (mut table, origin) = source.table()?;
+    // How to train is none of a prediction's business.
+    table.remove("train");
+    for key in ["group_size", "trainable"] {
+        if let Some(value) = table.get(key) {
+            return Err(Failure::bad_input(format!(
+                "{origin}: {key} = {value} is not known on clusters; leave it out, or rank state partitions with `paceline states`"
+            )));
+        }
+    }
+    if let Some(Value::String(text)) = table.get("memory_limit") {
+        let Some(bytes) = parse_bytes(text).and_then(|bytes| i64::try_from(bytes).ok()).filter(|&bytes| bytes > 0)
+        else {
+            return Err(Failure::bad_input(format!(
+                "{origin}: memory_limit = {text:?}; allowed: bytes as a whole number, or a size such as 80GiB, 512MiB or 40GB"
+            )));
+        };
+        table.insert("memory_limit".into(), Value::Integer(bytes));
+    }
+    for key in ["model", "seq", "global_batch"] {
+        if !table.contains_key(key) {
+            return Err(Failure::bad_input(format!("{origin}: {key} is missing"))
+                .hint("for example --model llama-3-8b --cluster dgx-h100-ib --nodes 4 --seq 8192 --global-batch 128"));
+        }
+    }
+    let mut request: ClusterRequest = table.try_into().map_err(|error: toml::de::Error| {
+        Failure::bad_input(format!("{origin}: {}", error.to_string().trim().replace('\n', " ")))
+    })?;
+    place_files(source, &mut request);
+    Ok(request)
+}
+
+/// Files named in a job file lie beside it; those of flags in the working directory.
+fn place_files(source: &JobSource, request: &mut ClusterRequest) {
+    let Some(directory) = source.job.as_deref().and_then(std::path::Path::parent) else { return };
+    let beside = |name: &mut String, flag: &Option<String>| {
+        let path = directory.join(&*name);
+        if flag.is_none() && path.is_file() {
+            *name = path.display().to_string();
+        }
+    };
+    beside(&mut request.model, &source.flags.model);
+    beside(&mut request.cluster, &source.flags.cluster);
+}
+
+fn refused(source: &JobSource, error: RequestError) -> Failure {
+    let origin = source.job.as_ref().map_or("command line".to_string(), |path| path.display().to_string());
+    Failure::bad_input(format!("{origin}: {error}"))
+}
+
+/// A configuration in one line.
+fn describe(c: &ClusterRequest) -> String {
+    let mut parts = Vec::new();
+    for (name, size) in [("dp", c.dp), ("tp", c.tp), ("cp", c.cp), ("pp", c.pp), ("ep", c.ep)] {
+        if let Some(size) = size.filter(|&size| size > 1) {
+            parts.push(format!("{name} {size}"));
+        }
+    }
+    if c.pp.is_some_and(|pp| pp > 1) {
+        parts.push(c.schedule.clone().unwrap_or_else(|| "1f1b".into()));
+        if let Some(chunks) = c.chunks.filter(|&chunks| chunks > 1) {
+            parts.push(format!("x{chunks}"));
+        }
+    }
+    parts.push(format!("micro-batch {}", c.micro_batch.unwrap_or(1)));
+    parts.push(c.states.clone().unwrap_or_else(|| "zero1".into()));
+    if let Some(kind) = c.recompute.as_deref().filter(|kind| *kind != "none") {
+        parts.push(format!("{kind} recomputation"));
+    }
+    parts.join(" ")
+}
+
+fn show_ratios(screen: &Screen, ratios: &OverlapRatios) -> Result<(), Failure> {
+    let mut table = Table::new(["communication that can hide", "ratio", ""]);
+    let rows = [
+        ("gradient reduction behind the backward", ratios.dp),
+        ("parameter gathers of ZeRO-3 behind the forward", ratios.zero3),
+        ("tensor-parallel gathers behind products", ratios.tp),
+        ("pipeline messages behind a stage", ratios.pp),
+    ];
+    for (what, ratio) in rows.into_iter().filter(|&(_, ratio)| ratio > 0.0) {
+        let verdict = if ratio <= 1.0 { "hides" } else { "shows" };
+        table.row([what.to_string(), format!("{ratio:.3}"), verdict.to_string()]);
+    }
+    table.print(screen)
+}
+
+/// The same figures in the shape of local predictions, to be shown alike.
+fn as_prediction(p: &ClusterPrediction) -> Prediction {
+    let whole = |bytes: f64| bytes.round() as u64;
+    Prediction {
+        format: PREDICTION_FORMAT.into(),
+        iteration_seconds: p.iteration_seconds,
+        tokens_per_second_per_gpu: p.tokens_per_second_per_gpu,
+        mfu: Some(p.mfu),
+        hfu: Some(p.hfu),
+        time: p.time,
+        bubble_makespan: p.time.bubble / p.iteration_seconds,
+        memory: MemoryPrediction {
+            peak_bytes: p.memory.peak_bytes.iter().copied().map(whole).collect(),
+            limit_bytes: Some(whole(p.memory.limit_bytes)),
+            fits: p.memory.fits,
+            by_class: p
+                .memory
+                .by_class
+                .iter()
+                .map(|c| ClassBytes {
+                    parameters: whole(c.parameters),
+                    gradients: whole(c.gradients),
+                    optimizer: whole(c.optimizer),
+                    activations: whole(c.activations),
+                    communication: whole(c.communication),
+                    workspace: whole(c.workspace),
+                    overhead: whole(c.overhead),
+                })
+                .collect(),
+        },
+        provenance: Shares {
+            measured: p.provenance.measured,
+            fitted: p.provenance.fitted,
+            datasheet: p.provenance.datasheet,
+            assumed: 0.0,
+        },
+    }
+}
