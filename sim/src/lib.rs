@@ -15,6 +15,7 @@ pub mod cost;
 pub mod engine;
 pub mod memory;
 pub mod model;
+pub mod partition;
 pub mod program;
 pub mod trace;
 pub mod units;
