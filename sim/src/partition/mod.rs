@@ -3,6 +3,11 @@
 //!
 //! Ranks lie in groups of equal size that fast links join (a node, usually). Each of the three states is held whole by every
 //! rank, cut within each group and replicated across groups, or cut over all ranks.
+//!
+//! [`exchange`] says which collectives a triple needs and when; [`dominance`] which triples are worth having.
+
+pub mod dominance;
+pub mod exchange;
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
