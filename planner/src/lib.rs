@@ -32,4 +32,5 @@ pub mod prediction;
 pub mod replay;
 pub mod schedules;
 pub mod search;
+pub mod states;
 pub mod validate;
