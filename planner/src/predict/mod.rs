@@ -5,11 +5,13 @@
 
 mod overlap;
 mod request;
+mod schedule;
 mod stages;
 mod sweep;
 
 pub use overlap::{OverlapRatios, TokenBudget};
 pub use request::{ClusterRequest, PRECISIONS, RequestError};
+pub use schedule::{ClusterSchedule, schedule_cluster};
 pub use stages::{Groups, PassTimes, Stage, Timer, cut};
 
 pub use sweep::{ClusterPlan, ClusterSweep, Pruned, sweep_cluster};
@@ -197,6 +199,88 @@ fn optimizer_bytes(layout: &Layout) -> f64 {
     3.0 * gradient + 2.0 * (n.master + n.moments) + n.parameter
 }
 
+/// What an iteration is made of before its schedule is replayed.
+struct Prepared<'a> {
+    timer: Timer<'a>,
+    stages: Vec<Stage>,
+    parameters: Vec<RankParameters>,
+    passes: Vec<PassTimes>,
+    hop: f64,
+    device_of: Vec<u32>,
+}
+
+impl<'a> Prepared<'a> {
+    fn new(
+        model: &'a Architecture,
+        layout: &'a Layout,
+        cluster: &Cluster,
+        physics: &'a Physics,
+    ) -> Result<Prepared<'a>, PredictError> {
+        layout.check()?;
+        let timer = Timer {
+            model,
+            layout,
+            device: Device::of(&cluster.gpu, layout, physics),
+            network: Network::of(cluster, physics),
+            groups: Groups::of(layout, u64::from(cluster.gpus_per_node)),
+            physics,
+            pace: cluster.host_pace_us * 1e-6,
+        };
+        let count = layout.pp * layout.chunks;
+        if count > model.layers + 2 {
+            return Err(PredictError::Stages { stages: count, layers: model.layers });
+        }
+        let stages = cut(model, layout.partition, count, layout.pp);
+        let schedule = schedules::find(&layout.schedule)?;
+        let asked = (layout.chunks > 1).then_some(layout.chunks as u32);
+        let placement = schedule.placement(layout.pp as u32, asked)?;
+        let of_stage =
+            |stage: &Stage| RankParameters::of(model, layout, stage.blocks.clone(), stage.embedding, stage.head);
+        let parameters: Vec<RankParameters> = stages.iter().map(of_stage).collect();
+        // Stages of equal content take equal times; most are equal.
+        let mut known: Vec<(usize, PassTimes)> = Vec::new();
+        let key = |s: &Stage| {
+            let routed = s.blocks.clone().filter(|l| model.routed(*l)).count();
+            (s.blocks.end - s.blocks.start, routed, s.embedding.to_bits(), s.head.to_bits())
+        };
+        let passes: Vec<PassTimes> = stages
+            .iter()
+            .enumerate()
+            .map(|(n, stage)| {
+                if let Some((_, times)) = known.iter().find(|(other, _)| key(&stages[*other]) == key(stage)) {
+                    return *times;
+                }
+                let times = timer.stage(stage, &parameters[n]);
+                known.push((n, times));
+                times
+            })
+            .collect();
+
+        let parts = if layout.scatters || layout.sp { layout.tp as f64 } else { 1.0 };
+        let message = layout.numerics.activation * layout.tokens() * model.hidden as f64 / parts;
+        let hop = if layout.pp > 1 { timer.network.message(timer.groups.pipeline_across, message) } else { 0.0 };
+        Ok(Prepared { timer, stages, parameters, passes, hop, device_of: placement.device_of_stage })
+    }
+
+    /// Times of the stages in the replay.
+    fn times(&self) -> StageTimes {
+        stage_times(&self.passes, self.hop, &self.device_of)
+    }
+}
+
+/// Times of the stages: sending blocks a rank in the runtimes of the field, unless its neighbour is the rank itself.
+fn stage_times(passes: &[PassTimes], hop: f64, device_of: &[u32]) -> StageTimes {
+    let sends = |n: usize, other: Option<usize>| {
+        other.filter(|o| *o < device_of.len() && device_of[*o] != device_of[n]).map_or(0.0, |_| hop)
+    };
+    StageTimes {
+        f: passes.iter().enumerate().map(|(n, p)| p.f() + sends(n, Some(n + 1))).collect(),
+        b: passes.iter().enumerate().map(|(n, p)| p.b() + sends(n, n.checked_sub(1))).collect(),
+        w: passes.iter().map(|p| p.weights).collect(),
+        comm: 0.0,
+    }
+}
+
 /// Predicts one iteration.
 ///
 /// # Errors
@@ -207,50 +291,9 @@ pub fn predict_cluster(
     cluster: &Cluster,
     physics: &Physics,
 ) -> Result<ClusterPrediction, PredictError> {
-    layout.check()?;
-    let timer = Timer {
-        model,
-        layout,
-        device: Device::of(&cluster.gpu, layout, physics),
-        network: Network::of(cluster, physics),
-        groups: Groups::of(layout, u64::from(cluster.gpus_per_node)),
-        physics,
-        pace: cluster.host_pace_us * 1e-6,
-    };
-    let count = layout.pp * layout.chunks;
-    if count > model.layers + 2 {
-        return Err(PredictError::Stages { stages: count, layers: model.layers });
-    }
-    let stages = cut(model, layout.partition, count, layout.pp);
-    let schedule = schedules::find(&layout.schedule)?;
-    let asked = (layout.chunks > 1).then_some(layout.chunks as u32);
-    let placement = schedule.placement(layout.pp as u32, asked)?;
-    let device_of = &placement.device_of_stage;
-
-    let of_stage = |stage: &Stage| RankParameters::of(model, layout, stage.blocks.clone(), stage.embedding, stage.head);
-    let parameters: Vec<RankParameters> = stages.iter().map(of_stage).collect();
-    // Stages of equal content take equal times; most are equal.
-    let mut known: Vec<(usize, PassTimes)> = Vec::new();
-    let key = |s: &Stage| {
-        let routed = s.blocks.clone().filter(|l| model.routed(*l)).count();
-        (s.blocks.end - s.blocks.start, routed, s.embedding.to_bits(), s.head.to_bits())
-    };
-    let passes: Vec<PassTimes> = stages
-        .iter()
-        .enumerate()
-        .map(|(n, stage)| {
-            if let Some((_, times)) = known.iter().find(|(other, _)| key(&stages[*other]) == key(stage)) {
-                return *times;
-            }
-            let times = timer.stage(stage, &parameters[n]);
-            known.push((n, times));
-            times
-        })
-        .collect();
-
-    let parts = if layout.scatters || layout.sp { layout.tp as f64 } else { 1.0 };
-    let message = layout.numerics.activation * layout.tokens() * model.hidden as f64 / parts;
-    let hop = if layout.pp > 1 { timer.network.message(timer.groups.pipeline_across, message) } else { 0.0 };
+    let Prepared { timer, stages, parameters, passes, hop, device_of } =
+        Prepared::new(model, layout, cluster, physics)?;
+    let device_of = &device_of;
     let pipeline = Pipeline::replay(layout, &passes, hop, device_of)?;
     let ends = ends(&timer, &stages, &parameters, &passes, device_of);
     let time = timeline(&timer, cluster, &pipeline, &ends, &passes, hop, device_of);
@@ -318,16 +361,7 @@ fn order(layout: &Layout, microbatches: u64) -> Result<Rc<ComputeOrder>, Predict
 
 impl Pipeline {
     fn replay(layout: &Layout, passes: &[PassTimes], hop: f64, device_of: &[u32]) -> Result<Pipeline, PredictError> {
-        // Sending blocks a rank in the runtimes of the field, unless its neighbour is the rank itself.
-        let sends = |n: usize, other: Option<usize>| {
-            other.filter(|o| *o < device_of.len() && device_of[*o] != device_of[n]).map_or(0.0, |_| hop)
-        };
-        let times = StageTimes {
-            f: passes.iter().enumerate().map(|(n, p)| p.f() + sends(n, Some(n + 1))).collect(),
-            b: passes.iter().enumerate().map(|(n, p)| p.b() + sends(n, n.checked_sub(1))).collect(),
-            w: passes.iter().map(|p| p.weights).collect(),
-            comm: 0.0,
-        };
+        let times = stage_times(passes, hop, device_of);
         let run = |microbatches: u64| -> Result<f64, PredictError> {
             let order = order(layout, microbatches)?;
             REPLAYER.with(|replayer| Ok(replayer.borrow_mut().run(&order, &times)?.makespan))
@@ -454,14 +488,8 @@ fn timeline(
     parts
 }
 
-fn memory(
-    timer: &Timer<'_>,
-    cluster: &Cluster,
-    stages: &[Stage],
-    parameters: &[RankParameters],
-    device_of: &[u32],
-) -> Result<MemoryParts, PredictError> {
-    let (model, layout, physics) = (timer.model, timer.layout, timer.physics);
+/// Bytes that one microbatch keeps, by stage.
+fn kept(model: &Architecture, layout: &Layout, stages: &[Stage]) -> Vec<f64> {
     let kept_by = |stage: &Stage| {
         let mut known: [Option<f64>; 2] = [None; 2];
         let kept: f64 = stage
@@ -473,17 +501,32 @@ fn memory(
             .sum();
         kept + stage.embedding * activations::embedding(model, layout)
     };
-    let kept: Vec<f64> = stages.iter().map(kept_by).collect();
+    stages.iter().map(kept_by).collect()
+}
+
+/// The same from F to B and from B to W: B needs the input of every matrix no longer than W does; only what elementwise
+/// operators kept is freed.
+fn stage_memory(kept: &[f64]) -> StageMemory {
+    let until_w = kept.iter().map(|k| k * (1.0 - StageMemory::FREED_AT_B)).collect();
+    StageMemory { until_b: kept.to_vec(), until_w, checkpoint: vec![0.0; kept.len()] }
+}
+
+fn memory(
+    timer: &Timer<'_>,
+    cluster: &Cluster,
+    stages: &[Stage],
+    parameters: &[RankParameters],
+    device_of: &[u32],
+) -> Result<MemoryParts, PredictError> {
+    let (model, layout, physics) = (timer.model, timer.layout, timer.physics);
+    let kept = kept(model, layout, stages);
     let ranks = layout.pp as usize;
     let activations_peak: Vec<f64> = if ranks == 1 && layout.chunks == 1 {
         vec![kept[0]]
     } else {
         let rounds = layout.microbatches.min(ROUNDS * layout.pp + layout.microbatches % layout.pp);
         let order = order(layout, rounds)?;
-        // B needs the input of every matrix no longer than W does; only what elementwise operators kept is freed.
-        let until_w = kept.iter().map(|k| k * (1.0 - StageMemory::FREED_AT_B)).collect();
-        let memory = StageMemory { until_b: kept.clone(), until_w, checkpoint: vec![0.0; kept.len()] };
-        peaks(&order, &memory).peak
+        peaks(&order, &stage_memory(&kept)).peak
     };
     let held = cluster.gpu.memory_bytes() - physics.context;
     let limit = layout.memory_limit.map_or(held, |limit| limit.min(held));
