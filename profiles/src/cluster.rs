@@ -33,6 +33,9 @@ pub struct Cluster {
     pub inter_latency_us: f64,
     /// Time that the hosts add to every step of a collective, inside a node as well, in microseconds; 0 on a sound cluster.
     pub host_pace_us: f64,
+    /// Whether every step of a ring over several nodes takes as long as one between nodes; elsewhere hops inside a node are taken
+    /// as fast as they are.
+    pub paced: bool,
     /// Where the figures come from.
     pub source: String,
 }
@@ -90,6 +93,7 @@ struct Entry {
     inter_latency_us: f64,
     #[serde(default)]
     host_pace_us: f64,
+    paced: Option<bool>,
     source: String,
 }
 
@@ -156,6 +160,8 @@ impl Entry {
             inter_gbps: self.inter_gbps,
             inter_latency_us: self.inter_latency_us,
             host_pace_us: self.host_pace_us,
+            // Bandwidths measured over EFA say so (p5 in the shipped clusters).
+            paced: self.paced.unwrap_or(self.fabric == Fabric::Efa),
             source: self.source,
         };
         built.check()?;
@@ -266,6 +272,7 @@ impl Cluster {
             inter_gbps,
             inter_latency_us: 14.0,
             host_pace_us: 0.0,
+            paced: false,
             source: "assumed: the usual network of this generation".into(),
         }
     }

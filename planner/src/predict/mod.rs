@@ -21,11 +21,10 @@ use crate::replay::{OrderError, Replayer, StageMemory, StageTimes, peaks};
 use crate::schedules::{self, Request, ScheduleError};
 use paceline_profiles::{Cluster, Gpu};
 use paceline_sim::cluster::device::Device;
-use paceline_sim::cluster::memory::{RankParameters, expert_replicas, states};
+use paceline_sim::cluster::memory::{self, RankParameters, states};
 use paceline_sim::cluster::network::Network;
-use paceline_sim::cluster::{
-    Architecture, Compute, Layout, LayoutError, Partition, Physics, Recompute, Sharding, activations,
-};
+use paceline_sim::cluster::{Architecture, Compute, Layout, LayoutError, Partition, Physics, Recompute, activations};
+use paceline_sim::partition::Level;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -301,7 +300,9 @@ pub fn predict_cluster(
 
     let memory = memory(&timer, cluster, &stages, &parameters, device_of)?;
     let tokens = (layout.global_batch() * layout.seq) as f64;
-    let flops = model.flops_per_token(layout.seq, false);
+    // Of three equal parts, that of the weights' gradients is done for what is trained.
+    let done = (2.0 + layout.trainable) / 3.0;
+    let flops = done * model.flops_per_token(layout.seq, false);
     let rate = cluster.gpu.bf16_tflops * 1e12;
     let per_gpu = tokens / iteration / layout.gpus() as f64;
     let mfu = per_gpu * flops / rate;
@@ -410,44 +411,27 @@ fn ends(
         forward[rank] += passes[n].forward;
     }
     let numerics = &layout.numerics;
-    let dense_ranks = (layout.dp * layout.cp) as f64;
+    let overlap = layout.overlap;
+    let node = timer.groups.node;
     for rank in 0..ranks {
-        let span = timer.groups.data;
-        let expert_span = timer.groups.expert_data;
-        let gather = |element: f64| {
-            timer.network.gather(span, dense[rank] * element)
-                + timer.network.gather(expert_span, routed[rank] * element)
-        };
+        let trained = [dense[rank] * layout.trainable, routed[rank] * layout.trainable];
         let hide = |overlap: bool, communication: f64, behind: f64| {
             if overlap { stages::exposed(communication, behind, timer.physics) } else { communication }
         };
-        let overlap = layout.overlap;
-        ends.data[rank] = match layout.sharding {
-            Sharding::None => {
-                let buckets = |bytes: f64| layout.bucket_bytes.map_or(1.0, |b| (bytes / b).ceil().max(1.0));
-                let reduce = |span, parameters: f64| {
-                    let bytes = parameters * numerics.reduced;
-                    buckets(bytes) * timer.network.all_reduce(span, bytes / buckets(bytes))
-                };
-                let reduce = reduce(span, dense[rank]) + reduce(expert_span, routed[rank]);
-                hide(overlap.gradients, reduce, backward[rank])
-            }
-            Sharding::Optimizer | Sharding::Gradients => {
-                let reduce = hide(overlap.gradients, gather(numerics.reduced), backward[rank]);
-                let parameter = numerics.parameter.min(numerics.activation);
-                reduce + hide(overlap.parameters, gather(parameter), forward[rank])
-            }
-            Sharding::Full => 0.0,
+        let sync = layout.sharding.gradient_sync().into_iter();
+        let sync = sync.map(|e| timer.exchange(e, trained, numerics.reduced, layout.bucket_bytes)).sum();
+        let parameter = numerics.parameter.min(numerics.activation);
+        let after = layout.sharding.parameter_sync().map(|e| timer.exchange(e, trained, parameter, None));
+        ends.data[rank] = hide(overlap.gradients, sync, backward[rank])
+            + hide(overlap.parameters, after.unwrap_or(0.0), forward[rank]);
+        let held = |level| {
+            let (dense_parts, routed_parts) = memory::parts(layout, level, node);
+            trained[0] / dense_parts + trained[1] / routed_parts
         };
-        let sharded = layout.sharding != Sharding::None;
-        let own = if sharded {
-            dense[rank] / dense_ranks + routed[rank] / expert_replicas(layout)
-        } else {
-            dense[rank] + routed[rank]
-        };
-        // Gradients that are not sharded are zeroed and measured in full.
-        let whole = if layout.sharding == Sharding::Optimizer { (dense[rank] + routed[rank]) * 4.0 } else { 0.0 };
-        ends.optimizer[rank] = timer.device.traffic(own * optimizer_bytes(layout) + whole);
+        // Gradients held beyond the own part of the optimizer's are zeroed and measured all the same.
+        let (own, gradients) = (held(layout.sharding.optimizer), held(layout.sharding.gradients));
+        let beyond = if gradients > own { gradients * 4.0 } else { 0.0 };
+        ends.optimizer[rank] = timer.device.traffic(own * optimizer_bytes(layout) + beyond);
     }
     ends
 }
@@ -547,11 +531,11 @@ fn memory(
                 work = work.max(activations::working_set(model, layout, last));
             }
             work = work.max(stages[n].head * activations::loss(model, layout));
-            if layout.sharding != Sharding::Full {
+            if layout.sharding.parameters == Level::Whole {
                 embedding = embedding.max(stages[n].embedding * activations::embedding_gradient(model, layout));
             }
         }
-        let states = states(layout, &held);
+        let states = states(layout, &held, timer.groups.node);
         classes.parameters = states.parameters;
         classes.gradients = states.gradients;
         classes.optimizer = states.optimizer;

@@ -3,8 +3,9 @@
 use crate::schedules;
 use paceline_profiles::{Cluster, ClusterError, find_cluster};
 use paceline_sim::cluster::{
-    Architecture, AttentionKernel, Compute, Layout, LayoutError, Numerics, Overlap, Recompute, Sharding, ZooError,
+    AdapterError, Architecture, AttentionKernel, Compute, Layout, LayoutError, Numerics, Overlap, Recompute, ZooError,
 };
+use paceline_sim::partition::PartitionError;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -41,8 +42,13 @@ pub struct ClusterRequest {
     pub dp: Option<u64>,
     /// Expert-parallel ranks; 1 by default.
     pub ep: Option<u64>,
-    /// `none`, `zero1`, `zero2`, `zero3` (the same: `fsdp`); `zero1` by default.
+    /// A triple (`NNN` to `GGG`) or its name (`none`, `zero1`, `zero2`, `zero3`, `fsdp`, `mics`, `hsdp`); `zero1` by default.
     pub states: Option<String>,
+    /// Data-parallel ranks of a group within which states are cut; those of a node by default.
+    pub group_size: Option<u64>,
+    /// What is trained: `full`, a share such as `0.0625` or `1/16`, or `lora:R`: adapters of rank R beside
+    /// every matrix, or (`lora:R:q,v`) beside some.
+    pub trainable: Option<String>,
     /// A schedule's name; `1f1b` by default.
     pub schedule: Option<String>,
     /// `none`, `selective`, `full`; `none` by default.
@@ -66,13 +72,6 @@ pub const PRECISIONS: [(&str, Numerics); 7] = [
     ("nvfp4", Numerics { compute: Compute::Fp4, ..Numerics::MIXED }),
 ];
 
-const STATES: [(&str, Sharding); 5] = [
-    ("none", Sharding::None),
-    ("zero1", Sharding::Optimizer),
-    ("zero2", Sharding::Gradients),
-    ("zero3", Sharding::Full),
-    ("fsdp", Sharding::Full),
-];
 const RECOMPUTES: [(&str, Recompute); 3] =
     [("none", Recompute::None), ("selective", Recompute::Selective), ("full", Recompute::Full)];
 
@@ -108,6 +107,40 @@ pub enum RequestError {
     /// The layout.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// Adapters.
+    #[error("trainable: {0}")]
+    Adapters(#[from] AdapterError),
+    /// No state partition.
+    #[error(transparent)]
+    States(#[from] PartitionError),
+}
+
+/// The share of the parameters that is trained.
+fn trainable(text: &str, model: &Architecture) -> Result<f64, RequestError> {
+    let wrong = || {
+        RequestError::Word {
+        key: "trainable",
+        value: text.to_owned(),
+        allowed: "full, a share above 0 and at most 1 (0.0625 or 1/16), lora:R with a rank R of at least 1 (lora:8:q,v beside these matrices only)".into(),
+    }
+    };
+    if text == "full" {
+        return Ok(1.0);
+    }
+    if let Some(rank) = text.strip_prefix("lora:") {
+        let (rank, matrices) = rank.split_once(':').map_or((rank, None), |(rank, matrices)| (rank, Some(matrices)));
+        let rank = rank.parse::<u64>().ok().filter(|rank| *rank > 0 && *rank <= model.hidden).ok_or_else(wrong)?;
+        let matrices: Option<Vec<&str>> = matrices.map(|list| list.split(',').map(str::trim).collect());
+        let share = model.adapter_parameters(rank, matrices.as_deref())? as f64 / model.parameters() as f64;
+        return if share <= 1.0 { Ok(share) } else { Err(wrong()) };
+    }
+    let share = match text.split_once('/') {
+        Some((part, whole)) => {
+            part.parse::<f64>().ok().zip(whole.parse::<f64>().ok()).map(|(part, whole)| part / whole)
+        }
+        None => text.parse::<f64>().ok(),
+    };
+    share.filter(|share| *share > 0.0 && *share <= 1.0).ok_or_else(wrong)
 }
 
 fn word<T: Copy>(key: &'static str, value: Option<&str>, usual: &str, known: &[(&str, T)]) -> Result<T, RequestError> {
@@ -202,7 +235,9 @@ impl ClusterRequest {
             chunks,
             dp,
             ep,
-            sharding: word("states", self.states.as_deref(), "zero1", &STATES)?,
+            sharding: self.states.as_deref().unwrap_or("zero1").parse()?,
+            group: self.group_size,
+            trainable: self.trainable.as_deref().map_or(Ok(1.0), |text| trainable(text, model))?,
             schedule: if pp == 1 { "1f1b".into() } else { name.into() },
             microbatches: self.global_batch / part,
             recompute: word("recompute", self.recompute.as_deref(), "none", &RECOMPUTES)?,
@@ -237,6 +272,7 @@ fn best_flash(cluster: &Cluster) -> AttentionKernel {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use paceline_sim::partition::StatePartition;
 
     fn request() -> ClusterRequest {
         ClusterRequest {
@@ -263,7 +299,7 @@ mod tests {
             ..request()
         };
         let (_, layout, _) = request.resolve().unwrap();
-        assert_eq!((layout.dp, layout.chunks, layout.sp, layout.sharding), (2, 2, true, Sharding::Full));
+        assert_eq!((layout.dp, layout.chunks, layout.sp, layout.sharding), (2, 2, true, StatePartition::ZERO3));
     }
 
     #[test]
@@ -279,6 +315,10 @@ mod tests {
             (error(&|r| r.dp = Some(3)), "there are 16 GPUs"),
             (error(&|r| r.global_batch = 65), "take 64"),
             (error(&|r| r.states = Some("zero9".into())), "zero1"),
+            (error(&|r| r.group_size = Some(5)), "group_size = 5 does not divide the 16"),
+            (error(&|r| r.trainable = Some("2".into())), "trainable = \"2\""),
+            (error(&|r| r.trainable = Some("lora:0".into())), "rank R of at least 1"),
+            (error(&|r| r.trainable = Some("lora:8:q,z".into())), "no matrix \"z\" in llama-3-8b"),
             (error(&|r| r.recompute = Some("some".into())), "selective"),
             (error(&|r| r.precision = Some("int1".into())), "bf16"),
             (error(&|r| r.schedule = Some("none".into())), "none"),

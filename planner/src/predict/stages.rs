@@ -4,7 +4,8 @@ use paceline_sim::cluster::device::{Device, Passing};
 use paceline_sim::cluster::memory::RankParameters;
 use paceline_sim::cluster::network::{Network, Span};
 use paceline_sim::cluster::work::{self, Work};
-use paceline_sim::cluster::{Architecture, AttentionKernel, Layout, Partition, Physics, Recompute, Sharding};
+use paceline_sim::cluster::{Architecture, AttentionKernel, Layout, Partition, Physics, Recompute};
+use paceline_sim::partition::exchange::Exchange;
 use std::ops::Range;
 
 /// The blocks and ends of one stage.
@@ -99,7 +100,7 @@ pub struct PassTimes {
     pub context: [f64; 2],
     /// Exposed expert-parallel communication, forward and backward.
     pub experts: [f64; 2],
-    /// Exposed gathering of sharded parameters, and reducing of gradients, per microbatch: forward and backward.
+    /// Exposed gathering of cut parameters, and reducing of cut gradients, per microbatch: forward and backward.
     pub sharded: [f64; 2],
 }
 
@@ -128,6 +129,10 @@ pub struct Groups {
     pub experts: Span,
     /// Replicas of the same experts.
     pub expert_data: Span,
+    /// Data-parallel ranks of a group within which states may be cut, and replicas of experts of one.
+    pub state_group: [u64; 2],
+    /// GPUs of a node.
+    pub node: u64,
     /// Pipeline ranks.
     pub pipeline: Span,
     /// Whether neighbour pipeline ranks are in different nodes.
@@ -147,6 +152,12 @@ impl Groups {
             data: Span::strided(layout.dp * layout.cp, layout.tp, node),
             experts: Span::strided(layout.ep, expert_stride, node),
             expert_data: Span::strided(expert_replicas, layout.ep * expert_stride, node),
+            state_group: {
+                let group = layout.group_ranks(node);
+                let experts = (expert_replicas * group / layout.data_ranks()).max(1);
+                [group, (1..=experts).rev().find(|n| expert_replicas.is_multiple_of(*n)).unwrap_or(1)]
+            },
+            node,
             pipeline: Span::strided(layout.pp, inner, node),
             pipeline_across: inner >= node,
         }
@@ -197,6 +208,8 @@ impl Timer<'_> {
     fn layer(&self, work: &Work) -> LayerTimes {
         let element = self.layout.numerics.activation;
         let (backward, weights) = self.device.backward(work, element);
+        // Frozen weights get no gradients.
+        let weights = weights.times(self.layout.trainable);
         let calls = work.messages.tensor_calls.max(1.0);
         // Slow hosts do not lengthen the messages; they are what the GPU waits for.
         let network = Network { inter_step: self.network.inter_step - self.pace, ..self.network };
@@ -243,10 +256,9 @@ impl Timer<'_> {
             times.forward += stage.head * exposed(broadcast, times.forward, self.physics);
             times.backward += stage.head * exposed(2.0 * broadcast, times.backward, self.physics);
         }
-        times.weights += self.device.traffic(parameters.total() * accumulation_bytes(self.layout));
-        if self.layout.sharding == Sharding::Full {
-            self.add_gathering(&mut times, parameters);
-        }
+        times.weights +=
+            self.device.traffic(parameters.total() * self.layout.trainable * accumulation_bytes(self.layout));
+        self.add_exchanges(&mut times, parameters);
         times
     }
 
@@ -306,18 +318,46 @@ impl Timer<'_> {
         }
     }
 
-    /// Gathering the parameters before each pass and reducing the gradients after it, layer by layer beside the passes.
-    fn add_gathering(&self, times: &mut PassTimes, parameters: &RankParameters) {
-        let numerics = &self.layout.numerics;
-        let wire = numerics.parameter.min(numerics.activation);
-        let unit = parameters.largest_unit.max(1.0);
-        let units = parameters.total() / unit;
-        let gather = self.network.gather(self.groups.data, unit * wire);
-        let reduce = self.network.gather(self.groups.data, unit * numerics.reduced);
-        // The first unit has nothing to hide behind.
-        times.sharded[0] = gather + exposed((units - 1.0).max(0.0) * gather, times.forward, self.physics);
-        let backward = units * gather + (units - 1.0).max(0.0) * reduce;
-        times.sharded[1] = reduce + exposed(backward, times.backward + times.weights + times.recompute, self.physics);
+    /// A collective over the ranks that share the states of these dense and routed parameters, with `element` bytes each, in
+    /// launches of at most `most` bytes.
+    pub fn exchange(&self, exchange: Exchange, [dense, routed]: [f64; 2], element: f64, most: Option<f64>) -> f64 {
+        let of = |span: Span, group: u64, parameters: f64| {
+            let bytes = parameters * element;
+            let launches = most.map_or(1.0, |most| (bytes / most).ceil().max(1.0));
+            let each = exchange.buffer(bytes / launches, group as f64);
+            launches * self.network.collective(exchange.kind, span.scope(exchange.scope, group), each)
+        };
+        let [group, expert_group] = self.groups.state_group;
+        of(self.groups.data, group, dense) + of(self.groups.expert_data, expert_group, routed)
+    }
+
+    /// Gathering the parameters before each pass and reducing the gradients after it, unit by unit beside the passes.
+    fn add_exchanges(&self, times: &mut PassTimes, parameters: &RankParameters) {
+        let layout = self.layout;
+        let units = parameters.total() / parameters.largest_unit.max(1.0);
+        let unit = [parameters.dense / units.max(1.0), parameters.routed / units.max(1.0)];
+        let trained = unit.map(|parameters| parameters * layout.trainable);
+        let wire = layout.numerics.parameter.min(layout.numerics.activation);
+        let gather = layout.sharding.parameter_gather().map(|e| self.exchange(e, unit, wire, layout.gather_bytes));
+        let reduce = layout
+            .sharding
+            .gradient_reduction()
+            .map(|e| self.exchange(e, trained, layout.numerics.reduced, layout.bucket_bytes));
+        let (gather, reduce) = (gather.unwrap_or(0.0), reduce.unwrap_or(0.0));
+        // The first unit's parameters and the last unit's gradients have nothing to hide behind.
+        let others = (units - 1.0).max(0.0);
+        let hidden = |overlap: bool, first: f64, other: f64, behind: f64| {
+            if overlap { first + exposed(other, behind, self.physics) } else { first + other }
+        };
+        times.sharded[0] = hidden(layout.overlap.parameters, gather, others * gather, times.forward);
+        let backward = times.backward + times.weights + times.recompute;
+        times.sharded[1] = match (layout.overlap.parameters, layout.overlap.gradients) {
+            (true, true) => hidden(true, reduce, units * gather + others * reduce, backward),
+            (parameters, gradients) => {
+                hidden(parameters, gather, others * gather, backward)
+                    + hidden(gradients, reduce, others * reduce, backward)
+            }
+        };
     }
 }
 

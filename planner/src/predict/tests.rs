@@ -1,6 +1,7 @@
 use super::*;
 use paceline_profiles::find_cluster;
 use paceline_sim::cluster::{Attention, Numerics, Overlap, PositionTable};
+use paceline_sim::partition::StatePartition;
 
 fn gpt() -> Architecture {
     Architecture {
@@ -26,7 +27,7 @@ fn layout() -> Layout {
         pp: 8,
         dp: 2,
         microbatches: 64,
-        sharding: Sharding::Optimizer,
+        sharding: StatePartition::ZERO1,
         recompute: Recompute::Selective,
         ..Layout::single(2048, 1)
     }
@@ -42,7 +43,7 @@ fn parts_sum_to_the_whole() {
         layout(),
         Layout { schedule: "interleaved".into(), chunks: 3, ..layout() },
         Layout { schedule: "zb-h1".into(), ..layout() },
-        Layout { pp: 1, sharding: Sharding::Full, dp: 8, numerics: Numerics::GATHERED_16_BIT, ..layout() },
+        Layout { pp: 1, sharding: StatePartition::ZERO3, dp: 8, numerics: Numerics::GATHERED_16_BIT, ..layout() },
         Layout { cp: 2, ..layout() },
     ] {
         let p = predict(&layout);

@@ -8,8 +8,9 @@ use crate::schedules;
 use paceline_profiles::{Cluster, Fabric, find_cluster, find_gpu};
 use paceline_sim::cluster::{
     Architecture, Attention, AttentionKernel, Compute, Experts, Layout, Numerics, Partition, Physics, PositionTable,
-    Recompute, Sharding,
+    Recompute,
 };
+use paceline_sim::partition::{PartitionError, StatePartition};
 
 /// A run to be predicted, and what was measured.
 #[derive(Debug, Clone)]
@@ -275,11 +276,14 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
     let stated = row.text("zero_stage_or_fsdp").to_ascii_lowercase();
     let sharding = match stated.as_str() {
         "" => recipe.sharding,
-        "zero0" | "zero-0" | "0" | "none" | "ddp" | "dp" => Sharding::None,
-        "zero2" | "zero-2" | "2" | "fsdp-grad-op" => Sharding::Gradients,
-        t if t.starts_with("zero1") || t.starts_with("zero-1") || t == "1" || t.contains("opt") => Sharding::Optimizer,
-        t if any(t, &["fsdp", "hsdp", "zero3", "zero-3"]) || t == "3" => Sharding::Full,
-        t => return Err(format!("sharding {t:?} not known")),
+        "zero0" | "zero-0" | "0" | "none" | "ddp" | "dp" => StatePartition::NONE,
+        "zero2" | "zero-2" | "2" | "fsdp-grad-op" => StatePartition::ZERO2,
+        t if t.starts_with("zero1") || t.starts_with("zero-1") || t == "1" || t.contains("opt") => {
+            StatePartition::ZERO1
+        }
+        t if any(t, &["hsdp", "hybrid"]) => StatePartition::MICS,
+        t if any(t, &["fsdp", "zero3", "zero-3"]) || t == "3" => StatePartition::ZERO3,
+        t => t.parse().map_err(|error: PartitionError| error.to_string())?,
     };
     let sp = match row.text("sp").to_ascii_lowercase().as_str() {
         "true" | "1" | "yes" => true,
@@ -321,7 +325,7 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         numerics,
         overlap: recipe.overlap,
         bucket_bytes: recipe.bucket_bytes,
-        memory_limit: None,
+        ..Layout::single(1, 1)
     };
     layout.check().map_err(|e| e.to_string())?;
     if pp * chunks > model.layers + 2 {

@@ -1,7 +1,8 @@
 //! What training frameworks do by default, where a file of runs leaves it open: facts about the frameworks' code, not about the runs.
 
 use super::row::Row;
-use paceline_sim::cluster::{AttentionKernel, LossKernel, Numerics, Overlap, Partition, Sharding};
+use paceline_sim::cluster::{AttentionKernel, LossKernel, Numerics, Overlap, Partition};
+use paceline_sim::partition::StatePartition;
 
 /// Defaults of a framework.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -19,7 +20,7 @@ pub struct Recipe {
     /// As [`paceline_sim::cluster::Layout::scatters`].
     pub scatters: bool,
     /// What is sharded when nothing is stated.
-    pub sharding: Sharding,
+    pub sharding: StatePartition,
     /// Bytes of gradients that are reduced at a time.
     pub bucket_bytes: Option<f64>,
     /// Dropout in GPT models.
@@ -64,7 +65,7 @@ pub fn recipe(row: &Row) -> Recipe {
         fused_kernels: true,
         fused_norms: true,
         scatters: true,
-        sharding: Sharding::Optimizer,
+        sharding: StatePartition::ZERO1,
         sequence_parallel: false,
     };
     let mut recipe = if has("nanotron") {
@@ -103,7 +104,7 @@ pub fn recipe(row: &Row) -> Recipe {
         let bf16 = row.text("precision").eq_ignore_ascii_case("bf16") || row.noted("fp32 grad");
         let numerics = if bf16 { Numerics::MIXED_FP32_GRADIENTS } else { Numerics::MIXED };
         let overlap = Overlap { input_gradients: !has("2021") && !row.text("flash_attn").is_empty(), ..NONE };
-        Recipe { dropout: old, flash: !old, numerics, overlap, sharding: Sharding::None, ..base }
+        Recipe { dropout: old, flash: !old, numerics, overlap, sharding: StatePartition::NONE, ..base }
     } else {
         Recipe { overlap: DATA, ..base }
     };

@@ -1,5 +1,6 @@
 //! How a model is cut over ranks, and the numerics and kernels that it runs with.
 
+use crate::partition::StatePartition;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -21,7 +22,13 @@ pub struct Layout {
     /// Expert-parallel ranks, out of `dp * cp`.
     pub ep: u64,
     /// What the data-parallel ranks share out.
-    pub sharding: Sharding,
+    pub sharding: StatePartition,
+    /// Data-parallel ranks of a group, where states are cut within groups; those of a node without.
+    #[serde(default)]
+    pub group: Option<u64>,
+    /// Share of the parameters that are trained; the others have neither gradients nor optimizer states.
+    #[serde(default = "all")]
+    pub trainable: f64,
     /// How blocks are spread over the stages.
     pub partition: Partition,
     /// Name of the pipeline schedule, as the registry of the planner knows it.
@@ -54,6 +61,9 @@ pub struct Layout {
     pub overlap: Overlap,
     /// Bytes of gradients that are reduced at a time; all at once without.
     pub bucket_bytes: Option<f64>,
+    /// Bytes of parameters that are gathered at a time; a whole block without.
+    #[serde(default)]
+    pub gather_bytes: Option<f64>,
     /// Most bytes that a rank may hold; what its GPU has for the allocator where that is less.
     #[serde(default)]
     pub memory_limit: Option<f64>,
@@ -73,18 +83,8 @@ pub enum Partition {
     VocabularySpread,
 }
 
-/// What data-parallel ranks share out (Rajbhandari et al., arXiv 1910.02054).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Sharding {
-    /// Nothing.
-    None,
-    /// Optimizer states.
-    Optimizer,
-    /// Optimizer states and gradients (parameters are gathered once and kept).
-    Gradients,
-    /// Parameters too: gathered layer by layer.
-    Full,
+fn all() -> f64 {
+    1.0
 }
 
 /// What is computed again in the backward pass.
@@ -228,7 +228,9 @@ impl Layout {
             chunks: 1,
             dp: 1,
             ep: 1,
-            sharding: Sharding::None,
+            sharding: StatePartition::NONE,
+            group: None,
+            trainable: 1.0,
             partition: Partition::Even,
             schedule: "1f1b".into(),
             seq,
@@ -244,6 +246,7 @@ impl Layout {
             numerics: Numerics::MIXED_FP32_GRADIENTS,
             overlap: Overlap { gradients: false, tensor: false, input_gradients: true, parameters: false },
             bucket_bytes: None,
+            gather_bytes: None,
             memory_limit: None,
         }
     }
@@ -261,6 +264,18 @@ impl Layout {
     /// Tokens of a microbatch on one rank of the context-parallel group.
     pub fn tokens(&self) -> f64 {
         (self.seq * self.micro_batch) as f64 / self.cp as f64
+    }
+
+    /// Data-parallel ranks, those of context parallelism included: they hold the same parameters.
+    pub fn data_ranks(&self) -> u64 {
+        self.dp * self.cp
+    }
+
+    /// Data-parallel ranks of a group, on nodes of `node` GPUs: as asked, or the most of a node that divide the ranks.
+    pub fn group_ranks(&self, node: u64) -> u64 {
+        let ranks = self.data_ranks();
+        let most = self.group.unwrap_or_else(|| (node / self.tp.max(1)).clamp(1, ranks));
+        (1..=most.min(ranks)).rev().find(|m| ranks.is_multiple_of(*m)).unwrap_or(1)
     }
 
     /// By how much the norms' tensors are cut.
@@ -290,12 +305,18 @@ impl Layout {
         if !(self.dp * self.cp * self.tp).is_multiple_of(self.ep) {
             return Err(LayoutError::Experts { ep: self.ep, ranks: self.dp * self.cp * self.tp });
         }
+        if let Some(group) = self.group.filter(|group| *group == 0 || !self.data_ranks().is_multiple_of(*group)) {
+            return Err(LayoutError::Group { group, ranks: self.data_ranks() });
+        }
+        if !(self.trainable > 0.0 && self.trainable <= 1.0) {
+            return Err(LayoutError::Trainable { ratio: self.trainable });
+        }
         Ok(())
     }
 }
 
 /// A layout that no set of ranks can run.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Debug, Clone, PartialEq, Error)]
 pub enum LayoutError {
     /// A count of zero.
     #[error("{what} is 0; it has to be at least 1")]
@@ -303,6 +324,14 @@ pub enum LayoutError {
     /// Expert groups that do not divide the ranks of a stage.
     #[error("ep = {ep} does not divide the {ranks} ranks of a pipeline stage (dp x cp x tp); choose a divisor")]
     Experts { ep: u64, ranks: u64 },
+    /// Groups that do not divide the data-parallel ranks.
+    #[error("group_size = {group} does not divide the {ranks} data-parallel ranks (dp x cp); choose a divisor")]
+    Group { group: u64, ranks: u64 },
+    /// A share that is none.
+    #[error(
+        "trainable = {ratio}, but it is the share of the parameters that are trained: above 0, at most 1 (or full)"
+    )]
+    Trainable { ratio: f64 },
 }
 
 #[cfg(test)]
@@ -327,5 +356,16 @@ mod tests {
         let layout = Layout { dp: 4, ep: 3, ..Layout::single(128, 1) };
         assert_eq!(layout.check(), Err(LayoutError::Experts { ep: 3, ranks: 4 }));
         assert_eq!(Layout { dp: 4, ep: 2, ..Layout::single(128, 1) }.check(), Ok(()));
+        let layout = Layout { dp: 12, group: Some(8), ..Layout::single(128, 1) };
+        assert_eq!(layout.check(), Err(LayoutError::Group { group: 8, ranks: 12 }));
+        let layout = Layout { trainable: 0.0, ..Layout::single(128, 1) };
+        assert!(matches!(layout.check(), Err(LayoutError::Trainable { .. })));
+    }
+
+    #[test]
+    fn a_group_is_what_a_node_has_of_the_ranks_unless_asked_otherwise() {
+        let of = |dp, tp, group, node| Layout { dp, tp, group, ..Layout::single(128, 1) }.group_ranks(node);
+        assert_eq!((of(32, 1, None, 8), of(32, 2, None, 8), of(16, 8, None, 8), of(4, 1, None, 8)), (8, 4, 1, 4));
+        assert_eq!((of(32, 1, Some(16), 8), of(12, 1, None, 8)), (16, 6));
     }
 }

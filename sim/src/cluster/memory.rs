@@ -1,6 +1,7 @@
 //! Parameters, gradients and optimizer states that one rank holds, and the buffers that gathering and reducing them takes.
 
-use super::{Architecture, Layout, Sharding};
+use super::{Architecture, Layout};
+use crate::partition::Level;
 use serde::{Deserialize, Serialize};
 
 /// Parameters of one pipeline rank on one tensor-parallel rank.
@@ -75,27 +76,44 @@ pub fn expert_replicas(layout: &Layout) -> f64 {
     (ranks / layout.ep as f64).max(1.0)
 }
 
-/// Bytes of the states of a rank.
-pub fn states(layout: &Layout, rank: &RankParameters) -> States {
-    let numerics = &layout.numerics;
-    let dense_ranks = (layout.dp * layout.cp) as f64;
-    let share = |sharded: bool, ranks: f64| if sharded { 1.0 / ranks } else { 1.0 };
-    let sum = |sharded: bool, bytes: f64| {
-        bytes * (rank.dense * share(sharded, dense_ranks) + rank.routed * share(sharded, expert_replicas(layout)))
+/// Parts that a level cuts dense parameters and routed experts into, on nodes of `node` GPUs.
+pub fn parts(layout: &Layout, level: Level, node: u64) -> (f64, f64) {
+    let (ranks, group) = (layout.data_ranks(), layout.group_ranks(node));
+    let replicas = expert_replicas(layout);
+    let dense = level.parts(ranks, group) as f64;
+    let routed = match level {
+        Level::Whole => 1.0,
+        // Replicas of an expert lie as far apart as the expert groups are wide.
+        Level::Group => (replicas * group as f64 / ranks as f64).max(1.0),
+        Level::Global => replicas,
     };
-    let full = layout.sharding == Sharding::Full;
-    let gradients = matches!(layout.sharding, Sharding::Gradients | Sharding::Full);
-    let optimizer = layout.sharding != Sharding::None;
+    (dense, routed)
+}
+
+/// Bytes of the states of a rank, on nodes of `node` GPUs.
+pub fn states(layout: &Layout, rank: &RankParameters, node: u64) -> States {
+    let numerics = &layout.numerics;
+    let triple = layout.sharding;
+    let sum = |level: Level, bytes: f64| {
+        let (dense, routed) = parts(layout, level, node);
+        bytes * (rank.dense / dense + rank.routed / routed)
+    };
+    let trained = layout.trainable;
     let mut states = States {
-        parameters: sum(full, numerics.parameter),
-        gradients: sum(gradients, numerics.gradient + numerics.accumulated),
-        optimizer: sum(optimizer, numerics.master + numerics.moments),
+        parameters: sum(triple.parameters, numerics.parameter),
+        gradients: trained * sum(triple.gradients, numerics.gradient + numerics.accumulated),
+        optimizer: trained * sum(triple.optimizer, numerics.master + numerics.moments),
         communication: 0.0,
     };
-    if full && dense_ranks > 1.0 {
-        // Two units gathered (one prefetched) and one unit of gradients before it is reduced.
+    let cut = |level: Level| parts(layout, level, node).0 > 1.0;
+    if cut(triple.parameters) {
+        // Two units gathered, one of them ahead.
         let wire = numerics.parameter.min(numerics.activation);
-        states.communication += rank.largest_unit * (2.0 * wire + numerics.reduced);
+        states.communication += rank.largest_unit * 2.0 * wire;
+    }
+    if cut(triple.gradients) {
+        // A unit's gradients before they are reduced.
+        states.communication += rank.largest_unit * trained * numerics.reduced;
     }
     states
 }
@@ -104,8 +122,9 @@ pub fn states(layout: &Layout, rank: &RankParameters) -> States {
 mod tests {
     use super::*;
     use crate::cluster::{Attention, Numerics, PositionTable};
+    use crate::partition::StatePartition;
 
-    fn layout(sharding: Sharding, numerics: Numerics) -> Layout {
+    fn layout(sharding: StatePartition, numerics: Numerics) -> Layout {
         Layout { dp: 64, sharding, numerics, ..Layout::single(2048, 1) }
     }
 
@@ -113,12 +132,27 @@ mod tests {
     #[test]
     fn figure_1_of_zero() {
         let rank = RankParameters { dense: 7.5e9, routed: 0.0, largest_unit: 0.0 };
-        for (sharding, gigabytes) in
-            [(Sharding::None, 120.0), (Sharding::Optimizer, 31.4), (Sharding::Gradients, 16.6), (Sharding::Full, 1.9)]
-        {
-            let s = states(&layout(sharding, Numerics::MIXED), &rank);
+        for (sharding, gigabytes) in [("none", 120.0), ("zero1", 31.4), ("zero2", 16.6), ("zero3", 1.9)] {
+            let s = states(&layout(sharding.parse().unwrap(), Numerics::MIXED), &rank, 8);
             let total = (s.parameters + s.gradients + s.optimizer) / 1e9;
             assert!((total - gigabytes).abs() < 0.05, "{sharding:?}: {total}");
+        }
+    }
+
+    /// Bytes per parameter of PaRO's triples on 32 ranks in groups of 8 (NeurIPS 2024, section 3.2, with 2, 2 and 12 bytes), and
+    /// with a sixteenth of the parameters trained.
+    #[test]
+    fn bytes_of_the_triples() {
+        let rank = RankParameters { dense: 1e9, routed: 0.0, largest_unit: 0.0 };
+        for (triple, bytes) in
+            [("NNI", 5.5), ("NIG", 2.625), ("III", 2.0), ("IIG", 0.875), ("GIG", 0.6875), ("GGG", 0.5)]
+        {
+            let layout = Layout { dp: 32, ..layout(triple.parse().unwrap(), Numerics::MIXED) };
+            let s = states(&layout, &rank, 8);
+            assert_eq!((s.parameters + s.gradients + s.optimizer) / 1e9, bytes, "{triple}");
+            let part = states(&Layout { trainable: 1.0 / 16.0, ..layout }, &rank, 8);
+            assert_eq!(part.parameters, s.parameters);
+            assert_eq!(part.gradients + part.optimizer, (s.gradients + s.optimizer) / 16.0, "{triple}");
         }
     }
 
@@ -130,7 +164,7 @@ mod tests {
         {
             let rank = RankParameters { dense: billions * 1e9, routed: 0.0, largest_unit: 0.0 };
             for (numerics, gigabytes) in [(Numerics::MIXED, mixed), (Numerics::MIXED_FP32_ACCUMULATION, accumulated)] {
-                let s = states(&layout(Sharding::None, numerics), &rank);
+                let s = states(&layout(StatePartition::NONE, numerics), &rank, 8);
                 assert_eq!((s.parameters + s.gradients + s.optimizer) / 1e9, gigabytes);
             }
         }

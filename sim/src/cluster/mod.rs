@@ -12,6 +12,7 @@
 //! - [`Physics`]: the few fitted parameters, each with its meaning.
 
 pub mod activations;
+mod adapters;
 mod architecture;
 pub mod device;
 mod layout;
@@ -21,9 +22,8 @@ mod physics;
 pub mod work;
 mod zoo;
 
+pub use adapters::AdapterError;
 pub use architecture::{Architecture, Attention, Experts, PositionTable};
-pub use layout::{
-    AttentionKernel, Compute, Layout, LayoutError, LossKernel, Numerics, Overlap, Partition, Recompute, Sharding,
-};
+pub use layout::{AttentionKernel, Compute, Layout, LayoutError, LossKernel, Numerics, Overlap, Partition, Recompute};
 pub use physics::{PARAMETERS, Parameter, Physics};
 pub use zoo::ZooError;

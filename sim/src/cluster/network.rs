@@ -7,7 +7,8 @@
 //! logarithmically many steps, instead; an all-to-all over `k` ranks sends the share `(k - m) / k` over the network.
 
 use super::Physics;
-use paceline_profiles::{Cluster, Fabric};
+use crate::partition::exchange::{Kind, Scope};
+use paceline_profiles::Cluster;
 use serde::{Deserialize, Serialize};
 
 /// A group of ranks: how many, and how many of them in one node.
@@ -24,6 +25,26 @@ impl Span {
     pub fn strided(ranks: u64, stride: u64, node: u64) -> Span {
         let per_node = (node / stride.max(1)).clamp(1, ranks.max(1));
         Span { ranks, per_node }
+    }
+
+    /// The groups of `group` neighbouring members that it is cut into.
+    pub fn inner(&self, group: u64) -> Span {
+        Span { ranks: group, per_node: self.per_node.min(group) }
+    }
+
+    /// The members with the same place in each of these groups.
+    pub fn across(&self, group: u64) -> Span {
+        let ranks = (self.ranks / group.max(1)).max(1);
+        Span { ranks, per_node: (self.per_node / group.max(1)).clamp(1, ranks) }
+    }
+
+    /// The ranks of a scope, if groups have `group` members.
+    pub fn scope(&self, scope: Scope, group: u64) -> Span {
+        match scope {
+            Scope::Group => self.inner(group),
+            Scope::Across => self.across(group),
+            Scope::World => *self,
+        }
     }
 
     /// Nodes that it touches.
@@ -57,8 +78,8 @@ pub struct Network {
     pub intra_step: f64,
     /// Seconds of a step between nodes.
     pub inter_step: f64,
-    /// Whether every step of a ring over several nodes takes as long as one between nodes. Bandwidths measured over EFA say
-    /// so (clusters.toml, p5); elsewhere hops inside a node are taken as fast as they are (NCCL's tuning model).
+    /// Whether every step of a ring over several nodes takes as long as one between nodes; elsewhere hops inside a node are
+    /// taken as fast as they are (NCCL's tuning model).
     pub paced: bool,
 }
 
@@ -72,7 +93,7 @@ impl Network {
             inter: cluster.inter_gbps * 1e9 * physics.inter,
             intra_step: if cluster.gpu.nvlink_gbps.is_some() { NVLINK_STEP } else { PCIE_STEP },
             inter_step: (cluster.inter_latency_us + cluster.host_pace_us) * 1e-6,
-            paced: cluster.fabric == Fabric::Efa,
+            paced: cluster.paced,
         }
     }
 
@@ -120,6 +141,27 @@ impl Network {
         let nodes = span.nodes() as f64;
         let tree = 2.0 * ((span.per_node - 1) as f64 * self.intra_step + nodes.log2() * self.inter_step);
         START + moved + if nodes > 1.0 { ring.min(tree) } else { ring }
+    }
+
+    /// A collective of a kind.
+    pub fn collective(&self, kind: Kind, span: Span, bytes: f64) -> f64 {
+        match kind {
+            Kind::AllGather | Kind::ReduceScatter => self.gather(span, bytes),
+            Kind::AllReduce => self.all_reduce(span, bytes),
+        }
+    }
+
+    /// All-gather (or, mirrored, reduce-scatter) of a buffer of `bytes` in two levels, as PaRO-CC does it (NeurIPS 2024, section
+    /// 3.4): between nodes first, every GPU with its peers over its own adapters, then inside each node; the parts that have
+    /// arrived go round the node while the next arrive. In one node, or with one member per node, the ring.
+    pub fn gather_in_two_levels(&self, span: Span, bytes: f64) -> f64 {
+        let (nodes, members) = (span.nodes() as f64, span.per_node as f64);
+        if nodes <= 1.0 || members <= 1.0 || bytes <= 0.0 {
+            return self.gather(span, bytes);
+        }
+        let between = self.inter_step + bytes / span.ranks as f64 / self.inter;
+        let inside = (members - 1.0) * (self.intra_step + bytes / span.ranks as f64 / self.gathers);
+        START + inside + (nodes - 1.0) * between.max(inside)
     }
 
     /// All-to-all in which every rank sends `bytes` in all.

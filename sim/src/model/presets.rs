@@ -5,9 +5,13 @@ use super::{Activation, ModelConfig, ModelError, Norm, Positions};
 /// A llama-style row: name, layers, hidden, heads, kv heads, intermediate, vocabulary, positions, epsilon, theta.
 struct Llama(&'static str, u32, u32, u32, u32, u32, u32, u32, f64, f64);
 
-/// Published: <https://arxiv.org/abs/2307.09288> (Llama 2), <https://arxiv.org/abs/2407.21783> table 3 (Llama 3),
+/// Published: <https://arxiv.org/abs/2302.13971> table 2 (LLaMA), <https://arxiv.org/abs/2307.09288> (Llama 2), <https://arxiv.org/abs/2407.21783> table 3 (Llama 3),
 /// <https://arxiv.org/abs/2310.06825> table 1 (Mistral). Demo models are byte-level.
-const LLAMAS: [Llama; 10] = [
+const LLAMAS: [Llama; 14] = [
+    Llama("llama-7b", 32, 4096, 32, 32, 11008, 32000, 2048, 1e-6, 1e4),
+    Llama("llama-13b", 40, 5120, 40, 40, 13824, 32000, 2048, 1e-6, 1e4),
+    Llama("llama-30b", 60, 6656, 52, 52, 17920, 32000, 2048, 1e-6, 1e4),
+    Llama("llama-65b", 80, 8192, 64, 64, 22016, 32000, 2048, 1e-6, 1e4),
     Llama("llama-2-7b", 32, 4096, 32, 32, 11008, 32000, 4096, 1e-5, 1e4),
     Llama("llama-2-13b", 40, 5120, 40, 40, 13824, 32000, 4096, 1e-5, 1e4),
     Llama("llama-2-70b", 80, 8192, 64, 8, 28672, 32000, 4096, 1e-5, 1e4),
