@@ -7,12 +7,12 @@ use paceline_profiles::{Predictor, Shares};
 use paceline_sim::cost::{CostError, CostModel, FixedTimes, ProfileCost};
 use paceline_sim::engine::{EngineError, simulate};
 use paceline_sim::memory::walk;
-use paceline_sim::model::{Flops, Layer, model_flops_per_token};
-use paceline_sim::program::{MemoryClass, OpKind, Pass, Program, Recompute, Stream, Workload};
+use paceline_sim::model::{ModelPass, model_flops_per_token};
+use paceline_sim::program::{MemoryClass, OpKind, Pass, Program, Stream, TransformerWorkload, Workload};
 use paceline_sim::trace::Trace;
-use paceline_sim::units::{Nanos, RankId};
+use paceline_sim::units::{Nanos, RankId, StageId};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use thiserror::Error;
 
 /// The format of a prediction as JSON.
@@ -29,7 +29,9 @@ pub struct Prediction {
     pub tokens_per_second_per_gpu: f64,
     /// Share of the devices' rate that the model's FLOPs make; absent where the rate is not known.
     pub mfu: Option<f64>,
-    /// The same with the forward passes that full recomputation repeats.
+    /// The same with all matrix products that are computed: the blocks that full recomputation repeats, and the attention
+    /// scores and logits that a backward makes again (the logits twice where B and W are split). Norms and activations that
+    /// selective recomputation rebuilds are no matrix products: they cost time, not FLOPs.
     pub hfu: Option<f64>,
     /// Parts of the step, mean over the devices; they sum to `iteration_seconds`.
     pub time: TimeParts,
@@ -169,17 +171,25 @@ pub fn predict(
         prediction.tokens_per_second_per_gpu = tokens / iteration_seconds / devices;
         if let Some(rate) = machine.flops_per_second {
             let per_token = model_flops_per_token(&workload.model, workload.seq);
-            let block = Flops::of_layer(&workload.model, Layer::Block(0), workload.seq).total();
-            let again = match workload.recompute {
-                Recompute::Full => block * f64::from(workload.model.layers),
-                Recompute::None | Recompute::Selective => 0.0,
-            };
-            let share = |flops: f64| Some(flops * prediction.tokens_per_second_per_gpu / rate);
-            prediction.mfu = share(per_token);
-            prediction.hfu = share(per_token + again);
+            let share = |flops: f64| Some(flops / iteration_seconds / devices / rate);
+            prediction.mfu = share(per_token * tokens);
+            prediction.hfu = share(executed_flops(program, workload));
         }
     }
     Ok((prediction, trace))
+}
+
+/// FLOPs of all kernels of all passes in the program.
+fn executed_flops(program: &Program, workload: &TransformerWorkload) -> f64 {
+    let mut known: HashMap<(Pass, StageId, u16, u16), f64> = HashMap::new();
+    let ops = program.ranks.iter().flat_map(|rank| &rank.ops);
+    ops.map(|op| match op.kind {
+        OpKind::Compute { pass, stage, first, end, .. } => *known
+            .entry((pass, stage, first, end))
+            .or_insert_with(|| ModelPass::new(workload, &program.stages, program.microbatches, &op.kind).flops()),
+        _ => 0.0,
+    })
+    .sum()
 }
 
 fn memory(program: &Program, limit_bytes: Option<u64>) -> MemoryPrediction {

@@ -4,7 +4,7 @@ use super::*;
 use crate::configuration::ConfigurationError;
 use paceline_profiles::Shares;
 use paceline_sim::cost::{CostError, CostModel, Round};
-use paceline_sim::model::ModelPass;
+use paceline_sim::model::{Flops, Layer, ModelConfig, ModelPass};
 use paceline_sim::program::{Collective, Group, Op, OpKind, Program, Workload};
 use paceline_sim::units::Nanos;
 use smallvec::{SmallVec, smallvec};
@@ -103,6 +103,33 @@ fn a_prediction_is_the_sum_of_its_parts() {
         assert!((tokens / 256.0 - 1.0).abs() < 1e-9, "{tokens}");
         let (mfu, hfu) = (found.mfu.unwrap(), found.hfu.unwrap());
         assert!(mfu > 0.1 && mfu <= hfu && hfu <= 1.0, "{text}: {mfu} {hfu}");
+    }
+}
+
+#[test]
+fn hardware_flops_are_those_of_the_kernels() {
+    let model = ModelConfig::preset("demo-1m").unwrap();
+    let layers = f64::from(model.layers);
+    let forward = Flops::per_token(&model, 16);
+    let logits = Flops::of_layer(&model, Layer::Head, 16).total();
+    // The output of a block is the next checkpoint: R stops before the last projection.
+    let down = 2.0 * f64::from(model.intermediate) * f64::from(model.hidden);
+    let repeated = (Flops::of_layer(&model, Layer::Block(0), 16).total() - down) * layers;
+    // A backward of attention makes the scores again: one product of the two of a forward.
+    let always = logits + forward.attention / 2.0;
+    for (text, again) in [
+        ("", always),
+        ("recompute = 'selective'", always),
+        ("recompute = 'full'\ndp = 2", always + repeated),
+        ("pp = 4\nschedule = 'zb-h1'", always + logits),
+        ("pp = 2\nschedule = 'v-half'\nrecompute = 'full'", always + logits + repeated),
+    ] {
+        let job = job(text);
+        let program = Configuration::of_job(&job).unwrap().program(&job, MACHINE).unwrap();
+        let (found, _) = crate::prediction::predict(&program, &ByFlops, MACHINE, None).unwrap();
+        let ratio = found.hfu.unwrap() / found.mfu.unwrap();
+        let expected = 1.0 + again / (3.0 * forward.total());
+        assert!((ratio / expected - 1.0).abs() < 1e-12, "{text}: {ratio} instead of {expected}");
     }
 }
 
