@@ -253,6 +253,60 @@ fn measured_runs_are_scored() {
 }
 
 #[test]
+fn what_other_tools_measured_becomes_a_cluster() {
+    let folder = Folder::new("import");
+    // Runs of one small cluster, a tenth slower than the shipped parameters foretell.
+    let header = "id,source,layers,hidden,heads,seq,vocab,gpu,gpus,tp,pp,dp,micro_batch,global_batch,iteration_seconds";
+    let mut rows = String::new();
+    for (n, (tp, pp, mbs)) in [(1, 1, 4), (1, 2, 4), (2, 1, 4), (2, 2, 8), (4, 1, 8), (8, 1, 8)].iter().enumerate() {
+        let dp = 32 / (tp * pp);
+        rows += &format!("r-{n},lab,24,2304,24,2048,51200,A100-80G-SXM,32,{tp},{pp},{dp},{mbs},512,1\n");
+    }
+    folder.write("runs.csv", &format!("{header}\n{rows}"));
+    let predicted = folder.json("validate runs.csv --rows --json");
+    let slower: String = predicted["rows"].as_array().unwrap().iter().zip(rows.lines()).fold(
+        format!("{header}\n"),
+        |text, (row, line)| {
+            let seconds = 1.1 * row["predicted_iteration_seconds"].as_f64().unwrap();
+            format!("{text}{},{seconds}\n", line.rsplit_once(',').unwrap().0)
+        },
+    );
+    folder.write("slower.csv", &slower);
+    let fitted = folder.json("calibrate --from runs slower.csv -o fitted.toml --json");
+    assert!(fitted["loss_after"].as_f64().unwrap() < 0.5 * fitted["loss_before"].as_f64().unwrap(), "{fitted}");
+    assert!(fitted["held_out"]["time_median_error"].as_f64().unwrap() < 0.08, "{fitted}");
+    // What the runs say nothing about stays.
+    assert_eq!(fitted["parameters"]["matmul_hopper"], 0.676);
+    let error = |line: &str| folder.json(line)["sources"][0]["time_median_error"].as_f64().unwrap();
+    let (before, after) =
+        (error("validate slower.csv --json"), error("validate slower.csv --cluster fitted.toml --json"));
+    assert!((before - 0.0909).abs() < 1e-3 && after < 0.04, "{before} {after}");
+    let flags = "--model llama-3-8b --nodes 4 --seq 4096 --global-batch 32 --tp 4 --json";
+    let seconds = |cluster: &str| {
+        folder.json(&format!("predict {flags} --cluster {cluster}"))["iteration_seconds"].as_f64().unwrap()
+    };
+    assert!(seconds("fitted.toml") > 1.03 * seconds("a100-roce"));
+
+    let log = "# nThread 1 nGpus 8 minBytes 8589934592 maxBytes 8589934592\n\
+        #  Rank  0 Group  0 Pid 1 on host0 device  0 [0x10] NVIDIA H100\n\
+        #       size         count      type   redop    root     time   algbw   busbw #wrong     time   algbw   busbw #wrong\n\
+        8589934592 2147483648 float sum -1 31360 273.9 400.0 0 31400 273.6 400.0 0\n\
+        8589934592 2147483648 float sum -1 31360 27x.9\n";
+    folder.write("log.txt", log);
+    let lenient = folder.run("calibrate --from nccl-tests log.txt --cluster dgx-h100-ib -o lab.toml");
+    let errors = String::from_utf8_lossy(&lenient.stderr).into_owned();
+    assert!(lenient.status.success(), "{errors}");
+    says(&errors, &["left out line 5"]);
+    says(
+        &folder.fails(2, "calibrate --from nccl-tests log.txt --cluster dgx-h100-ib --strict"),
+        &["log.txt", "line 5"],
+    );
+    says(&folder.fails(2, "calibrate --from nccl-tests log.txt"), &["--cluster", "missing"]);
+    says(&folder.fails(2, "calibrate --from nvprof log.txt --cluster p5"), &["nvprof", "torch-trace"]);
+    says(&folder.fails(2, "calibrate --from torch-trace log.txt --cluster p5"), &["log.txt"]);
+}
+
+#[test]
 fn bad_jobs_are_refused_with_key_value_and_a_way_out() {
     let folder = Folder::new("bad-jobs");
     let job = |text: &str| folder.write("job.toml", text);

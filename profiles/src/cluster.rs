@@ -1,5 +1,6 @@
 //! Clusters: a GPU, nodes, and the network between them. Shipped ones in `data/clusters.toml`, others in a TOML file of the
-//! user's with one `[cluster]` table and, for a GPU that is not shipped, one `[gpu]` table.
+//! user's with one `[cluster]` table, for a GPU that is not shipped one `[gpu]` table, and a `[physics]` table of what was
+//! fitted to runs on it.
 
 mod measured;
 
@@ -7,6 +8,7 @@ pub use measured::{Change, MeasuredError};
 
 use crate::gpu::{Gpu, GpuError, find_gpu};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::sync::LazyLock;
 use thiserror::Error;
 
@@ -38,6 +40,9 @@ pub struct Cluster {
     pub paced: bool,
     /// Where the figures come from.
     pub source: String,
+    /// Parameters of predictions that were fitted to runs on this cluster, by name; the others are the shipped ones.
+    #[serde(default)]
+    pub physics: BTreeMap<String, f64>,
 }
 
 /// Networks between nodes.
@@ -77,12 +82,13 @@ pub enum ClusterError {
     NoGpu { cluster: String },
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Entry {
     name: String,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     aliases: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     gpu: Option<String>,
     gpus_per_node: u32,
     intra_gbps: Option<f64>,
@@ -104,13 +110,15 @@ struct Shipped {
     cluster: Vec<Entry>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Own {
     #[serde(default = "one")]
     format: u32,
     cluster: Entry,
     gpu: Option<Gpu>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    physics: BTreeMap<String, f64>,
 }
 
 fn one() -> u32 {
@@ -163,6 +171,7 @@ impl Entry {
             // Bandwidths measured over EFA say so (p5 in the shipped clusters).
             paced: self.paced.unwrap_or(self.fabric == Fabric::Efa),
             source: self.source,
+            physics: BTreeMap::new(),
         };
         built.check()?;
         Ok(built)
@@ -214,7 +223,30 @@ impl Cluster {
         if own.format > 1 {
             return Err(ClusterError::Format { format: own.format });
         }
-        own.cluster.build(own.gpu)
+        Ok(Cluster { physics: own.physics, ..own.cluster.build(own.gpu)? })
+    }
+
+    /// The file that [`Cluster::from_toml`] reads this cluster from again.
+    ///
+    /// # Errors
+    /// When a figure is one that TOML cannot hold.
+    pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
+        let entry = Entry {
+            name: self.name.clone(),
+            aliases: Vec::new(),
+            gpu: None,
+            gpus_per_node: self.gpus_per_node,
+            intra_gbps: Some(self.intra_gbps),
+            gather_gbps: Some(self.gather_gbps),
+            all_reduce_gbps: Some(self.all_reduce_gbps),
+            fabric: self.fabric,
+            inter_gbps: self.inter_gbps,
+            inter_latency_us: self.inter_latency_us,
+            host_pace_us: self.host_pace_us,
+            paced: Some(self.paced),
+            source: self.source.clone(),
+        };
+        toml::to_string(&Own { format: 1, cluster: entry, gpu: Some(self.gpu.clone()), physics: self.physics.clone() })
     }
 
     /// Checks the figures.
@@ -274,6 +306,7 @@ impl Cluster {
             host_pace_us: 0.0,
             paced: false,
             source: "assumed: the usual network of this generation".into(),
+            physics: BTreeMap::new(),
         }
     }
 }
@@ -304,6 +337,15 @@ mod tests {
         inter_latency_us = 20.0
         source = "measured with nccl-tests"
     "#;
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let mut lab = Cluster::from_toml(OWN).unwrap();
+        lab.physics.insert("launch".into(), 2e-5);
+        assert_eq!(Cluster::from_toml(&lab.to_toml().unwrap()).unwrap(), lab);
+        let shipped = find_cluster("gb200-nvl72").unwrap();
+        assert_eq!(&Cluster::from_toml(&shipped.to_toml().unwrap()).unwrap(), shipped);
+    }
 
     #[test]
     fn own_clusters() {

@@ -1,5 +1,6 @@
 //! `paceline calibrate`: measure this machine, or correct its profile from measured runs.
 
+use crate::commands::import;
 use crate::failure::Failure;
 use crate::interrupt;
 use crate::job_source::JobSource;
@@ -18,7 +19,7 @@ use std::time::Instant;
 /// and the executor's overheads; fits curves over them and says how well these foretell points that they have not seen.
 #[derive(Debug, Clone, clap::Args)]
 #[command(
-    after_help = "Examples:\n  paceline calibrate --model demo-3m --seq 256 --global-batch 8\n  paceline calibrate --seconds 120 -o profile.csv\n  paceline run plan.json --steps 20 --trace run.json && paceline calibrate --from-trace run.json"
+    after_help = "Examples:\n  paceline calibrate --model demo-3m --seq 256 --global-batch 8\n  paceline calibrate --seconds 120 -o profile.csv\n  paceline run plan.json --steps 20 --trace run.json && paceline calibrate --from-trace run.json\n  paceline calibrate --from nccl-tests all_reduce.log --cluster p5 -o mine.toml\n  paceline calibrate --from runs runs.csv --cluster mine.toml -o fitted.toml"
 )]
 pub struct Arguments {
     #[command(flatten)]
@@ -39,6 +40,15 @@ pub struct Arguments {
     /// Correct the profile from a run: a trace of `paceline run --trace`, with the kernel times beside it. May be repeated.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["seconds", "devices", "job"])]
     from_trace: Vec<PathBuf>,
+
+    /// Take measurements of another tool for a cluster (--cluster), and write the cluster with them (-o): logs of nccl-tests,
+    /// a Chrome trace of PyTorch's profiler, or a CSV of measured runs.
+    #[arg(long, num_args = 2, value_names = ["nccl-tests|torch-trace|runs", "FILE"], conflicts_with_all = ["seconds", "devices", "job", "from_trace"])]
+    from: Vec<String>,
+
+    /// With --from: refuse a file with lines or runs that cannot be used, instead of leaving them out.
+    #[arg(long, requires = "from")]
+    strict: bool,
 
     /// Where the profile goes; one of the same machine is updated (default: this user's profile).
     #[arg(long, short, value_name = "FILE")]
@@ -83,6 +93,10 @@ struct Document<'a> {
 
 /// Runs the command.
 pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
+    if let [kind, file] = arguments.from.as_slice() {
+        let cluster = arguments.source.flags.cluster.as_deref();
+        return import::run(screen, kind, Path::new(file), cluster, arguments.strict, arguments.output.as_deref());
+    }
     let begin = Instant::now();
     let output = match &arguments.output {
         Some(path) => path.clone(),

@@ -10,7 +10,7 @@ use clap::Args;
 use paceline_planner::job::parse_bytes;
 use paceline_planner::predict::{
     ClusterPlan, ClusterPrediction, ClusterRequest, ClusterSweep, OverlapRatios, RequestError, TokenBudget,
-    predict_cluster, sweep_cluster,
+    predict_cluster, sweep_clusters,
 };
 use paceline_planner::prediction::{ClassBytes, MemoryPrediction, PREDICTION_FORMAT, Prediction};
 use paceline_profiles::Shares;
@@ -51,9 +51,15 @@ struct Document {
 
 /// The prediction of one layout.
 pub fn predict(screen: &Screen, source: &JobSource, budget: &Budget) -> Result<(), Failure> {
-    let request = request(source)?;
+    let request = match requests(source)?.as_slice() {
+        [one] => one.clone(),
+        several => {
+            return Err(Failure::bad_input(format!("the job's lists make {} configurations", several.len()))
+                .hint("`paceline predict` takes one value per key; `paceline plan` chooses from lists"));
+        }
+    };
     let (model, layout, cluster) = request.resolve().map_err(|error| refused(source, error))?;
-    let physics = Physics::default();
+    let physics = Physics::of(&cluster).map_err(|error| refused(source, error.into()))?;
     let prediction = predict_cluster(&model, &layout, &cluster, &physics).map_err(Failure::bad_input)?;
     let configuration = ClusterRequest { dp: Some(layout.dp), chunks: Some(layout.chunks), ..request.clone() };
     screen.line(format!(
@@ -95,8 +101,11 @@ pub fn predict(screen: &Screen, source: &JobSource, budget: &Budget) -> Result<(
 
 /// The best layouts.
 pub fn plan(screen: &Screen, source: &JobSource, top: usize, explain: bool) -> Result<ClusterSweep, Failure> {
-    let request = request(source)?;
-    let sweep = sweep_cluster(&request, &Physics::default(), top).map_err(|error| refused(source, error))?;
+    let requests = requests(source)?;
+    let request = &requests[0];
+    let cluster = request.cluster().map_err(|error| refused(source, error))?;
+    let physics = Physics::of(&cluster).map_err(|error| refused(source, error.into()))?;
+    let sweep = sweep_clusters(&requests, &physics, top).map_err(|error| refused(source, error))?;
     if sweep.plans.is_empty() {
         return Err(nothing(&sweep));
     }
@@ -196,8 +205,8 @@ fn highest(prediction: &ClusterPrediction) -> u64 {
     prediction.memory.peak_bytes.iter().copied().fold(0.0, f64::max).ceil() as u64
 }
 
-/// The request of a job: same keys, each with one value.
-fn request(source: &JobSource) -> Result<ClusterRequest, Failure> {
+/// The requests of a job, at least one: same keys, and one request for each combination of its lists.
+fn requests(source: &JobSource) -> Result<Vec<ClusterRequest>, Failure> {
     let (mut table, origin) = source.table()?;
     // How to train is none of a prediction's business.
     table.remove("train");
@@ -223,11 +232,11 @@ fn request(source: &JobSource) -> Result<ClusterRequest, Failure> {
                 .hint("for example --model llama-3-8b --cluster dgx-h100-ib --nodes 4 --seq 8192 --global-batch 128"));
         }
     }
-    let mut request: ClusterRequest = table.try_into().map_err(|error: toml::de::Error| {
-        Failure::bad_input(format!("{origin}: {}", error.to_string().trim().replace('\n', " ")))
-    })?;
-    place_files(source, &mut request);
-    Ok(request)
+    let mut requests = ClusterRequest::of_table(table, &origin).map_err(Failure::bad_input)?;
+    for request in &mut requests {
+        place_files(source, request);
+    }
+    Ok(requests)
 }
 
 /// Files named in a job file lie beside it; those of flags in the working directory.

@@ -1,5 +1,6 @@
 //! `paceline validate`: predictions against measured runs, source by source.
 
+use crate::commands::import::open;
 use crate::failure::Failure;
 use crate::screen::{Screen, Style};
 use crate::table::{Table, show_percent};
@@ -11,12 +12,17 @@ use std::path::PathBuf;
 /// Predicts every measured run of a CSV file and scores the predictions: time, peak memory, out-of-memory verdicts, ranking.
 #[derive(Debug, Clone, clap::Args)]
 #[command(
-    after_help = "Examples:\n  paceline validate runs.csv\n  paceline validate runs.csv --csv predicted.csv --svg scatter.svg\n  paceline validate runs.csv --rows --json"
+    after_help = "Examples:\n  paceline validate runs.csv\n  paceline validate runs.csv --csv predicted.csv --svg scatter.svg\n  paceline validate runs.csv --cluster fitted.toml\n  paceline validate runs.csv --rows --json"
 )]
 pub struct Arguments {
     /// Measured runs: one row each, with at least the columns that an error would name.
     #[arg(value_name = "FILE.csv")]
     file: PathBuf,
+
+    /// Take all runs to be of this cluster, and its fitted parameters: a preset, or a file that `paceline calibrate --from` wrote.
+    /// By default each row's own words name its cluster.
+    #[arg(long, value_name = "PRESET|FILE")]
+    cluster: Option<String>,
 
     /// With --json, every row too.
     #[arg(long)]
@@ -52,8 +58,15 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     let path = &arguments.file;
     let refuse = |error: &dyn std::fmt::Display| Failure::bad_input(format!("{}: {error}", path.display()));
     let text = std::fs::read_to_string(path).map_err(|error| refuse(&error))?;
-    let cases = load(&text).map_err(|error| refuse(&error))?;
-    let physics = Physics::default();
+    let mut cases = load(&text).map_err(|error| refuse(&error))?;
+    let mut physics = Physics::default();
+    if let Some(name) = &arguments.cluster {
+        let cluster = open(name)?;
+        physics = Physics::of(&cluster).map_err(Failure::bad_input)?;
+        for case in &mut cases.cases {
+            case.cluster = cluster.clone();
+        }
+    }
     let crossed = if arguments.cross {
         screen.step("cross-validation: fitting to all sources but one, for each in turn");
         cross_validate(&cases.cases, &Physics::EXPECTED, EVALUATIONS).map_err(|error| refuse(&error))?

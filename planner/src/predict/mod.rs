@@ -14,7 +14,7 @@ pub use request::{ClusterRequest, PRECISIONS, RequestError};
 pub use schedule::{ClusterSchedule, schedule_cluster};
 pub use stages::{Groups, PassTimes, Stage, Timer, cut};
 
-pub use sweep::{ClusterPlan, ClusterSweep, Pruned, sweep_cluster};
+pub use sweep::{ClusterPlan, ClusterSweep, Pruned, sweep_cluster, sweep_clusters};
 
 use crate::order::ComputeOrder;
 use crate::replay::{OrderError, Replayer, StageMemory, StageTimes, peaks};
@@ -44,6 +44,8 @@ pub struct ClusterPrediction {
     pub hfu: f64,
     /// Parts of the iteration; they sum to it.
     pub time: TimeParts,
+    /// Parts of `time.compute`; they sum to it.
+    pub compute: ComputeParts,
     /// Memory.
     pub memory: MemoryParts,
     /// Shares of the predicted time by where they come from; they sum to 1.
@@ -85,6 +87,19 @@ pub struct TimeParts {
     pub recompute: f64,
     /// The optimizer.
     pub optimizer: f64,
+}
+
+/// Where the time of passes goes, by class of operator, in seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct ComputeParts {
+    /// Matrix products.
+    pub products: f64,
+    /// Fused attention.
+    pub attention: f64,
+    /// Memory-bound operators: norms, activations, residuals, softmax and loss, summing gradients.
+    pub memory_bound: f64,
+    /// The GPU waits for the host that launches its kernels.
+    pub launches: f64,
 }
 
 impl TimeParts {
@@ -295,7 +310,7 @@ pub fn predict_cluster(
     let device_of = &device_of;
     let pipeline = Pipeline::replay(layout, &passes, hop, device_of)?;
     let ends = ends(&timer, &stages, &parameters, &passes, device_of);
-    let time = timeline(&timer, cluster, &pipeline, &ends, &passes, hop, device_of);
+    let (time, compute) = timeline(&timer, cluster, &pipeline, &ends, &passes, hop, device_of);
     let iteration = time.total();
 
     let memory = memory(&timer, cluster, &stages, &parameters, device_of)?;
@@ -322,6 +337,7 @@ pub fn predict_cluster(
         mfu,
         hfu: mfu * (flops + again) / flops,
         time,
+        compute,
         memory,
         provenance: Origin { measured: 0.0, fitted: 1.0 - latencies / iteration, datasheet: latencies / iteration },
     })
@@ -445,17 +461,21 @@ fn timeline(
     passes: &[PassTimes],
     hop: f64,
     device_of: &[u32],
-) -> TimeParts {
+) -> (TimeParts, ComputeParts) {
     let layout = timer.layout;
     let m = layout.microbatches as f64;
     let last = |rank: &usize| ends.data[*rank] + ends.optimizer[*rank];
     let critical = (0..layout.pp as usize).max_by(|a, b| last(a).total_cmp(&last(b))).unwrap_or(0);
     let mut parts = TimeParts::default();
+    let mut compute = ComputeParts::default();
     for (n, pass) in passes.iter().enumerate() {
         if device_of[n] as usize != critical {
             continue;
         }
         parts.compute += m * (pass.forward + pass.backward + pass.weights);
+        compute.products += m * pass.products;
+        compute.attention += m * pass.attention;
+        compute.memory_bound += m * pass.memory_bound;
         parts.recompute += m * pass.recompute;
         parts.exposed_tp += m * (pass.tensor[0] + pass.tensor[1]);
         parts.exposed_cp += m * (pass.context[0] + pass.context[1]);
@@ -464,12 +484,13 @@ fn timeline(
         let sends = |other: Option<usize>| other.is_some_and(|o| o < device_of.len() && device_of[o] != device_of[n]);
         parts.exposed_pp += m * hop * f64::from(u8::from(sends(Some(n + 1))) + u8::from(sends(n.checked_sub(1))));
     }
+    compute.launches = parts.compute - compute.products - compute.attention - compute.memory_bound;
     parts.bubble = (pipeline.makespan - parts.total()).max(0.0);
     parts.exposed_dp += ends.data[critical];
     parts.optimizer += ends.optimizer[critical];
     let nodes = (layout.gpus() as f64 / f64::from(cluster.gpus_per_node)).max(1.0);
     parts.bubble += parts.total() * timer.physics.jitter * nodes.log2();
-    parts
+    (parts, compute)
 }
 
 /// Bytes that one microbatch keeps, by stage.

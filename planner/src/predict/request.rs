@@ -3,7 +3,8 @@
 use crate::schedules;
 use paceline_profiles::{Cluster, ClusterError, find_cluster};
 use paceline_sim::cluster::{
-    AdapterError, Architecture, AttentionKernel, Compute, Layout, LayoutError, Numerics, Overlap, Recompute, ZooError,
+    AdapterError, Architecture, AttentionKernel, Compute, Layout, LayoutError, Numerics, Overlap, PhysicsError,
+    Recompute, ZooError,
 };
 use paceline_sim::partition::PartitionError;
 use serde::{Deserialize, Serialize};
@@ -19,45 +20,63 @@ pub struct ClusterRequest {
     /// A preset, or the path of a TOML file.
     pub cluster: String,
     /// Nodes; 1 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub nodes: Option<u64>,
     /// GPUs of a node; those of the cluster by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub gpus_per_node: Option<u64>,
     /// Tokens of a sequence.
     pub seq: u64,
     /// Sequences of an iteration.
     pub global_batch: u64,
     /// Sequences of a microbatch; 1 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub micro_batch: Option<u64>,
     /// Tensor-parallel ranks; 1 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub tp: Option<u64>,
     /// Sequence parallelism; on by default with tensor parallelism.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub sp: Option<bool>,
     /// Context-parallel ranks; 1 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub cp: Option<u64>,
     /// Pipeline ranks; 1 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub pp: Option<u64>,
     /// Stages per pipeline rank; what the schedule usually has by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub chunks: Option<u64>,
     /// Replicas; what is left of the GPUs by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub dp: Option<u64>,
     /// Expert-parallel ranks; 1 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub ep: Option<u64>,
     /// A triple (`NNN` to `GGG`) or its name (`none`, `zero1`, `zero2`, `zero3`, `fsdp`, `mics`, `hsdp`); `zero1` by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub states: Option<String>,
     /// Data-parallel ranks of a group within which states are cut; those of a node by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub group_size: Option<u64>,
     /// What is trained: `full`, a share such as `0.0625` or `1/16`, or `lora:R`: adapters of rank R beside
     /// every matrix, or (`lora:R:q,v`) beside some.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub trainable: Option<String>,
     /// A schedule's name; `1f1b` by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub schedule: Option<String>,
     /// `none`, `selective`, `full`; `none` by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub recompute: Option<String>,
     /// A recipe, see [`PRECISIONS`]; `bf16` by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub precision: Option<String>,
     /// `naive`, `fused`, `flash`; `flash` by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub attention: Option<String>,
     /// Most bytes per GPU; what the GPU has for the allocator by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_limit: Option<u64>,
 }
 
@@ -90,6 +109,15 @@ pub enum RequestError {
     /// A word that is not known.
     #[error("{key} = {value:?}; allowed: {allowed}")]
     Word { key: &'static str, value: String, allowed: String },
+    /// A key of the wrong type.
+    #[error("{origin}: {}", error.to_string().trim().replace('\n', " "))]
+    Type { origin: String, error: Box<toml::de::Error> },
+    /// A key that has several values where one is needed, or none.
+    #[error("{origin}: {key} = {value}; {allowed}")]
+    List { origin: String, key: String, value: String, allowed: &'static str },
+    /// A parameter that the cluster's file brings.
+    #[error(transparent)]
+    Physics(#[from] PhysicsError),
     /// A number that is missing or zero.
     #[error("{key} has to be given, as a whole number above zero")]
     Number { key: &'static str },
@@ -152,7 +180,44 @@ fn word<T: Copy>(key: &'static str, value: Option<&str>, usual: &str, known: &[(
     })
 }
 
+/// More combinations than a search looks at.
+const MOST_REQUESTS: usize = 10_000;
+
 impl ClusterRequest {
+    /// The requests of a job's keys and values: one, or with lists one for each of their combinations. `origin` names the job in
+    /// errors.
+    ///
+    /// # Errors
+    /// When a key is unknown or of the wrong type, a list is empty, or there are too many combinations.
+    pub fn of_table(table: toml::Table, origin: &str) -> Result<Vec<ClusterRequest>, RequestError> {
+        let mut tables = vec![table.clone()];
+        for (key, value) in &table {
+            let toml::Value::Array(choices) = value else { continue };
+            if choices.is_empty() || tables.len().saturating_mul(choices.len()) > MOST_REQUESTS {
+                let allowed = "a list needs a value, and all lists together may make 10000 combinations";
+                return Err(RequestError::List {
+                    origin: origin.into(),
+                    key: key.clone(),
+                    value: value.to_string(),
+                    allowed,
+                });
+            }
+            let with = |choice: &toml::Value| {
+                let choice = choice.clone();
+                tables.iter().map(move |table| {
+                    let mut table = table.clone();
+                    table.insert(key.clone(), choice.clone());
+                    table
+                })
+            };
+            tables = choices.iter().flat_map(with).collect();
+        }
+        let typed = |table: toml::Table| {
+            table.try_into().map_err(|error| RequestError::Type { origin: origin.into(), error: Box::new(error) })
+        };
+        tables.into_iter().map(typed).collect()
+    }
+
     /// The cluster: a preset, or a file.
     ///
     /// # Errors
@@ -300,6 +365,20 @@ mod tests {
         };
         let (_, layout, _) = request.resolve().unwrap();
         assert_eq!((layout.dp, layout.chunks, layout.sp, layout.sharding), (2, 2, true, StatePartition::ZERO3));
+    }
+
+    #[test]
+    fn lists_make_one_request_for_each_combination() {
+        let table = |text: &str| text.parse::<toml::Table>().unwrap();
+        let both = "model = \"m\"\ntp = [1, 2, 4]\nrecompute = [\"none\", \"full\"]\npp = 2\n";
+        let all = ClusterRequest::of_table(table(both), "job").unwrap();
+        assert_eq!(all.len(), 6);
+        assert!(all.iter().all(|r| r.pp == Some(2)));
+        assert_eq!(all.iter().filter(|r| r.tp == Some(4) && r.recompute.as_deref() == Some("full")).count(), 1);
+        let error = |text: &str| ClusterRequest::of_table(table(text), "job").unwrap_err().to_string();
+        assert!(error("tq = 1").contains("tq"));
+        assert!(error("tp = \"two\"").contains("string"));
+        assert!(error("tp = []").contains("tp"));
     }
 
     #[test]

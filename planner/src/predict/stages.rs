@@ -102,6 +102,12 @@ pub struct PassTimes {
     pub experts: [f64; 2],
     /// Exposed gathering of cut parameters, and reducing of cut gradients, per microbatch: forward and backward.
     pub sharded: [f64; 2],
+    /// Of forward, backward and weights: matrix products.
+    pub products: f64,
+    /// Of them: fused attention.
+    pub attention: f64,
+    /// Of them: memory-bound operators. What is left is waiting for the host.
+    pub memory_bound: f64,
 }
 
 impl PassTimes {
@@ -256,8 +262,10 @@ impl Timer<'_> {
             times.forward += stage.head * exposed(broadcast, times.forward, self.physics);
             times.backward += stage.head * exposed(2.0 * broadcast, times.backward, self.physics);
         }
-        times.weights +=
+        let accumulation =
             self.device.traffic(parameters.total() * self.layout.trainable * accumulation_bytes(self.layout));
+        times.weights += accumulation;
+        times.memory_bound += accumulation;
         self.add_exchanges(&mut times, parameters);
         times
     }
@@ -285,6 +293,11 @@ impl Timer<'_> {
         times.forward += count * pace(forward, tensor_forward);
         times.backward += count * pace(backward, tensor_backward);
         times.weights += count * weights.seconds();
+        for part in [forward, backward, weights] {
+            times.products += count * (part.products - part.attention);
+            times.attention += count * part.attention;
+            times.memory_bound += count * (part.gpu - part.products);
+        }
         times.tensor[0] += count * tensor_forward;
         times.tensor[1] += count * tensor_backward;
         times.context[0] += count * context_forward;

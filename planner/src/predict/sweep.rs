@@ -68,7 +68,39 @@ fn words(list: &[&str]) -> Vec<String> {
 /// # Errors
 /// When the model or the cluster of the request cannot be had, or its batch is missing.
 pub fn sweep_cluster(request: &ClusterRequest, physics: &Physics, top: usize) -> Result<ClusterSweep, RequestError> {
+    sweep_clusters(std::slice::from_ref(request), physics, top)
+}
+
+/// The same over several requests for one model, batch and cluster: the combinations of a job's lists.
+///
+/// # Errors
+/// As [`sweep_cluster`], and when there is no request or they differ in what is trained.
+pub fn sweep_clusters(
+    requests: &[ClusterRequest],
+    physics: &Physics,
+    top: usize,
+) -> Result<ClusterSweep, RequestError> {
     let started = std::time::Instant::now();
+    let Some(request) = requests.first() else { return Err(RequestError::Number { key: "model" }) };
+    let same = |r: &ClusterRequest| {
+        (&r.model, &r.cluster, r.nodes, r.gpus_per_node, r.seq, r.global_batch, &r.memory_limit)
+            == (
+                &request.model,
+                &request.cluster,
+                request.nodes,
+                request.gpus_per_node,
+                request.seq,
+                request.global_batch,
+                &request.memory_limit,
+            )
+    };
+    if let Some(other) = requests.iter().find(|r| !same(r)) {
+        return Err(RequestError::Word {
+            key: "model, cluster, nodes, gpus_per_node, seq, global_batch, memory_limit",
+            value: format!("{} on {}", other.model, other.cluster),
+            allowed: "one value each; a search compares layouts of one job".into(),
+        });
+    }
     let model = Architecture::load(&request.model)?;
     let cluster = request.cluster()?;
     for (key, value) in [("seq", request.seq), ("global_batch", request.global_batch)] {
@@ -77,7 +109,9 @@ pub fn sweep_cluster(request: &ClusterRequest, physics: &Physics, top: usize) ->
         }
     }
     let gpus = request.nodes.unwrap_or(1) * u64::from(cluster.gpus_per_node);
-    let candidates = candidates(request, &model, gpus, u64::from(cluster.gpus_per_node));
+    let node = u64::from(cluster.gpus_per_node);
+    let candidates: Vec<ClusterRequest> =
+        requests.iter().flat_map(|request| candidates(request, &model, gpus, node)).collect();
     let results: Vec<Option<(Layout, ClusterPlan)>> = candidates
         .par_iter()
         .map(|candidate| {

@@ -48,6 +48,9 @@ fn parts_sum_to_the_whole() {
     ] {
         let p = predict(&layout);
         assert!((p.time.total() / p.iteration_seconds - 1.0).abs() < 1e-12);
+        let c = p.compute;
+        assert!(((c.products + c.attention + c.memory_bound + c.launches) / p.time.compute - 1.0).abs() < 1e-12);
+        assert!(c.products > 0.3 * p.time.compute && c.launches > -1e-9 * p.time.compute, "{c:?}");
         for (classes, peak) in p.memory.by_class.iter().zip(&p.memory.peak_bytes) {
             assert!((classes.total() / peak - 1.0).abs() < 1e-12);
         }

@@ -8,7 +8,7 @@
 use super::{Case, Scored, score, scored};
 use argmin::core::{CostFunction, Error, Executor, State};
 use argmin::solver::neldermead::NelderMead;
-use paceline_sim::cluster::{PARAMETERS, Physics};
+use paceline_sim::cluster::{PARAMETERS, Parameter, Physics};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -116,6 +116,7 @@ const HOLD: f64 = 1e-3;
 struct Problem<'a, 'b> {
     chosen: &'a BTreeMap<&'b str, Vec<&'b Case>>,
     base: Physics,
+    free: &'a [&'static Parameter],
 }
 
 fn place(value: f64, (low, high): (f64, f64)) -> f64 {
@@ -123,9 +124,9 @@ fn place(value: f64, (low, high): (f64, f64)) -> f64 {
     (share / (1.0 - share)).ln()
 }
 
-fn moved(base: &Physics, places: &[f64]) -> Physics {
+fn moved(base: &Physics, free: &[&'static Parameter], places: &[f64]) -> Physics {
     let mut physics = *base;
-    for (parameter, place) in PARAMETERS.iter().zip(places) {
+    for (parameter, place) in free.iter().zip(places) {
         let (low, high) = parameter.range;
         (parameter.set)(&mut physics, low + (high - low) / (1.0 + (-place).exp()));
     }
@@ -137,10 +138,23 @@ impl CostFunction for Problem<'_, '_> {
     type Output = f64;
 
     fn cost(&self, places: &Vec<f64>) -> Result<f64, Error> {
-        let start = PARAMETERS.iter().map(|p| place((p.get)(&self.base), p.range));
+        let start = self.free.iter().map(|p| place((p.get)(&self.base), p.range));
         let pull: f64 = places.iter().zip(start).map(|(a, b)| (a - b).powi(2)).sum();
-        Ok(loss(self.chosen, &moved(&self.base, places)) + HOLD * pull)
+        Ok(loss(self.chosen, &moved(&self.base, self.free, places)) + HOLD * pull)
     }
+}
+
+/// The parameters on which the runs depend at all; a fit leaves the others where they are.
+fn free(chosen: &BTreeMap<&str, Vec<&Case>>, start: &Physics, before: f64) -> Vec<&'static Parameter> {
+    let matters = |parameter: &&'static Parameter| {
+        let (low, high) = parameter.range;
+        [low, high].into_iter().any(|end| {
+            let mut physics = *start;
+            (parameter.set)(&mut physics, 0.5 * ((parameter.get)(start) + end));
+            loss(chosen, &physics) != before
+        })
+    };
+    PARAMETERS.iter().filter(matters).collect()
 }
 
 /// Fits the parameters to runs, beginning at `start`, in at most `evaluations` predictions of all chosen runs.
@@ -154,7 +168,11 @@ pub fn fit<'a>(cases: impl Iterator<Item = &'a Case>, start: &Physics, evaluatio
         return Err(FitError::Nothing);
     }
     let before = loss(&chosen, start);
-    let mut best: Vec<f64> = PARAMETERS.iter().map(|p| place((p.get)(start), p.range)).collect();
+    let free = free(&chosen, start, before);
+    let mut best: Vec<f64> = free.iter().map(|p| place((p.get)(start), p.range)).collect();
+    if best.is_empty() {
+        return Ok(Fit { physics: *start, before, after: before, runs });
+    }
     // A simplex can collapse early; begun again around its best point, it goes on.
     let steps = [0.8, 0.4, 0.2];
     for step in steps {
@@ -166,7 +184,7 @@ pub fn fit<'a>(cases: impl Iterator<Item = &'a Case>, start: &Physics, evaluatio
         let simplex = (0..best.len()).map(corner).chain([best.clone()]).collect();
         let search = |e: Error| FitError::Search(e.to_string());
         let solver = NelderMead::new(simplex).with_sd_tolerance(1e-5).map_err(search)?;
-        let problem = Problem { chosen: &chosen, base: *start };
+        let problem = Problem { chosen: &chosen, base: *start, free: &free };
         let iterations = evaluations / steps.len() as u64;
         let result =
             Executor::new(problem, solver).configure(|state| state.max_iters(iterations)).run().map_err(search)?;
@@ -174,7 +192,7 @@ pub fn fit<'a>(cases: impl Iterator<Item = &'a Case>, start: &Physics, evaluatio
             best.clone_from(found);
         }
     }
-    let physics = moved(start, &best);
+    let physics = moved(start, &free, &best);
     Ok(Fit { physics, before, after: loss(&chosen, &physics), runs })
 }
 

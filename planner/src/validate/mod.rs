@@ -6,6 +6,7 @@ mod plot;
 mod recipe;
 mod row;
 mod score;
+mod traced;
 
 pub use case::{Case, case};
 pub use fit::{CrossValidation, Fit, FitError, cross_validate, cross_validate_folds, fit};
@@ -13,6 +14,7 @@ pub use plot::scatter;
 pub use recipe::{Recipe, recipe};
 pub use row::{NEEDED, ReadError, Row, read};
 pub use score::{Scored, SourceScore, Verdicts, quantile, score};
+pub use traced::{TraceFit, TraceFitError, TracedProduct, fit_trace};
 
 use crate::predict::ClusterPrediction;
 use paceline_sim::cluster::Physics;

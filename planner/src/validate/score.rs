@@ -59,6 +59,8 @@ impl Verdicts {
 pub struct SourceScore {
     /// Its name.
     pub source: String,
+    /// Its publishers or collectors doubt it.
+    pub low_trust: bool,
     /// Its rows in the file.
     pub rows: usize,
     /// Rows whose time is scored.
@@ -87,7 +89,12 @@ pub struct SourceScore {
     pub rank_correlation: Option<f64>,
     /// Median over them of what choosing the predicted best costs: `1 - its measured speed / the best measured speed`.
     pub regret: Option<f64>,
+    /// The mean of the same.
+    pub regret_mean: Option<f64>,
 }
+
+/// Sources that their collectors rate low: bars read off a chart, links between GPUs or sharding not known, a single run.
+const LOW_TRUST: [&str; 3] = ["simumax-a100pcie", "uci-4xa100", "llmc"];
 
 /// A quantile of some values, interpolated; `None` without any.
 pub fn quantile(values: &mut [f64], q: f64) -> Option<f64> {
@@ -119,6 +126,7 @@ pub fn score(source: &str, rows: usize, skipped: BTreeMap<String, usize>, scored
     let (sweeps, mut correlations, mut regrets) = sweeps(scored);
     SourceScore {
         source: source.to_owned(),
+        low_trust: LOW_TRUST.contains(&source),
         rows,
         scored_time: time.len(),
         scored_memory: memory.len(),
@@ -132,6 +140,7 @@ pub fn score(source: &str, rows: usize, skipped: BTreeMap<String, usize>, scored
         oom,
         sweeps,
         rank_correlation: quantile(&mut correlations, 0.5),
+        regret_mean: (!regrets.is_empty()).then(|| regrets.iter().sum::<f64>() / regrets.len() as f64),
         regret: quantile(&mut regrets, 0.5),
     }
 }

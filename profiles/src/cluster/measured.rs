@@ -4,7 +4,7 @@ use super::Cluster;
 use crate::import::nccl_tests::{CollectiveRow, NcclLog};
 use thiserror::Error;
 
-/// A log that says nothing about a cluster.
+/// Why a run of a log says nothing about a cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum MeasuredError {
     /// Neither the rank lines nor the rows tell the ranks.
@@ -20,6 +20,14 @@ pub enum MeasuredError {
     /// Too small a buffer.
     #[error("run {run}: the largest buffer has {bytes} bytes; bandwidth needs {LEAST_BYTES} at least (-e 1G)")]
     Small { run: usize, bytes: u64 },
+    /// Trees over two nodes.
+    #[error(
+        "run {run}: all-reduces over two nodes exceed the network adapters (NVIDIA/nccl-tests, issue 169); give three nodes or more, or all_gather_perf"
+    )]
+    TwoNodes { run: usize },
+    /// Nothing was measured.
+    #[error("run {run}: it has no rows, or none with a time")]
+    Empty { run: usize },
 }
 
 /// Buffers from this size on show bandwidth.
@@ -41,41 +49,45 @@ pub struct Change {
 impl Cluster {
     /// Takes the bandwidth of the largest buffers of every run of a log: on one node the bus bandwidth of all-reduces or gathers,
     /// on several that of the network, per GPU. Two nodes are left out for all-reduces, whose trees exceed the adapters
-    /// there (NVIDIA/nccl-tests, issue 169). Returns what changed.
-    ///
-    /// # Errors
-    /// When a run cannot be used; the cluster is then unchanged.
-    pub fn apply_log(&mut self, log: &NcclLog) -> Result<Vec<Change>, MeasuredError> {
-        let mut measured = self.clone();
-        let mut changes = Vec::new();
-        for (run, head) in log.runs.iter().enumerate() {
-            let rows: Vec<&CollectiveRow> = log.rows.iter().filter(|row| row.run == run).collect();
-            let Some(largest) = rows.iter().max_by_key(|row| row.bytes) else { continue };
-            if largest.bytes < LEAST_BYTES {
-                return Err(MeasuredError::Small { run, bytes: largest.bytes });
+    /// there (NVIDIA/nccl-tests, issue 169). Returns what changed, and why the other runs changed nothing.
+    pub fn apply_log(&mut self, log: &NcclLog) -> (Vec<Change>, Vec<MeasuredError>) {
+        let (mut changes, mut unused) = (Vec::new(), Vec::new());
+        for run in 0..log.runs.len() {
+            match self.apply_run(log, run) {
+                Ok(change) => changes.push(change),
+                Err(error) => unused.push(error),
             }
-            let Some(bus) = largest.bus_bandwidth().map(|b| b / 1e9) else { continue };
-            let ranks = head.ranks.or(head.counted_ranks).ok_or(MeasuredError::Ranks { run })?;
-            let nodes = ranks.div_ceil(u64::from(self.gpus_per_node)).max(head.hosts.len() as u64);
-            let test = test_of(&head.test, largest, head.counted_ranks.is_some());
-            let (key, value): (&'static str, &mut f64) = match (test, nodes) {
-                (Test::AllReduce, 1) => ("all_reduce_gbps", &mut measured.all_reduce_gbps),
-                (Test::Gather, 1) => ("gather_gbps", &mut measured.gather_gbps),
-                (Test::Message, 1) => ("intra_gbps", &mut measured.intra_gbps),
-                (Test::AllReduce, 2) => continue,
-                (Test::AllReduce | Test::Gather | Test::Message, _) => ("inter_gbps", &mut measured.inter_gbps),
-                (Test::Other, _) => return Err(MeasuredError::Test { run, test: head.test.clone() }),
-            };
-            // A ring over whole nodes uses the adapters of all their GPUs.
-            let share = if key == "inter_gbps" && test != Test::Message { (ranks / nodes).max(1) as f64 } else { 1.0 };
-            changes.push(Change { run, key, before: *value, after: bus / share });
-            *value = bus / share;
         }
         if !changes.is_empty() {
-            measured.source = format!("{}; measured with nccl-tests: {}", self.source, keys(&changes));
-            *self = measured;
+            self.source = format!("{}; measured with nccl-tests: {}", self.source, keys(&changes));
         }
-        Ok(changes)
+        (changes, unused)
+    }
+
+    fn apply_run(&mut self, log: &NcclLog, run: usize) -> Result<Change, MeasuredError> {
+        let head = &log.runs[run];
+        let rows: Vec<&CollectiveRow> = log.rows.iter().filter(|row| row.run == run).collect();
+        let largest = rows.iter().max_by_key(|row| row.bytes).ok_or(MeasuredError::Empty { run })?;
+        if largest.bytes < LEAST_BYTES {
+            return Err(MeasuredError::Small { run, bytes: largest.bytes });
+        }
+        let bus = largest.bus_bandwidth().ok_or(MeasuredError::Empty { run })? / 1e9;
+        let ranks = head.ranks.or(head.counted_ranks).ok_or(MeasuredError::Ranks { run })?;
+        let nodes = ranks.div_ceil(u64::from(self.gpus_per_node)).max(head.hosts.len() as u64);
+        let test = test_of(&head.test, largest, head.counted_ranks.is_some());
+        let (key, value): (&'static str, &mut f64) = match (test, nodes) {
+            (Test::AllReduce, 1) => ("all_reduce_gbps", &mut self.all_reduce_gbps),
+            (Test::Gather, 1) => ("gather_gbps", &mut self.gather_gbps),
+            (Test::Message, 1) => ("intra_gbps", &mut self.intra_gbps),
+            (Test::AllReduce, 2) => return Err(MeasuredError::TwoNodes { run }),
+            (Test::AllReduce | Test::Gather | Test::Message, _) => ("inter_gbps", &mut self.inter_gbps),
+            (Test::Other, _) => return Err(MeasuredError::Test { run, test: head.test.clone() }),
+        };
+        // A ring over whole nodes uses the adapters of all their GPUs.
+        let share = if key == "inter_gbps" && test != Test::Message { (ranks / nodes).max(1) as f64 } else { 1.0 };
+        let change = Change { run, key, before: *value, after: bus / share };
+        *value = change.after;
+        Ok(change)
     }
 }
 
@@ -129,8 +141,8 @@ mod tests {
         cluster.all_reduce_gbps = 1.0;
         let inside =
             log("all_reduce_perf", 8, 1, "8589934592 2147483648 float sum -1 31360 273.9 479.3 0 31400 273.6 478.7 0");
-        let changes = cluster.apply_log(&inside).unwrap();
-        assert_eq!(changes.len(), 1);
+        let (changes, unused) = cluster.apply_log(&inside);
+        assert_eq!((changes.len(), unused.len()), (1, 0));
         assert!((cluster.all_reduce_gbps / 479.3 - 1.0).abs() < 1e-3, "{}", cluster.all_reduce_gbps);
         let wide = log(
             "all_reduce_perf",
@@ -138,7 +150,7 @@ mod tests {
             12,
             "8589934592 2147483648 float sum -1 43980 195.3 386.5 0 44000 195.2 386.4 0",
         );
-        cluster.apply_log(&wide).unwrap();
+        cluster.apply_log(&wide);
         assert!((cluster.inter_gbps / (386.5 / 8.0) - 1.0).abs() < 1e-3, "{}", cluster.inter_gbps);
         assert!(cluster.source.contains("nccl-tests"));
     }
@@ -149,12 +161,13 @@ mod tests {
         let before = cluster.clone();
         let two =
             log("all_reduce_perf", 16, 2, "8589934592 2147483648 float sum -1 33065 259.8 487.1 0 33065 259.8 487.1 0");
-        assert_eq!(cluster.apply_log(&two), Ok(vec![]));
+        assert_eq!(cluster.apply_log(&two), (vec![], vec![MeasuredError::TwoNodes { run: 0 }]));
         assert_eq!(cluster, before);
         let small = log("all_reduce_perf", 8, 1, "1024 256 float sum -1 30.0 0.03 0.06 0 30.0 0.03 0.06 0");
-        assert_eq!(cluster.apply_log(&small), Err(MeasuredError::Small { run: 0, bytes: 1024 }));
+        assert_eq!(cluster.apply_log(&small).1, [MeasuredError::Small { run: 0, bytes: 1024 }]);
         let odd =
             log("hypercube_perf", 8, 1, "8589934592 2147483648 float none -1 31360 273.9 479.3 0 31400 273.6 478.7 0");
-        assert!(matches!(cluster.apply_log(&odd), Err(MeasuredError::Test { .. })));
+        assert!(matches!(cluster.apply_log(&odd).1[..], [MeasuredError::Test { .. }]));
+        assert_eq!(cluster, before);
     }
 }

@@ -38,8 +38,10 @@ pub struct Passing {
     pub gpu: f64,
     /// Of the host.
     pub host: f64,
-    /// Of the GPU's part: matrix products, among which communication can hide.
+    /// Of the GPU's part: matrix products and attention, among which communication can hide.
     pub products: f64,
+    /// Of these: fused attention.
+    pub attention: f64,
 }
 
 impl Passing {
@@ -50,12 +52,22 @@ impl Passing {
 
     /// Sum of two passes.
     pub fn plus(self, other: Passing) -> Passing {
-        Passing { gpu: self.gpu + other.gpu, host: self.host + other.host, products: self.products + other.products }
+        Passing {
+            gpu: self.gpu + other.gpu,
+            host: self.host + other.host,
+            products: self.products + other.products,
+            attention: self.attention + other.attention,
+        }
     }
 
     /// This pass `times` times.
     pub fn times(self, times: f64) -> Passing {
-        Passing { gpu: self.gpu * times, host: self.host * times, products: self.products * times }
+        Passing {
+            gpu: self.gpu * times,
+            host: self.host * times,
+            products: self.products * times,
+            attention: self.attention * times,
+        }
     }
 }
 
@@ -163,6 +175,7 @@ impl Device {
             gpu: products + core + work.traffic / self.memory,
             host: work.kernels * self.launch,
             products: products + core,
+            attention: core,
         }
     }
 

@@ -25,5 +25,5 @@ mod zoo;
 pub use adapters::AdapterError;
 pub use architecture::{Architecture, Attention, Experts, PositionTable};
 pub use layout::{AttentionKernel, Compute, Layout, LayoutError, LossKernel, Numerics, Overlap, Partition, Recompute};
-pub use physics::{PARAMETERS, Parameter, Physics};
+pub use physics::{PARAMETERS, Parameter, Physics, PhysicsError};
 pub use zoo::ZooError;

@@ -1,6 +1,9 @@
 //! The fitted parameters: few, each with a physical meaning, the same for every source and every model.
 
+use paceline_profiles::Cluster;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use thiserror::Error;
 
 /// What datasheets do not say.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -98,7 +101,43 @@ impl Default for Physics {
     }
 }
 
+/// A parameter of a cluster's file that cannot be.
+#[derive(Debug, Clone, PartialEq, Error)]
+pub enum PhysicsError {
+    /// No such parameter.
+    #[error("[physics] {name} is not known; known: {known}")]
+    Unknown { name: String, known: String },
+    /// A value that makes no sense.
+    #[error("[physics] {name} = {value}; allowed: {low} to {high}")]
+    Value { name: String, value: f64, low: f64, high: f64 },
+}
+
 impl Physics {
+    /// The shipped parameters, with those that were fitted to a cluster in their place.
+    ///
+    /// # Errors
+    /// When the cluster names a parameter that does not exist, or gives it a value out of its range.
+    pub fn of(cluster: &Cluster) -> Result<Physics, PhysicsError> {
+        let mut physics = Physics::default();
+        for (name, &value) in &cluster.physics {
+            let Some(parameter) = PARAMETERS.iter().find(|p| p.name == name) else {
+                let known = PARAMETERS.iter().map(|p| p.name).collect::<Vec<_>>().join(", ");
+                return Err(PhysicsError::Unknown { name: name.clone(), known });
+            };
+            let (low, high) = parameter.range;
+            if !(low..=high).contains(&value) {
+                return Err(PhysicsError::Value { name: name.clone(), value, low, high });
+            }
+            (parameter.set)(&mut physics, value);
+        }
+        Ok(physics)
+    }
+
+    /// All parameters by name, as a cluster's file holds them.
+    pub fn by_name(&self) -> BTreeMap<String, f64> {
+        PARAMETERS.iter().map(|p| (p.name.to_owned(), (p.get)(self))).collect()
+    }
+
     /// What one would guess before any run: where fits begin, and what holds a parameter of which the runs say little.
     pub const EXPECTED: Physics = Physics {
         matmul_ampere: 0.80,
@@ -120,6 +159,21 @@ impl Physics {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn clusters_bring_their_own() {
+        let mut cluster = paceline_profiles::find_cluster("p5").unwrap().clone();
+        assert_eq!(Physics::of(&cluster), Ok(Physics::default()));
+        cluster.physics.insert("launch".into(), 3e-5);
+        let own = Physics::of(&cluster).unwrap();
+        assert_eq!(own, Physics { launch: 3e-5, ..Physics::default() });
+        cluster.physics = own.by_name();
+        assert_eq!(Physics::of(&cluster), Ok(own));
+        cluster.physics.insert("launch".into(), f64::NAN);
+        assert!(Physics::of(&cluster).unwrap_err().to_string().contains("launch = NaN"));
+        cluster.physics = BTreeMap::from([("lunch".into(), 1.0)]);
+        assert!(Physics::of(&cluster).unwrap_err().to_string().contains("launch"));
+    }
 
     #[test]
     fn every_parameter_is_its_own_and_in_its_range() {
