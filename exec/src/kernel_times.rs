@@ -142,6 +142,7 @@ pub fn kernel_key(call: &Call) -> KernelKey {
         Call::Zero { x } => key(Op::Zero, &[x.len() as u32]),
         Call::SumSquares { x, .. } => key(Op::SumSquares, &[x.len() as u32]),
         Call::AdamW { parameters, .. } => key(Op::AdamW, &[parameters.len() as u32]),
+        Call::AdamWAhead { parameters, .. } => key(Op::AdamWAhead, &[parameters.len() as u32]),
     }
 }
 

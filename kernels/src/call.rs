@@ -38,6 +38,16 @@ pub struct AdamW {
     pub clip: Option<f32>,
 }
 
+impl AdamW {
+    /// What gradients are multiplied by so that their global norm does not exceed `clip`, as PyTorch's `clip_grad_norm_` does;
+    /// 1 where nothing is clipped. A norm that is not a number stays visible in the result.
+    pub fn clip_coefficient(&self, squared_norm: f64) -> f32 {
+        let Some(clip) = self.clip else { return 1.0 };
+        let coefficient = f64::from(clip) / (squared_norm.sqrt() + 1e-6);
+        if coefficient >= 1.0 { 1.0 } else { coefficient as f32 }
+    }
+}
+
 /// One operator with its operands.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Call {
@@ -131,6 +141,9 @@ pub enum Call {
     SumSquares { x: View, out: View },
     /// Updates `parameters` and moments in place and zeroes `gradients`; `norm[0]` (`f64`) is the squared global norm.
     AdamW { parameters: View, gradients: View, first: View, second: View, norm: View, with: AdamW },
+    /// The update that [`Call::AdamW`] would make without clipping, on trial: `kept` receives the parameters as they were, moments and
+    /// gradients stay as they are. With the same numbers the new parameters have the same bits. `with.clip` is ignored.
+    AdamWAhead { parameters: View, kept: View, gradients: View, first: View, second: View, with: AdamW },
 }
 
 /// Floats of scratch that [`Call::AttentionBackward`] needs: one per query row (the row sums of `d_out * out`).

@@ -98,6 +98,7 @@ impl Call {
             Call::Zero { .. } => "Zero",
             Call::SumSquares { .. } => "SumSquares",
             Call::AdamW { .. } => "AdamW",
+            Call::AdamWAhead { .. } => "AdamWAhead",
         }
     }
 
@@ -252,6 +253,16 @@ impl Call {
                     operand("norm", norm, DType::F64, AtLeast(norm_len), Read),
                 ]
             }
+            Call::AdamWAhead { parameters, kept, gradients, first, second, .. } => {
+                let len = parameters.len();
+                smallvec![
+                    floats("parameters", parameters, len, Update),
+                    floats("kept", kept, len, Write),
+                    floats("gradients", gradients, len, Read),
+                    floats("first", first, len, Read),
+                    floats("second", second, len, Read),
+                ]
+            }
         }
     }
 
@@ -347,10 +358,10 @@ impl Call {
             | Call::Copy { .. }
             | Call::Zero { .. }
             | Call::SumSquares { .. } => Ok(()),
-            Call::AdamW { with, .. } if with.step == 0 => {
+            Call::AdamW { with, .. } | Call::AdamWAhead { with, .. } if with.step == 0 => {
                 Err(self.refuse("step is 0, must be at least 1: bias correction divides by 1 - beta^step".into()))
             }
-            Call::AdamW { .. } => Ok(()),
+            Call::AdamW { .. } | Call::AdamWAhead { .. } => Ok(()),
         }
     }
 }

@@ -70,6 +70,8 @@ pub enum KernelOp {
     SumSquares,
     /// `elements`.
     AdamW,
+    /// `elements`.
+    AdamWAhead,
 }
 
 /// An operator at a shape.
@@ -97,7 +99,7 @@ pub enum Family {
 
 impl KernelOp {
     /// Every operator.
-    pub const ALL: [KernelOp; 30] = [
+    pub const ALL: [KernelOp; 31] = [
         KernelOp::MatmulNn,
         KernelOp::MatmulNt,
         KernelOp::MatmulTn,
@@ -128,6 +130,7 @@ impl KernelOp {
         KernelOp::Zero,
         KernelOp::SumSquares,
         KernelOp::AdamW,
+        KernelOp::AdamWAhead,
     ];
 
     /// Its name in files, the same as in JSON.
@@ -163,6 +166,7 @@ impl KernelOp {
             KernelOp::Zero => "zero",
             KernelOp::SumSquares => "sum-squares",
             KernelOp::AdamW => "adam-w",
+            KernelOp::AdamWAhead => "adam-w-ahead",
         }
     }
 
@@ -182,7 +186,8 @@ impl KernelOp {
             | KernelOp::Copy
             | KernelOp::Zero
             | KernelOp::SumSquares
-            | KernelOp::AdamW => &["elements"],
+            | KernelOp::AdamW
+            | KernelOp::AdamWAhead => &["elements"],
             _ => &["rows", "cols"],
         }
     }

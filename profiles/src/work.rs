@@ -44,6 +44,7 @@ impl Work {
             KernelOp::GeluBackward | KernelOp::Add | KernelOp::Sum => (0.0, 3.0 * dim(0)),
             KernelOp::Zero | KernelOp::SumSquares => (0.0, dim(0)),
             KernelOp::AdamW => (0.0, 8.0 * dim(0)),
+            KernelOp::AdamWAhead => (0.0, 6.0 * dim(0)),
         };
         Work { flops, bytes: 4.0 * floats }
     }

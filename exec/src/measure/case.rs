@@ -250,16 +250,19 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
             first: put(Written, &[dim(0)]),
             second: put(Written, &[dim(0)]),
             norm: put(Wide, &[1]),
-            // Repeated on gradients that it has zeroed, moments must not shrink to subnormal numbers, which are slow.
-            with: AdamW {
-                lr: 1e-6,
-                beta1: 0.999_99,
-                beta2: 0.999_99,
-                epsilon: 1e-8,
-                weight_decay: 0.1,
-                step: 1,
-                clip: Some(1.0),
-            },
+            with: SLOW_MOMENTS,
+        },
+        KernelOp::AdamWAhead => Call::AdamWAhead {
+            parameters: put(Written, &[dim(0)]),
+            kept: put(Written, &[dim(0)]),
+            gradients: put(Read, &[dim(0)]),
+            first: put(Read, &[dim(0)]),
+            second: put(Read, &[dim(0)]),
+            with: SLOW_MOMENTS,
         },
     }
 }
+
+/// Repeated on gradients that it has zeroed, moments must not shrink to subnormal numbers, which are slow.
+const SLOW_MOMENTS: AdamW =
+    AdamW { lr: 1e-6, beta1: 0.999_99, beta2: 0.999_99, epsilon: 1e-8, weight_decay: 0.1, step: 1, clip: Some(1.0) };

@@ -157,9 +157,13 @@ impl CpuDevice {
                 Call::SumSquares { x, out } => write::<f64>(out)[0] += optimizer::sum_squares(read(x)),
                 Call::AdamW { parameters, gradients, first, second, norm, with } => {
                     let squared_norm = read::<f64>(norm).first().copied().unwrap_or(0.0);
-                    let coefficient = optimizer::clip_coefficient(with.clip, squared_norm);
+                    let coefficient = with.clip_coefficient(squared_norm);
                     let (first, second) = (write(first), write(second));
                     optimizer::update(write(parameters), write(gradients), first, second, coefficient, with);
+                }
+                Call::AdamWAhead { parameters, kept, gradients, first, second, with } => {
+                    let (first, second) = (read(first), read(second));
+                    optimizer::update_ahead(write(parameters), write(kept), read(gradients), first, second, with);
                 }
             }
         }

@@ -7,14 +7,6 @@ use crate::call::AdamW;
 /// Sums that are kept apart: two registers of the widest kind, twice.
 const LANES: usize = 32;
 
-/// What gradients are multiplied by so that their global norm does not exceed `clip`: as PyTorch's `clip_grad_norm_`. A norm
-/// that is not a number stays visible in the result.
-pub(super) fn clip_coefficient(clip: Option<f32>, squared_norm: f64) -> f32 {
-    let Some(clip) = clip else { return 1.0 };
-    let coefficient = f64::from(clip) / (squared_norm.sqrt() + 1e-6);
-    if coefficient >= 1.0 { 1.0 } else { coefficient as f32 }
-}
-
 /// One update of parameters and moments; zeroes the gradients. `coefficient` multiplies the gradients first.
 pub(super) fn update(
     parameters: &mut [f32],
@@ -24,22 +16,19 @@ pub(super) fn update(
     coefficient: f32,
     with: AdamW,
 ) {
-    let correction = |beta: f32| 1.0 - f64::from(beta).powi(with.step.min(i32::MAX as u32) as i32);
-    step(
-        parameters,
-        gradients,
-        first,
-        second,
-        Factors {
-            gradient: coefficient,
-            beta1: with.beta1,
-            beta2: with.beta2,
-            decay: 1.0 - with.lr * with.weight_decay,
-            rate: (f64::from(with.lr) / correction(with.beta1)) as f32,
-            root: (1.0 / correction(with.beta2).sqrt()) as f32,
-            epsilon: with.epsilon,
-        },
-    );
+    step(parameters, gradients, first, second, Factors::of(coefficient, with));
+}
+
+/// Keeps the parameters and updates them as [`update`] would with coefficient 1; moments and gradients stay.
+pub(super) fn update_ahead(
+    parameters: &mut [f32],
+    kept: &mut [f32],
+    gradients: &[f32],
+    first: &[f32],
+    second: &[f32],
+    with: AdamW,
+) {
+    step_ahead(parameters, kept, gradients, first, second, Factors::of(1.0, with));
 }
 
 /// What one update multiplies by; bias corrections are folded in.
@@ -57,17 +46,57 @@ struct Factors {
     epsilon: f32,
 }
 
+impl Factors {
+    fn of(gradient: f32, with: AdamW) -> Factors {
+        let correction = |beta: f32| 1.0 - f64::from(beta).powi(with.step.min(i32::MAX as u32) as i32);
+        Factors {
+            gradient,
+            beta1: with.beta1,
+            beta2: with.beta2,
+            decay: 1.0 - with.lr * with.weight_decay,
+            rate: (f64::from(with.lr) / correction(with.beta1)) as f32,
+            root: (1.0 / correction(with.beta2).sqrt()) as f32,
+            epsilon: with.epsilon,
+        }
+    }
+
+    /// First and second moment after a gradient.
+    #[inline(always)]
+    fn moments(&self, gradient: f32, first: f32, second: f32) -> (f32, f32) {
+        let g = gradient * self.gradient;
+        (self.beta1.mul_add(first - g, g), self.beta2.mul_add(second - g * g, g * g))
+    }
+
+    /// The parameter after a step with these moments.
+    #[inline(always)]
+    fn parameter(&self, before: f32, first: f32, second: f32) -> f32 {
+        self.decay * before - self.rate * first / second.sqrt().mul_add(self.root, self.epsilon)
+    }
+}
+
 vectorised! {
     fn step(parameters: &mut [f32], gradients: &mut [f32], first: &mut [f32], second: &mut [f32], with: Factors) {
         let moments = first.iter_mut().zip(second);
         for ((parameter, gradient), (first, second)) in parameters.iter_mut().zip(gradients).zip(moments) {
-            let g = *gradient * with.gradient;
-            let m = with.beta1.mul_add(*first - g, g);
-            let v = with.beta2.mul_add(*second - g * g, g * g);
-            *parameter = with.decay * *parameter - with.rate * m / v.sqrt().mul_add(with.root, with.epsilon);
-            *first = m;
-            *second = v;
+            (*first, *second) = with.moments(*gradient, *first, *second);
+            *parameter = with.parameter(*parameter, *first, *second);
             *gradient = 0.0;
+        }
+    }
+
+    fn step_ahead(
+        parameters: &mut [f32],
+        kept: &mut [f32],
+        gradients: &[f32],
+        first: &[f32],
+        second: &[f32],
+        with: Factors
+    ) {
+        let (parameters, moments) = (parameters.iter_mut().zip(kept), first.iter().zip(second));
+        for (((parameter, kept), gradient), (first, second)) in parameters.zip(gradients).zip(moments) {
+            let (m, v) = with.moments(*gradient, *first, *second);
+            *kept = *parameter;
+            *parameter = with.parameter(*parameter, m, v);
         }
     }
 

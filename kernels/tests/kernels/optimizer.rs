@@ -61,6 +61,43 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    #[test]
+    fn a_step_ahead_is_the_unclipped_step_to_the_bit(len in 1usize..300, step in 1u32..1000, seed: u64) {
+        let mut random = Random(seed);
+        let [p, g, m] = [1.0, 0.1, 0.1].map(|size| random.floats(len, size));
+        let v: Vec<f64> = random.floats(len, 0.1).iter().map(|x| x * x).collect();
+        let with =
+            AdamW { lr: 0.03, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, step, clip: Some(1e-3) };
+        let [gradients, first, second] = [&g, &m, &v].map(|values| floats(values));
+        let (ahead, kept, true_step) = (floats(&p), floats(&vec![9.0; len]), floats(&p));
+        run(Call::AdamWAhead {
+            parameters: ahead.view(),
+            kept: kept.view(),
+            gradients: gradients.view(),
+            first: first.view(),
+            second: second.view(),
+            with,
+        });
+        for (array, before) in [(&kept, &p), (&gradients, &g), (&first, &m), (&second, &v)] {
+            prop_assert_eq!(array.bits(), floats(before).bits());
+        }
+        let norm = doubles(&[1e9]);
+        run(Call::AdamW {
+            parameters: true_step.view(),
+            gradients: gradients.view(),
+            first: first.view(),
+            second: second.view(),
+            norm: norm.view(),
+            with: AdamW { clip: None, ..with },
+        });
+        prop_assert_eq!(ahead.bits(), true_step.bits());
+        prop_assert_ne!(ahead.bits(), kept.bits());
+    }
+}
+
 /// A gradient that is not a number must not be clipped away.
 #[test]
 fn a_norm_that_is_not_a_number_reaches_the_parameters() {
