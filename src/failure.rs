@@ -46,6 +46,12 @@ impl Failure {
         Failure { kind: Kind::Interrupted, message: message.to_string(), hint: None }
     }
 
+    /// Says where the input came from.
+    pub fn within(mut self, origin: &str) -> Failure {
+        self.message = format!("{origin}: {}", self.message);
+        self
+    }
+
     /// Adds what to do next.
     pub fn hint(mut self, hint: impl fmt::Display) -> Failure {
         self.hint = Some(hint.to_string());

@@ -60,6 +60,8 @@ enum Command {
     Compare(commands::compare::Arguments),
     /// Build, draw, compare, export and import pipeline schedules.
     Schedule(commands::schedule::Arguments),
+    /// Compare the 27 ways to partition parameters, gradients and optimizer states.
+    States(commands::states::Arguments),
     /// Hold predictions for clusters against measured runs.
     Validate(commands::validate::Arguments),
 }
@@ -84,6 +86,7 @@ fn main() -> ExitCode {
         Some(Command::Calibrate(a)) => commands::calibrate::run(&screen, &a),
         Some(Command::Compare(a)) => commands::compare::run(&screen, &a),
         Some(Command::Schedule(a)) => commands::schedule::run(&screen, &a),
+        Some(Command::States(a)) => commands::states::run(&screen, &a),
         Some(Command::Validate(a)) => commands::validate::run(&screen, &a),
     };
     match outcome {

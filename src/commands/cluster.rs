@@ -51,13 +51,7 @@ struct Document {
 
 /// The prediction of one layout.
 pub fn predict(screen: &Screen, source: &JobSource, budget: &Budget) -> Result<(), Failure> {
-    let request = match requests(source)?.as_slice() {
-        [one] => one.clone(),
-        several => {
-            return Err(Failure::bad_input(format!("the job's lists make {} configurations", several.len()))
-                .hint("`paceline predict` takes one value per key; `paceline plan` chooses from lists"));
-        }
-    };
+    let request = request(source)?;
     let (model, layout, cluster) = request.resolve().map_err(|error| refused(source, error))?;
     let physics = Physics::of(&cluster).map_err(|error| refused(source, error.into()))?;
     let prediction = predict_cluster(&model, &layout, &cluster, &physics).map_err(Failure::bad_input)?;
@@ -205,28 +199,31 @@ fn highest(prediction: &ClusterPrediction) -> u64 {
     prediction.memory.peak_bytes.iter().copied().fold(0.0, f64::max).ceil() as u64
 }
 
+/// The request of a job that has one value per key.
+pub fn request(source: &JobSource) -> Result<ClusterRequest, Failure> {
+    match requests(source)?.as_slice() {
+        [one] => Ok(one.clone()),
+        several => Err(Failure::bad_input(format!("the job's lists make {} configurations", several.len()))
+            .hint("one value per key is needed here; `paceline plan` chooses from lists")),
+    }
+}
+
 /// The requests of a job, at least one: same keys, and one request for each combination of its lists.
 fn requests(source: &JobSource) -> Result<Vec<ClusterRequest>, Failure> {
     let (mut table, origin) = source.table()?;
     // How to train is none of a prediction's business.
     table.remove("train");
-    for key in ["group_size", "trainable"] {
-        if let Some(value) = table.get(key) {
-            return Err(Failure::bad_input(format!(
-                "{origin}: {key} = {value} is not known on clusters; leave it out, or rank state partitions with `paceline states`"
-            )));
+    for key in ["memory_limit", "gather_bucket", "reduce_bucket"] {
+        if let Some(Value::String(text)) = table.get(key) {
+            let bytes = bytes(key, text).map_err(|error| error.within(&origin))?;
+            table.insert(key.into(), Value::Integer(i64::try_from(bytes).unwrap_or(i64::MAX)));
         }
     }
-    if let Some(Value::String(text)) = table.get("memory_limit") {
-        let Some(bytes) = parse_bytes(text).and_then(|bytes| i64::try_from(bytes).ok()).filter(|&bytes| bytes > 0)
-        else {
-            return Err(Failure::bad_input(format!(
-                "{origin}: memory_limit = {text:?}; allowed: bytes as a whole number, or a size such as 80GiB, 512MiB or 40GB"
-            )));
-        };
-        table.insert("memory_limit".into(), Value::Integer(bytes));
+    if let Some(share @ (Value::Float(_) | Value::Integer(_))) = table.get("trainable") {
+        let text = share.to_string();
+        table.insert("trainable".into(), Value::String(text));
     }
-    for key in ["model", "seq", "global_batch"] {
+    for key in ["model", "cluster", "seq", "global_batch"] {
         if !table.contains_key(key) {
             return Err(Failure::bad_input(format!("{origin}: {key} is missing"))
                 .hint("for example --model llama-3-8b --cluster dgx-h100-ib --nodes 4 --seq 8192 --global-batch 128"));
@@ -237,6 +234,15 @@ fn requests(source: &JobSource) -> Result<Vec<ClusterRequest>, Failure> {
         place_files(source, request);
     }
     Ok(requests)
+}
+
+/// Bytes from a text, with or without a unit.
+pub fn bytes(key: &str, text: &str) -> Result<u64, Failure> {
+    parse_bytes(text).filter(|&bytes| bytes > 0 && i64::try_from(bytes).is_ok()).ok_or_else(|| {
+        Failure::bad_input(format!(
+            "{key} = {text:?}; allowed: bytes as a whole number, or a size such as 80GiB, 512MiB or 40GB"
+        ))
+    })
 }
 
 /// Files named in a job file lie beside it; those of flags in the working directory.
@@ -252,7 +258,7 @@ fn place_files(source: &JobSource, request: &mut ClusterRequest) {
     beside(&mut request.cluster, &source.flags.cluster);
 }
 
-fn refused(source: &JobSource, error: RequestError) -> Failure {
+pub fn refused(source: &JobSource, error: RequestError) -> Failure {
     let origin = source.job.as_ref().map_or("command line".to_string(), |path| path.display().to_string());
     Failure::bad_input(format!("{origin}: {error}"))
 }

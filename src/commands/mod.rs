@@ -9,4 +9,5 @@ pub mod plan;
 pub mod predict;
 pub mod run;
 pub mod schedule;
+pub mod states;
 pub mod validate;

@@ -48,6 +48,8 @@ pub struct ClusterPrediction {
     pub compute: ComputeParts,
     /// Memory.
     pub memory: MemoryParts,
+    /// Communication between replicas on the critical pipeline rank, as if nothing hid it.
+    pub exchanges: Exchanges,
     /// Shares of the predicted time by where they come from; they sum to 1.
     pub provenance: Origin,
 }
@@ -115,6 +117,19 @@ impl TimeParts {
             + self.recompute
             + self.optimizer
     }
+}
+
+/// What replicas exchange in an iteration, in seconds of communication alone.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Exchanges {
+    /// Gathering parameters before the passes, over all microbatches.
+    pub parameter_gather: f64,
+    /// Reducing gradients after the passes, over all microbatches.
+    pub gradient_reduction: f64,
+    /// Gradients once, when all microbatches are accumulated.
+    pub gradient_sync: f64,
+    /// Parameters once, after the optimizer.
+    pub parameter_sync: f64,
 }
 
 /// Memory by pipeline rank, in bytes.
@@ -317,14 +332,15 @@ pub fn predict_cluster(
     let tokens = (layout.global_batch() * layout.seq) as f64;
     // Of three equal parts, that of the weights' gradients is done for what is trained.
     let done = (2.0 + layout.trainable) / 3.0;
-    let flops = done * model.flops_per_token(layout.seq, false);
+    let whole = model.flops_per_token(layout.seq, false);
+    let flops = done * whole;
     let rate = cluster.gpu.bf16_tflops * 1e12;
     let per_gpu = tokens / iteration / layout.gpus() as f64;
     let mfu = per_gpu * flops / rate;
     let head = 6.0 * (model.hidden * model.vocab) as f64;
     let again = match layout.recompute {
         Recompute::None => 0.0,
-        Recompute::Full => (flops - head) / 3.0,
+        Recompute::Full => (whole - head) / 3.0,
         Recompute::Selective => {
             let (query, _, _) = model.attention.widths();
             2.0 * (model.layers * layout.seq * (query + model.attention.output_width())) as f64
@@ -339,6 +355,7 @@ pub fn predict_cluster(
         time,
         compute,
         memory,
+        exchanges: ends.alone[ends.critical()],
         provenance: Origin { measured: 0.0, fitted: 1.0 - latencies / iteration, datasheet: latencies / iteration },
     })
 }
@@ -405,6 +422,15 @@ impl Pipeline {
 struct Ends {
     data: Vec<f64>,
     optimizer: Vec<f64>,
+    alone: Vec<Exchanges>,
+}
+
+impl Ends {
+    /// The pipeline rank that has most to do after the passes.
+    fn critical(&self) -> usize {
+        let last = |rank: &usize| self.data[*rank] + self.optimizer[*rank];
+        (0..self.data.len()).max_by(|a, b| last(a).total_cmp(&last(b))).unwrap_or(0)
+    }
 }
 
 fn ends(
@@ -416,7 +442,8 @@ fn ends(
 ) -> Ends {
     let layout = timer.layout;
     let ranks = layout.pp as usize;
-    let mut ends = Ends { data: vec![0.0; ranks], optimizer: vec![0.0; ranks] };
+    let mut ends =
+        Ends { data: vec![0.0; ranks], optimizer: vec![0.0; ranks], alone: vec![Exchanges::default(); ranks] };
     let (mut dense, mut routed, mut backward, mut forward) =
         (vec![0.0; ranks], vec![0.0; ranks], vec![0.0; ranks], vec![0.0; ranks]);
     for n in 0..stages.len() {
@@ -425,6 +452,10 @@ fn ends(
         routed[rank] += parameters[n].routed;
         backward[rank] += passes[n].backward + passes[n].weights + passes[n].recompute;
         forward[rank] += passes[n].forward;
+        let unit = timer.unit_exchanges(&parameters[n]);
+        let times = layout.microbatches as f64 * unit.units;
+        ends.alone[rank].parameter_gather += 2.0 * times * unit.gather;
+        ends.alone[rank].gradient_reduction += times * unit.reduce;
     }
     let numerics = &layout.numerics;
     let overlap = layout.overlap;
@@ -435,11 +466,14 @@ fn ends(
             if overlap { stages::exposed(communication, behind, timer.physics) } else { communication }
         };
         let sync = layout.sharding.gradient_sync().into_iter();
-        let sync = sync.map(|e| timer.exchange(e, trained, numerics.reduced, layout.bucket_bytes)).sum();
+        let sync =
+            sync.map(|e| timer.exchange(e, trained, numerics.reduced, layout.bucket_bytes)).fold(0.0, |sum, t| sum + t);
         let parameter = numerics.parameter.min(numerics.activation);
         let after = layout.sharding.parameter_sync().map(|e| timer.exchange(e, trained, parameter, None));
-        ends.data[rank] = hide(overlap.gradients, sync, backward[rank])
-            + hide(overlap.parameters, after.unwrap_or(0.0), forward[rank]);
+        let after = after.unwrap_or(0.0);
+        (ends.alone[rank].gradient_sync, ends.alone[rank].parameter_sync) = (sync, after);
+        ends.data[rank] =
+            hide(overlap.gradients, sync, backward[rank]) + hide(overlap.parameters, after, forward[rank]);
         let held = |level| {
             let (dense_parts, routed_parts) = memory::parts(layout, level, node);
             trained[0] / dense_parts + trained[1] / routed_parts
@@ -464,8 +498,7 @@ fn timeline(
 ) -> (TimeParts, ComputeParts) {
     let layout = timer.layout;
     let m = layout.microbatches as f64;
-    let last = |rank: &usize| ends.data[*rank] + ends.optimizer[*rank];
-    let critical = (0..layout.pp as usize).max_by(|a, b| last(a).total_cmp(&last(b))).unwrap_or(0);
+    let critical = ends.critical();
     let mut parts = TimeParts::default();
     let mut compute = ComputeParts::default();
     for (n, pass) in passes.iter().enumerate() {

@@ -75,6 +75,15 @@ pub struct ClusterRequest {
     /// `naive`, `fused`, `flash`; `flash` by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention: Option<String>,
+    /// Which communication between replicas runs beside computation: `all`, `gradients`, `parameters`, `none`; `all` by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overlap: Option<String>,
+    /// Bytes of parameters that are gathered at a time; a block by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gather_bucket: Option<u64>,
+    /// Bytes of gradients that are reduced at a time; a block, or all of them where they are reduced once, by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reduce_bucket: Option<u64>,
     /// Most bytes per GPU; what the GPU has for the allocator by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_limit: Option<u64>,
@@ -91,6 +100,15 @@ pub const PRECISIONS: [(&str, Numerics); 7] = [
     ("nvfp4", Numerics { compute: Compute::Fp4, ..Numerics::MIXED }),
 ];
 
+const fn overlap(gradients: bool, parameters: bool) -> Overlap {
+    Overlap { gradients, tensor: false, input_gradients: true, parameters }
+}
+const OVERLAPS: [(&str, Overlap); 4] = [
+    ("all", overlap(true, true)),
+    ("gradients", overlap(true, false)),
+    ("parameters", overlap(false, true)),
+    ("none", overlap(false, false)),
+];
 const RECOMPUTES: [(&str, Recompute); 3] =
     [("none", Recompute::None), ("selective", Recompute::Selective), ("full", Recompute::Full)];
 
@@ -141,6 +159,10 @@ pub enum RequestError {
     /// No state partition.
     #[error(transparent)]
     States(#[from] PartitionError),
+}
+
+fn bucket(key: &'static str, bytes: Option<u64>) -> Result<Option<f64>, RequestError> {
+    if bytes == Some(0) { Err(RequestError::Number { key }) } else { Ok(bytes.map(|bytes| bytes as f64)) }
 }
 
 /// The share of the parameters that is trained.
@@ -309,7 +331,9 @@ impl ClusterRequest {
             attention,
             numerics: word("precision", self.precision.as_deref(), "bf16", &PRECISIONS)?,
             memory_limit: self.memory_limit.map(|bytes| bytes as f64),
-            overlap: Overlap { gradients: true, tensor: false, input_gradients: true, parameters: true },
+            overlap: word("overlap", self.overlap.as_deref(), "all", &OVERLAPS)?,
+            gather_bytes: bucket("gather_bucket", self.gather_bucket)?,
+            bucket_bytes: bucket("reduce_bucket", self.reduce_bucket)?,
             ..Layout::single(self.seq, micro_batch)
         };
         layout.check()?;

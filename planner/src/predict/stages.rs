@@ -175,6 +175,17 @@ pub fn exposed(communication: f64, hidden_by: f64, physics: &Physics) -> f64 {
     (communication - hidden_by).max(physics.contention * communication)
 }
 
+/// Collectives of a stage between the ranks that share its states, in every microbatch.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct UnitExchanges {
+    /// Units, of which each is gathered and reduced by itself: blocks, mostly.
+    pub units: f64,
+    /// Seconds of gathering the parameters of one, once.
+    pub gather: f64,
+    /// Seconds of reducing the gradients of one.
+    pub reduce: f64,
+}
+
 /// Everything that times of passes depend on.
 pub struct Timer<'a> {
     /// The model.
@@ -344,8 +355,8 @@ impl Timer<'_> {
         of(self.groups.data, group, dense) + of(self.groups.expert_data, expert_group, routed)
     }
 
-    /// Gathering the parameters before each pass and reducing the gradients after it, unit by unit beside the passes.
-    fn add_exchanges(&self, times: &mut PassTimes, parameters: &RankParameters) {
+    /// The collectives of every microbatch.
+    pub fn unit_exchanges(&self, parameters: &RankParameters) -> UnitExchanges {
         let layout = self.layout;
         let units = parameters.total() / parameters.largest_unit.max(1.0);
         let unit = [parameters.dense / units.max(1.0), parameters.routed / units.max(1.0)];
@@ -356,7 +367,13 @@ impl Timer<'_> {
             .sharding
             .gradient_reduction()
             .map(|e| self.exchange(e, trained, layout.numerics.reduced, layout.bucket_bytes));
-        let (gather, reduce) = (gather.unwrap_or(0.0), reduce.unwrap_or(0.0));
+        UnitExchanges { units, gather: gather.unwrap_or(0.0), reduce: reduce.unwrap_or(0.0) }
+    }
+
+    /// Gathering the parameters before each pass and reducing the gradients after it, unit by unit beside the passes.
+    fn add_exchanges(&self, times: &mut PassTimes, parameters: &RankParameters) {
+        let layout = self.layout;
+        let UnitExchanges { units, gather, reduce } = self.unit_exchanges(parameters);
         // The first unit's parameters and the last unit's gradients have nothing to hide behind.
         let others = (units - 1.0).max(0.0);
         let hidden = |overlap: bool, first: f64, other: f64, behind: f64| {

@@ -2,5 +2,9 @@
 //! and by simulation.
 
 pub mod guideline;
+mod published;
+mod table;
 
 pub use guideline::{Guideline, GuidelineParts};
+pub use published::{GainComparison, GatherComparison, compare_gathers, compare_published};
+pub use table::{StateParts, StateRow, StatesError, tabulate};

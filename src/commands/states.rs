@@ -1,0 +1,213 @@
+//! `paceline states`: the 27 state partitions side by side.
+
+use crate::commands::cluster;
+use crate::failure::Failure;
+use crate::job_source::JobSource;
+use crate::screen::{Screen, Style};
+use crate::table::{Table, show_percent, show_seconds};
+use clap::Args;
+use paceline_planner::predict::{ClusterRequest, RequestError};
+use paceline_planner::states::{
+    GainComparison, GatherComparison, StateRow, StatesError, compare_gathers, compare_published, tabulate,
+};
+use paceline_profiles::find_cluster;
+use paceline_sim::cluster::Physics;
+use paceline_sim::units::show_bytes;
+use serde::Serialize;
+
+/// Compare the 27 ways to partition parameters, gradients and optimizer states.
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Example: paceline states --model llama-65b --cluster paro-a100-roce --nodes 4 --seq 512 --global-batch 1280 \
+                        --micro-batch 4 --recompute full"
+)]
+pub struct Arguments {
+    #[command(flatten)]
+    pub source: JobSource,
+    /// Which communication between replicas runs beside computation: all, gradients, parameters, none.
+    #[arg(long, value_name = "WHICH")]
+    overlap: Option<String>,
+    /// Bytes of parameters gathered at a time; a block by default.
+    #[arg(long, value_name = "BYTES|100MB")]
+    gather_bucket: Option<String>,
+    /// Bytes of gradients reduced at a time; a block by default.
+    #[arg(long, value_name = "BYTES|1GB")]
+    reduce_bucket: Option<String>,
+    /// Show the dominated partitions too, with what dominates them.
+    #[arg(long)]
+    all: bool,
+    /// Instead of a job: the published gains of PaRO beside prediction and guideline, and its two-level all-gather.
+    #[arg(long)]
+    published: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Document<'a> {
+    format: &'static str,
+    configuration: &'a ClusterRequest,
+    states: &'a [StateRow],
+}
+
+#[derive(Debug, Serialize)]
+struct Published<'a> {
+    format: &'static str,
+    gains: &'a [GainComparison],
+    gathers: &'a [GatherComparison],
+}
+
+/// Runs the command.
+pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
+    if arguments.published {
+        return published(screen);
+    }
+    let mut request = cluster::request(&arguments.source)?;
+    if let Some(overlap) = &arguments.overlap {
+        request.overlap = Some(overlap.clone());
+    }
+    for (key, text, bytes) in [
+        ("--gather-bucket", &arguments.gather_bucket, &mut request.gather_bucket),
+        ("--reduce-bucket", &arguments.reduce_bucket, &mut request.reduce_bucket),
+    ] {
+        if let Some(text) = text {
+            *bytes = Some(cluster::bytes(key, text)?);
+        }
+    }
+    let cluster = request.cluster().map_err(|error| cluster::refused(&arguments.source, error))?;
+    let physics = Physics::of(&cluster).map_err(|error| cluster::refused(&arguments.source, error.into()))?;
+    let rows = tabulate(&request, &physics).map_err(|error| refused(&arguments.source, error))?;
+    show(screen, &request, &rows, arguments.all)?;
+    screen.document(&Document { format: "paceline.states/1", configuration: &request, states: &rows })
+}
+
+fn refused(source: &JobSource, error: StatesError) -> Failure {
+    match error {
+        StatesError::Request(error) => cluster::refused(source, error),
+        StatesError::Predict(error) => Failure::bad_input(error),
+    }
+}
+
+fn show(screen: &Screen, request: &ClusterRequest, rows: &[StateRow], all: bool) -> Result<(), Failure> {
+    let fastest = |row: &&StateRow| row.fits && row.effective;
+    let best = rows.iter().filter(fastest).min_by(|a, b| a.iteration_seconds.total_cmp(&b.iteration_seconds));
+    let place = |row: &StateRow| {
+        let before =
+            |other: &&StateRow| other.fits && other.indicator > row.indicator * (1.0 + 1e-9) && other.effective;
+        1 + rows.iter().filter(before).count()
+    };
+    let mut shown: Vec<&StateRow> = rows.iter().filter(|row| all || row.effective).collect();
+    shown.sort_by(|a, b| {
+        (!a.fits, a.iteration_seconds).partial_cmp(&(!b.fits, b.iteration_seconds)).unwrap_or(std::cmp::Ordering::Equal)
+    });
+    screen.line(format!(
+        "{} on {} node{} of {}: states N whole, I within a group, G over all ranks",
+        request.model,
+        request.nodes.unwrap_or(1),
+        if request.nodes.unwrap_or(1) == 1 { "" } else { "s" },
+        request.cluster
+    ))?;
+    let mut table = Table::new([
+        "p g os",
+        "",
+        "step",
+        "samples/s",
+        "memory",
+        "states",
+        "gather p",
+        "reduce g",
+        "sync g",
+        "sync p",
+        "exposed",
+        "guideline",
+        "place",
+        "",
+    ]);
+    for row in shown {
+        let parts = &row.parts;
+        let style = if best.is_some_and(|best| best.triple == row.triple) {
+            Some(Style::Good)
+        } else if row.fits {
+            None
+        } else {
+            Some(Style::Dim)
+        };
+        let verdict = match (&row.dominated_by, row.fits) {
+            (Some(by), true) => format!("dominated by {by}"),
+            (Some(by), false) => format!("does not fit, dominated by {by}"),
+            (None, false) => "does not fit".into(),
+            (None, true) => String::new(),
+        };
+        table.styled(
+            style,
+            [
+                row.triple.clone(),
+                row.names.iter().find(|name| !name.starts_with("paro")).map_or(String::new(), |name| (*name).into()),
+                show_seconds(row.iteration_seconds),
+                format!("{:.1}", row.samples_per_second),
+                show_bytes(row.memory_bytes.round() as u64),
+                show_bytes(row.state_bytes.round() as u64),
+                show_seconds(parts.parameter_gather),
+                show_seconds(parts.gradient_reduction),
+                show_seconds(parts.gradient_sync),
+                show_seconds(parts.parameter_sync),
+                show_seconds(parts.exposed),
+                show_seconds(row.guideline_seconds),
+                if row.fits { place(row).to_string() } else { String::new() },
+                verdict,
+            ],
+        );
+    }
+    table.print(screen)?;
+    screen.line(
+        "\n  gather p ... sync p: communication of a step as if nothing hid it; exposed: what it costs.\n  guideline: PaRO's closed \
+         form, the longer of communication and computation; place: by its indicator log(1/T) among those that fit.",
+    )?;
+    if let Some(best) = best {
+        let most = show_bytes(best.memory_bytes.round() as u64);
+        screen.line(format!(
+            "  best that fits: {} with {} in {most}",
+            best.triple,
+            show_seconds(best.iteration_seconds)
+        ))
+    } else {
+        screen.line("  none fits; try --recompute full, more nodes, or tensor or pipeline parallelism")
+    }
+}
+
+fn published(screen: &Screen) -> Result<(), Failure> {
+    let physics = Physics::default();
+    let gains = compare_published(&physics).map_err(|error| refused(&JobSource::default(), error))?;
+    let cluster = find_cluster("paro-a100-roce").map_err(|error| Failure::internal(RequestError::from(error)))?;
+    let gathers = compare_gathers(cluster, &physics, 1e9);
+    screen.line(
+        "PaRO (NeurIPS 2024): throughput gains on 4 x 8 A100-80G, sequence 512, microbatch 4, 10 accumulated; full \
+         recomputation at 65B",
+    )?;
+    let mut table = Table::new(["model", "trained", "", "published", "predicted", "without overlap", "guideline"]);
+    let signed = |gain: f64| format!("{:+.0} %", 100.0 * gain);
+    for g in &gains {
+        table.row([
+            g.model.to_string(),
+            g.trainable.to_string(),
+            format!("{} over {}", g.faster, g.slower),
+            signed(g.published),
+            signed(g.overlapped),
+            signed(g.one_after_the_other),
+            signed(g.guideline),
+        ]);
+    }
+    table.print(screen)?;
+    screen
+        .line("\n1 GB all-gather in two levels (PaRO-CC) against the flat ring; published: 25.2 to 39.7 % less time")?;
+    let mut table = Table::new(["GPUs", "flat ring", "two levels", "gain"]);
+    for g in &gathers {
+        table.row([
+            g.ranks.to_string(),
+            show_seconds(g.flat_seconds),
+            show_seconds(g.two_level_seconds),
+            show_percent(g.gain),
+        ]);
+    }
+    table.print(screen)?;
+    screen.line(format!("\n  cluster figures: {}", cluster.source))?;
+    screen.document(&Published { format: "paceline.states-published/1", gains: &gains, gathers: &gathers })
+}
