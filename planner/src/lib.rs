@@ -14,6 +14,7 @@
 //! - [`validate`]: predictions against measured runs, and fits to them.
 //! - [`prediction`]: time and memory of a program, by part.
 //! - [`search`]: the best configurations of a job.
+//! - [`optimise`]: the shortest order that can be found under memory limits, with its gap.
 //! - [`plan`]: a configuration as a file, to be run later.
 //! - [`replay`]: exact times and memory of an order, and its validation.
 
@@ -25,6 +26,7 @@ mod generators;
 pub mod interchange;
 pub mod job;
 pub mod lower;
+pub mod optimise;
 pub mod order;
 pub mod plan;
 pub mod predict;

@@ -11,7 +11,7 @@ mod placement;
 mod registry;
 mod vee;
 
-pub use placement::{bidirectional, looped, v_shape};
+pub use placement::{bidirectional, looped, v_shape, wave};
 pub use registry::{Chunks, PlacementKind, SCHEDULES, Schedule, build, find, names};
 
 use crate::order::{Action, ComputeOrder, Placement};

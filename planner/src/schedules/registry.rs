@@ -1,7 +1,11 @@
 //! The table of schedules: name, placement, chunks, and the function that states the order.
 
-use super::{MOST_ACTIONS, Request, ScheduleError, bidirectional, classic, dual, interleaved, looped, v_shape, vee};
-use crate::generators;
+use super::{
+    MOST_ACTIONS, Request, ScheduleError, bidirectional, classic, dual, interleaved, looped, v_shape, vee, wave,
+};
+use crate::bounds::least_peaks;
+use crate::generators::{self, Problem};
+use crate::optimise::{Effort, optimise};
 use crate::order::{ComputeOrder, Placement};
 
 /// How many stages a device may hold.
@@ -22,6 +26,8 @@ pub enum PlacementKind {
     V,
     /// [`bidirectional`].
     Bidirectional,
+    /// [`looped`] for one stage per device, [`wave`] (of two: [`v_shape`]) for more.
+    Wave,
 }
 
 /// One entry of the registry.
@@ -37,6 +43,8 @@ pub struct Schedule {
     pub chunks: Chunks,
     /// Whether the backward is split into B and W (for some microbatches at least).
     pub split: bool,
+    /// Whether the order depends on the counts alone, not on times and limits.
+    pub fixed: bool,
     /// States the order. `request` has passed the checks of [`Schedule::check`]; `chunks` is resolved.
     pub build: fn(&Request, u32) -> Result<ComputeOrder, ScheduleError>,
 }
@@ -68,6 +76,8 @@ impl Schedule {
             PlacementKind::Loop => looped(devices, chunks),
             PlacementKind::V => v_shape(devices),
             PlacementKind::Bidirectional => bidirectional(devices),
+            PlacementKind::Wave if chunks == 1 => looped(devices, 1),
+            PlacementKind::Wave => wave(devices, chunks),
         })
     }
 
@@ -116,6 +126,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::Loop,
         chunks: Chunks::Exactly(1),
         split: false,
+        fixed: true,
         build: |r, _| Ok(classic::gpipe(r.devices, r.microbatches)),
     },
     Schedule {
@@ -124,6 +135,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::Loop,
         chunks: Chunks::Exactly(1),
         split: false,
+        fixed: true,
         build: |r, _| Ok(classic::one_f_one_b(r.devices, r.microbatches)),
     },
     Schedule {
@@ -132,6 +144,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::Loop,
         chunks: Chunks::Exactly(1),
         split: false,
+        fixed: true,
         build: |r, _| Ok(classic::eager_one_f_one_b(r.devices, r.microbatches)),
     },
     Schedule {
@@ -140,6 +153,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::Loop,
         chunks: Chunks::Exactly(1),
         split: false,
+        fixed: true,
         build: |r, _| Ok(classic::recomputed_one_f_one_b(r.devices, r.microbatches)),
     },
     Schedule {
@@ -148,6 +162,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::Loop,
         chunks: Chunks::From { least: 2, usual: 2 },
         split: false,
+        fixed: true,
         build: interleaved::depth_first,
     },
     Schedule {
@@ -156,6 +171,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::Loop,
         chunks: Chunks::From { least: 1, usual: 2 },
         split: false,
+        fixed: true,
         build: |r, v| Ok(interleaved::breadth_first(r.devices, r.microbatches, v)),
     },
     Schedule {
@@ -164,6 +180,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::Loop,
         chunks: Chunks::Exactly(1),
         split: true,
+        fixed: true,
         build: |r, _| Ok(classic::zb_h1(r.devices, r.microbatches)),
     },
     Schedule {
@@ -172,6 +189,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::Loop,
         chunks: Chunks::Exactly(1),
         split: true,
+        fixed: true,
         build: |r, _| Ok(classic::zb_h2(r.devices, r.microbatches)),
     },
     Schedule {
@@ -180,6 +198,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::Loop,
         chunks: Chunks::Exactly(1),
         split: true,
+        fixed: false,
         build: |r, _| zero_bubble("zb-1p", r, 1),
     },
     Schedule {
@@ -188,6 +207,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::Loop,
         chunks: Chunks::Exactly(1),
         split: true,
+        fixed: false,
         build: |r, _| zero_bubble("zb-2p", r, 2),
     },
     Schedule {
@@ -196,6 +216,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::V,
         chunks: Chunks::Exactly(2),
         split: true,
+        fixed: true,
         build: |r, _| Ok(vee::zb_v(r.devices, r.microbatches)),
     },
     Schedule {
@@ -204,6 +225,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::V,
         chunks: Chunks::Exactly(2),
         split: false,
+        fixed: true,
         build: |r, _| Ok(vee::one_f_one_b_v(r.devices, r.microbatches)),
     },
     Schedule {
@@ -212,6 +234,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::V,
         chunks: Chunks::Exactly(2),
         split: true,
+        fixed: true,
         build: |r, _| Ok(vee::v_min(r.devices, r.microbatches)),
     },
     Schedule {
@@ -220,6 +243,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::V,
         chunks: Chunks::Exactly(2),
         split: true,
+        fixed: true,
         build: |r, _| Ok(vee::v_half(r.devices, r.microbatches)),
     },
     Schedule {
@@ -228,7 +252,33 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::V,
         chunks: Chunks::Exactly(2),
         split: true,
+        fixed: true,
         build: |r, _| Ok(vee::v_zb(r.devices, r.microbatches)),
+    },
+    Schedule {
+        name: "adaptive-v",
+        summary: "the best V block for the times given, at the memory of 1F1B or --memory-limit",
+        placement: PlacementKind::V,
+        chunks: Chunks::Exactly(2),
+        split: true,
+        fixed: false,
+        build: |r, _| {
+            let problem = problem("adaptive-v", r, v_shape(r.devices))?;
+            generators::adaptive_v(&problem).map_err(|source| ScheduleError::Order { schedule: "adaptive-v", source })
+        },
+    },
+    Schedule {
+        name: "optimised",
+        summary: "the shortest order found for the times given, with its gap, at the memory of 1F1B or --memory-limit",
+        placement: PlacementKind::Wave,
+        chunks: Chunks::From { least: 1, usual: 2 },
+        split: true,
+        fixed: false,
+        build: |r, v| {
+            let placement = if v == 1 { looped(r.devices, 1) } else { wave(r.devices, v) };
+            let problem = problem("optimised", r, placement)?;
+            optimise(&problem, Effort::default()).map(|found| found.order)
+        },
     },
     Schedule {
         name: "dualpipe",
@@ -236,6 +286,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::Bidirectional,
         chunks: Chunks::Exactly(2),
         split: true,
+        fixed: true,
         build: |r, _| Ok(dual::dualpipe(r.devices, r.microbatches)),
     },
     Schedule {
@@ -244,6 +295,7 @@ pub const SCHEDULES: &[Schedule] = &[
         placement: PlacementKind::V,
         chunks: Chunks::Exactly(2),
         split: true,
+        fixed: true,
         build: |r, _| Ok(dual::dualpipe_v(r.devices, r.microbatches)),
     },
 ];
@@ -258,6 +310,22 @@ fn zero_bubble(name: &'static str, request: &Request, times_p: u32) -> Result<Co
         None => own.collect(),
     };
     generators::zero_bubble(name, request.microbatches, &times, &memory, &limit)
+}
+
+/// What a generator is asked for: the request's sizes on `placement`, and on every device room for `p` microbatches (the
+/// memory of 1F1B) or less where the request limits it.
+fn problem(name: &'static str, request: &Request, placement: Placement) -> Result<Problem, ScheduleError> {
+    let (times, memory) = request.sizes(&placement);
+    let whole = |device: u32| placement.stages_of(device).map(|stage| memory.until_b[stage.index()]).sum::<f64>();
+    // Where B leaves more for W than it frees, a microbatch at a time may need more than p forwards of it.
+    let least = least_peaks(&placement, &memory);
+    let limit = (0..request.devices).map(|device| {
+        let own = (f64::from(request.devices) * whole(device)).max(least[device as usize]);
+        request.limit.as_ref().map_or(own, |limits| own.min(limits[device as usize]))
+    });
+    let problem = Problem { limit: limit.collect(), microbatches: request.microbatches, placement, times, memory };
+    problem.check(name)?;
+    Ok(problem)
 }
 
 /// The names of all schedules.

@@ -9,10 +9,14 @@ use paceline_sim::program::Recompute;
 /// Most stages per rank that a search tries on its own.
 const MOST_CHUNKS: u32 = 4;
 
+/// The schedule that searches by itself.
+const OPTIMISED: &str = "optimised";
+
 /// All candidates. Axes that the job names take the values that it names; others
 /// - `dp`, `pp`: no more ranks than devices, unless the job itself asks for more;
 /// - `chunks`: what the schedule has, up to four;
-/// - `schedule`: all; without a pipeline they are all the same, so one;
+/// - `schedule`: all but [`OPTIMISED`], which takes long for each candidate and has to be named; without a pipeline they are
+///   all the same, so one;
 /// - `micro_batch`: divisors of a replica's batch;
 /// - `recompute`: all kinds;
 /// - `states`: sharded where there are replicas.
@@ -69,7 +73,7 @@ fn schedules(job: &Job, pp: u32) -> Vec<(&'static str, u32)> {
     for schedule in SCHEDULES {
         let wanted = match job.schedule.as_slice() {
             [] if pp == 1 => schedule.name == "1f1b",
-            [] => true,
+            [] => schedule.name != OPTIMISED,
             named => named.iter().any(|name| name == schedule.name),
         };
         if !wanted {
