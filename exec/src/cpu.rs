@@ -84,7 +84,7 @@ impl Effects for HostEffects {
                     let arrays: Vec<*mut f64> = ranges.iter().map(|r| r.address as *mut f64).collect();
                     perform(steps[round], &arrays, len, member);
                 }
-                DType::F32 | DType::U32 => {
+                _ => {
                     let arrays: Vec<*mut f32> = ranges.iter().map(|r| r.address as *mut f32).collect();
                     perform(steps[round], &arrays, len, member);
                 }

@@ -138,7 +138,8 @@ pub fn kernel_key(call: &Call) -> KernelKey {
         }
         Call::Add { x, .. } => key(Op::Add, &[x.len() as u32]),
         Call::Sum { out, .. } => key(Op::Sum, &[out.len() as u32]),
-        Call::Copy { to, .. } => key(Op::Copy, &[to.len() as u32]),
+        // Bound by memory as a copy is; its narrower side makes it a little faster.
+        Call::Copy { to, .. } | Call::Cast { to, .. } => key(Op::Copy, &[to.len() as u32]),
         Call::Zero { x } => key(Op::Zero, &[x.len() as u32]),
         Call::SumSquares { x, .. } => key(Op::SumSquares, &[x.len() as u32]),
         Call::AdamW { parameters, .. } => key(Op::AdamW, &[parameters.len() as u32]),

@@ -1,5 +1,8 @@
 //! The operators as data. Matrices are row-major; `rows` counts tokens of a microbatch; weights are `[out, in]` as in
 //! PyTorch. "Accumulates" means `+=` on the operand.
+//!
+//! Activations and weights of a call are all `F32` or all `BF16` (its *values*); sums are `F32` inside either way. Statistics,
+//! logits, losses, gradients of weights, master weights and moments are always `F32`.
 
 use crate::device::View;
 
@@ -51,7 +54,8 @@ impl AdamW {
 /// One operator with its operands.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Call {
-    /// `c[m,n] (+)= op(a) * op(b)`; `a` is `[m,k]` (`[k,m]` if transposed), `b` is `[k,n]` (`[n,k]` if transposed).
+    /// `c[m,n] (+)= op(a) * op(b)`; `a` is `[m,k]` (`[k,m]` if transposed), `b` is `[k,n]` (`[n,k]` if transposed). `c` may be
+    /// `F32` where `a` and `b` are `BF16`.
     MatMul { a: View, b: View, c: View, m: u32, n: u32, k: u32, transpose_a: bool, transpose_b: bool, accumulate: bool },
     /// `x[rows,cols] += bias[cols]`.
     AddBias { x: View, bias: View, rows: u32, cols: u32 },
@@ -129,12 +133,14 @@ pub enum Call {
         chunk: u32,
         scale: f32,
     },
-    /// `into += x`.
+    /// `into += x`, of values or of `F64`.
     Add { x: View, into: View },
     /// `out = a + b`.
     Sum { a: View, b: View, out: View },
     /// `to = from`.
     Copy { from: View, to: View },
+    /// `to = from`, rounded to nearest even where `to` is the narrower of `F32` and `BF16`.
+    Cast { from: View, to: View },
     /// `x = 0`.
     Zero { x: View },
     /// `out[0] += sum of x^2`, accumulated and stored as `f64`.

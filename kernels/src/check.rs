@@ -53,6 +53,11 @@ fn floats(name: &'static str, view: View, len: usize, access: Access) -> Operand
     operand(name, view, DType::F32, Extent::Exactly(len), access)
 }
 
+/// The element type of a call's values, which its first one decides.
+fn of_values(first: View) -> DType {
+    if first.dtype() == DType::BF16 { DType::BF16 } else { DType::F32 }
+}
+
 fn indices(name: &'static str, view: View, len: usize) -> Operand {
     operand(name, view, DType::U32, Extent::Exactly(len), Access::Read)
 }
@@ -95,6 +100,7 @@ impl Call {
             Call::Add { .. } => "Add",
             Call::Sum { .. } => "Sum",
             Call::Copy { .. } => "Copy",
+            Call::Cast { .. } => "Cast",
             Call::Zero { .. } => "Zero",
             Call::SumSquares { .. } => "SumSquares",
             Call::AdamW { .. } => "AdamW",
@@ -106,99 +112,106 @@ impl Call {
     pub fn operands(&self) -> Operands {
         use Access::{Read, Update, Write};
         use Extent::{AtLeast, Rows};
+        let of = |first, name, view, len, access| operand(name, view, of_values(first), Extent::Exactly(len), access);
         match *self {
             Call::MatMul { a, b, c, m, n, k, accumulate, .. } => smallvec![
-                floats("a", a, product(&[m, k]), Read),
-                floats("b", b, product(&[k, n]), Read),
-                floats("c", c, product(&[m, n]), if accumulate { Update } else { Write }),
+                of(a, "a", a, product(&[m, k]), Read),
+                of(a, "b", b, product(&[k, n]), Read),
+                operand(
+                    "c",
+                    c,
+                    if c.dtype() == DType::BF16 { of_values(a) } else { DType::F32 },
+                    Extent::Exactly(product(&[m, n])),
+                    if accumulate { Update } else { Write },
+                ),
             ],
             Call::AddBias { x, bias, rows, cols } => smallvec![
-                floats("x", x, product(&[rows, cols]), Update),
-                floats("bias", bias, cols as usize, Read), //
+                of(x, "x", x, product(&[rows, cols]), Update),
+                of(x, "bias", bias, cols as usize, Read), //
             ],
             Call::BiasGradient { dy, d_bias, rows, cols } => smallvec![
-                floats("dy", dy, product(&[rows, cols]), Read),
+                of(dy, "dy", dy, product(&[rows, cols]), Read),
                 floats("d_bias", d_bias, cols as usize, Update),
             ],
             Call::Norm { x, gamma, beta, out, stats, rows, cols, .. } => {
                 let mut all: Operands = smallvec![
-                    floats("x", x, product(&[rows, cols]), Read),
-                    floats("gamma", gamma, cols as usize, Read),
-                    floats("out", out, product(&[rows, cols]), Write),
+                    of(x, "x", x, product(&[rows, cols]), Read),
+                    of(x, "gamma", gamma, cols as usize, Read),
+                    of(x, "out", out, product(&[rows, cols]), Write),
                     floats("stats", stats, product(&[rows, 1 + u32::from(beta.is_some())]), Write),
                 ];
-                all.extend(beta.map(|beta| floats("beta", beta, cols as usize, Read)));
+                all.extend(beta.map(|beta| of(x, "beta", beta, cols as usize, Read)));
                 all
             }
             Call::NormBackwardInput { x, gamma, stats, dy, dx, rows, cols, layer_norm } => smallvec![
-                floats("x", x, product(&[rows, cols]), Read),
-                floats("gamma", gamma, cols as usize, Read),
+                of(x, "x", x, product(&[rows, cols]), Read),
+                of(x, "gamma", gamma, cols as usize, Read),
                 floats("stats", stats, product(&[rows, 1 + u32::from(layer_norm)]), Read),
-                floats("dy", dy, product(&[rows, cols]), Read),
-                floats("dx", dx, product(&[rows, cols]), Update),
+                of(x, "dy", dy, product(&[rows, cols]), Read),
+                of(x, "dx", dx, product(&[rows, cols]), Update),
             ],
             Call::NormBackwardWeight { x, stats, dy, d_gamma, d_beta, rows, cols } => {
                 let mut all: Operands = smallvec![
-                    floats("x", x, product(&[rows, cols]), Read),
+                    of(x, "x", x, product(&[rows, cols]), Read),
                     floats("stats", stats, product(&[rows, 1 + u32::from(d_beta.is_some())]), Read),
-                    floats("dy", dy, product(&[rows, cols]), Read),
+                    of(x, "dy", dy, product(&[rows, cols]), Read),
                     floats("d_gamma", d_gamma, cols as usize, Update),
                 ];
                 all.extend(d_beta.map(|d_beta| floats("d_beta", d_beta, cols as usize, Update)));
                 all
             }
             Call::Rotary { qkv, shape, .. } => {
-                smallvec![floats("qkv", qkv, tokens(&shape).saturating_mul(columns(&shape)), Update)]
+                smallvec![of(qkv, "qkv", qkv, tokens(&shape).saturating_mul(columns(&shape)), Update)]
             }
             Call::Attention { qkv, out, lse, shape } => smallvec![
-                floats("qkv", qkv, tokens(&shape).saturating_mul(columns(&shape)), Read),
-                floats("out", out, product(&[shape.batch, shape.seq, shape.heads, shape.head_dim]), Write),
+                of(qkv, "qkv", qkv, tokens(&shape).saturating_mul(columns(&shape)), Read),
+                of(qkv, "out", out, product(&[shape.batch, shape.seq, shape.heads, shape.head_dim]), Write),
                 floats("lse", lse, product(&[shape.batch, shape.heads, shape.seq]), Write),
             ],
             Call::AttentionBackward { qkv, out, lse, d_out, d_qkv, scratch, shape } => {
                 let attended = product(&[shape.batch, shape.seq, shape.heads, shape.head_dim]);
                 smallvec![
-                    floats("qkv", qkv, tokens(&shape).saturating_mul(columns(&shape)), Read),
-                    floats("out", out, attended, Read),
+                    of(qkv, "qkv", qkv, tokens(&shape).saturating_mul(columns(&shape)), Read),
+                    of(qkv, "out", out, attended, Read),
                     floats("lse", lse, product(&[shape.batch, shape.heads, shape.seq]), Read),
-                    floats("d_out", d_out, attended, Read),
-                    floats("d_qkv", d_qkv, tokens(&shape).saturating_mul(columns(&shape)), Write),
+                    of(qkv, "d_out", d_out, attended, Read),
+                    of(qkv, "d_qkv", d_qkv, tokens(&shape).saturating_mul(columns(&shape)), Write),
                     operand("scratch", scratch, DType::F32, AtLeast(attention_scratch(&shape)), Write),
                 ]
             }
             Call::SwiGlu { gate_up, out, rows, cols } => smallvec![
-                floats("gate_up", gate_up, product(&[rows, 2, cols]), Read),
-                floats("out", out, product(&[rows, cols]), Write),
+                of(gate_up, "gate_up", gate_up, product(&[rows, 2, cols]), Read),
+                of(gate_up, "out", out, product(&[rows, cols]), Write),
             ],
             Call::SwiGluBackward { gate_up, d_out, d_gate_up, rows, cols } => smallvec![
-                floats("gate_up", gate_up, product(&[rows, 2, cols]), Read),
-                floats("d_out", d_out, product(&[rows, cols]), Read),
-                floats("d_gate_up", d_gate_up, product(&[rows, 2, cols]), Write),
+                of(gate_up, "gate_up", gate_up, product(&[rows, 2, cols]), Read),
+                of(gate_up, "d_out", d_out, product(&[rows, cols]), Read),
+                of(gate_up, "d_gate_up", d_gate_up, product(&[rows, 2, cols]), Write),
             ],
             Call::Gelu { x, out } => {
-                smallvec![floats("x", x, x.len(), Read), floats("out", out, x.len(), Write)]
+                smallvec![of(x, "x", x, x.len(), Read), of(x, "out", out, x.len(), Write)]
             }
             Call::GeluBackward { x, d_out, d_x } => smallvec![
-                floats("x", x, x.len(), Read),
-                floats("d_out", d_out, x.len(), Read),
-                floats("d_x", d_x, x.len(), Write),
+                of(x, "x", x, x.len(), Read),
+                of(x, "d_out", d_out, x.len(), Read),
+                of(x, "d_x", d_x, x.len(), Write),
             ],
             Call::Embedding { tokens, table, positions, out, rows, cols, seq } => {
                 let table_rows = Rows { cols: cols as usize, rows: 1 };
                 let mut all: Operands = smallvec![
                     indices("tokens", tokens, rows as usize),
-                    operand("table", table, DType::F32, table_rows, Read),
-                    floats("out", out, product(&[rows, cols]), Write),
+                    operand("table", table, of_values(table), table_rows, Read),
+                    of(table, "out", out, product(&[rows, cols]), Write),
                 ];
                 let needed = Rows { cols: cols as usize, rows: seq as usize };
-                all.extend(positions.map(|view| operand("positions", view, DType::F32, needed, Read)));
+                all.extend(positions.map(|view| operand("positions", view, of_values(table), needed, Read)));
                 all
             }
             Call::EmbeddingBackward { tokens, d_out, d_table, d_positions, rows, cols, seq } => {
                 let table_rows = Rows { cols: cols as usize, rows: 1 };
                 let mut all: Operands = smallvec![
                     indices("tokens", tokens, rows as usize),
-                    floats("d_out", d_out, product(&[rows, cols]), Read),
+                    of(d_out, "d_out", d_out, product(&[rows, cols]), Read),
                     operand("d_table", d_table, DType::F32, table_rows, Update),
                 ];
                 let needed = Rows { cols: cols as usize, rows: seq as usize };
@@ -206,8 +219,8 @@ impl Call {
                 all
             }
             Call::HeadLoss { x, weight, targets, lse, loss, scratch, rows, cols, vocab, chunk } => smallvec![
-                floats("x", x, product(&[rows, cols]), Read),
-                floats("weight", weight, product(&[vocab, cols]), Read),
+                of(x, "x", x, product(&[rows, cols]), Read),
+                of(x, "weight", weight, product(&[vocab, cols]), Read),
                 indices("targets", targets, rows as usize),
                 floats("lse", lse, rows as usize, Write),
                 operand("loss", loss, DType::F32, AtLeast(1), Write),
@@ -215,27 +228,33 @@ impl Call {
             ],
             Call::HeadBackward { x, weight, targets, lse, dx, d_weight, scratch, rows, cols, vocab, chunk, .. } => {
                 let mut all: Operands = smallvec![
-                    floats("x", x, product(&[rows, cols]), Read),
-                    floats("weight", weight, product(&[vocab, cols]), Read),
+                    of(x, "x", x, product(&[rows, cols]), Read),
+                    of(x, "weight", weight, product(&[vocab, cols]), Read),
                     indices("targets", targets, rows as usize),
                     floats("lse", lse, rows as usize, Read),
                     operand("scratch", scratch, DType::F32, AtLeast(product(&[chunk.min(rows), vocab])), Write),
                 ];
-                all.extend(dx.map(|dx| floats("dx", dx, product(&[rows, cols]), Write)));
+                all.extend(dx.map(|dx| of(x, "dx", dx, product(&[rows, cols]), Write)));
                 all.extend(d_weight.map(|d_weight| floats("d_weight", d_weight, product(&[vocab, cols]), Update)));
                 all
             }
             Call::Add { x, into } => {
-                smallvec![floats("x", x, x.len(), Read), floats("into", into, x.len(), Update)]
+                let summed = if x.dtype() == DType::F64 { DType::F64 } else { of_values(x) };
+                smallvec![
+                    operand("x", x, summed, Extent::Exactly(x.len()), Read),
+                    operand("into", into, summed, Extent::Exactly(x.len()), Update),
+                ]
             }
-            Call::Sum { a, b, out } => smallvec![
-                floats("a", a, a.len(), Read),
-                floats("b", b, a.len(), Read),
-                floats("out", out, a.len(), Write),
-            ],
+            Call::Sum { a, b, out } => {
+                smallvec![of(a, "a", a, a.len(), Read), of(a, "b", b, a.len(), Read), of(a, "out", out, a.len(), Write),]
+            }
             Call::Copy { from, to } => smallvec![
                 operand("from", from, from.dtype(), Extent::Exactly(from.len()), Read),
                 operand("to", to, from.dtype(), Extent::Exactly(from.len()), Write),
+            ],
+            Call::Cast { from, to } => smallvec![
+                operand("from", from, of_values(from), Extent::Exactly(from.len()), Read),
+                operand("to", to, of_values(to), Extent::Exactly(from.len()), Write),
             ],
             Call::Zero { x } => smallvec![operand("x", x, x.dtype(), Extent::Exactly(x.len()), Write)],
             Call::SumSquares { x, out } => smallvec![
@@ -356,6 +375,7 @@ impl Call {
             | Call::Add { .. }
             | Call::Sum { .. }
             | Call::Copy { .. }
+            | Call::Cast { .. }
             | Call::Zero { .. }
             | Call::SumSquares { .. } => Ok(()),
             Call::AdamW { with, .. } | Call::AdamWAhead { with, .. } if with.step == 0 => {

@@ -9,12 +9,15 @@ pub enum DType {
     F32,
     F64,
     U32,
+    /// bfloat16: the upper half of an `F32`.
+    BF16,
 }
 
 impl DType {
     /// Bytes of one element.
     pub fn bytes(self) -> usize {
         match self {
+            DType::BF16 => 2,
             DType::F32 | DType::U32 => 4,
             DType::F64 => 8,
         }
@@ -97,13 +100,18 @@ pub trait Device: Send + Sync {
     /// Exactly `bytes` bytes, contents unspecified, aligned to 64.
     fn allocate(&self, bytes: usize) -> Result<Box<dyn Block>, KernelError>;
 
-    /// Runs a call to its end.
+    /// Runs a call. Later calls of this device see its effects; it has certainly ended when [`Device::complete`] returns.
     ///
     /// # Safety
     /// Every view of the call comes from a live block of this device, and no other thread writes to what it reads or
-    /// touches what it writes while it runs. (`Program::check` proves that for the ops of a program.) Shapes and
+    /// touches what it writes until it has ended. (`Program::check` proves that for the ops of a program.) Shapes and
     /// overlaps within the call are checked here and reported as errors.
     unsafe fn run(&self, call: &Call) -> Result<(), KernelError>;
+
+    /// Waits until everything that was run has ended, and reports what went wrong meanwhile.
+    fn complete(&self) -> Result<(), KernelError> {
+        Ok(())
+    }
 
     /// Copies from the host.
     ///
@@ -127,6 +135,15 @@ pub enum KernelError {
     /// Data that an operator cannot work on, found while it ran: its outputs are undefined.
     #[error("{call}: {what}")]
     Value { call: &'static str, what: String },
+    /// The operator exists, but not for such operands on this device.
+    #[error("{call} on device {device}: {what}")]
+    Unsupported { call: &'static str, device: String, what: String },
+    /// The device is not there, or what it needs to run is not.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The device, its driver or its libraries failed.
+    #[error("device {device}: {what}")]
+    Machine { device: String, what: String },
     /// No memory left.
     #[error("device {device}: cannot allocate {bytes} bytes")]
     OutOfMemory { device: String, bytes: usize },

@@ -6,9 +6,11 @@
 mod call;
 mod check;
 mod cpu;
+mod cuda;
 mod device;
 
 pub use call::*;
 pub use check::{Access, Extent, Operand, Operands};
 pub use cpu::CpuDevice;
+pub use cuda::{CudaDevice, CudaLibraries, EmulatedGpu, Gpu};
 pub use device::*;

@@ -74,6 +74,15 @@ impl Element for u32 {
     const DTYPE: DType = DType::U32;
 }
 
+/// bfloat16 as bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub(super) struct Narrow(pub u16);
+
+impl Element for Narrow {
+    const DTYPE: DType = DType::BF16;
+}
+
 fn pointer<T: Element>(view: View) -> *mut T {
     assert!(view.dtype() == T::DTYPE, "a view of {:?} is used as {:?}", view.dtype(), T::DTYPE);
     std::ptr::with_exposed_provenance_mut(view.address() as usize)

@@ -15,7 +15,7 @@ mod rotary;
 mod vector;
 
 use crate::call::Call;
-use crate::device::{Block, Device, KernelError, View};
+use crate::device::{Block, DType, Device, KernelError, View};
 use attention::Saved;
 use head::{Head, HeadShape};
 use matmul::{Matrix, MatrixMut, multiply};
@@ -46,6 +46,12 @@ impl Device for CpuDevice {
 
     unsafe fn run(&self, call: &Call) -> Result<(), KernelError> {
         call.check()?;
+        if !matches!(call, Call::Cast { .. } | Call::Copy { .. } | Call::Zero { .. })
+            && let Some(narrow) = call.operands().iter().find(|operand| operand.dtype == DType::BF16)
+        {
+            let what = format!("{} holds BF16, the CPU computes in F32: cast it first", narrow.name);
+            return Err(KernelError::Unsupported { call: call.name(), device: self.name(), what });
+        }
         // SAFETY: `check` has proved that no operand overlaps one that is written; the rest is the caller's promise.
         unsafe { self.dispatch(call) }
     }
@@ -150,9 +156,15 @@ impl CpuDevice {
                     let (dx, d_weight) = (dx.map(|dx| write(dx)), d_weight.map(|d_weight| write(d_weight)));
                     head::backward(head, read(lse), dx, d_weight, write(scratch), scale)?;
                 }
+                Call::Add { x, into } if x.dtype() == DType::F64 => pointwise::add_f64(read(x), write(into)),
                 Call::Add { x, into } => pointwise::add(read(x), write(into)),
                 Call::Sum { a, b, out } => pointwise::sum(read(a), read(b), write(out)),
                 Call::Copy { from, to } => bytes_mut(to).copy_from_slice(bytes(from)),
+                Call::Cast { from, to } => match (from.dtype(), to.dtype()) {
+                    (DType::F32, DType::BF16) => pointwise::narrow(read(from), write(to)),
+                    (DType::BF16, DType::F32) => pointwise::widen(read(from), write(to)),
+                    _ => bytes_mut(to).copy_from_slice(bytes(from)),
+                },
                 Call::Zero { x } => bytes_mut(x).fill(0),
                 Call::SumSquares { x, out } => write::<f64>(out)[0] += optimizer::sum_squares(read(x)),
                 Call::AdamW { parameters, gradients, first, second, norm, with } => {

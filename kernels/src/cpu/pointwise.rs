@@ -1,5 +1,6 @@
-//! Sums of equal shapes and biases.
+//! Sums of equal shapes and biases, and casts.
 
+use super::memory::Narrow;
 use super::vector::vectorised;
 
 /// Rows that [`bias_gradient`] adds before it touches the result: fewer passes over it, and shorter chains of rounding.
@@ -10,6 +11,28 @@ vectorised! {
     pub(super) fn add(x: &[f32], into: &mut [f32]) {
         for (into, &x) in into.iter_mut().zip(x) {
             *into += x;
+        }
+    }
+
+    /// `into += x`.
+    pub(super) fn add_f64(x: &[f64], into: &mut [f64]) {
+        for (into, &x) in into.iter_mut().zip(x) {
+            *into += x;
+        }
+    }
+
+    /// Rounds to nearest even; what is not a number stays so.
+    pub(super) fn narrow(from: &[f32], to: &mut [Narrow]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            let bits = from.to_bits();
+            let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+            *to = Narrow((if from.is_nan() { 0x7fff_0000 } else { rounded } >> 16) as u16);
+        }
+    }
+
+    pub(super) fn widen(from: &[Narrow], to: &mut [f32]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = f32::from_bits(u32::from(from.0) << 16);
         }
     }
 

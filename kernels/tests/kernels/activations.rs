@@ -16,7 +16,7 @@ fn swiglu(gate_up: &[f64], cols: usize) -> Vec<f64> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(if crate::PATIENT { 24 } else { 6 }))]
 
     #[test]
     fn gelu_and_its_gradient(len in 1usize..200, seed: u64) {

@@ -29,7 +29,7 @@ fn probabilities(qkv: &[f64], sizes: &Sizes, sequence: usize, head: usize, query
 }
 
 /// Output and logarithms of sums.
-fn forward(qkv: &[f64], shape: &AttentionShape) -> (Vec<f64>, Vec<f64>) {
+pub fn forward(qkv: &[f64], shape: &AttentionShape) -> (Vec<f64>, Vec<f64>) {
     let of = sizes(shape);
     let Sizes { seq, heads, kv_heads, dim, width } = of;
     let batch = shape.batch as usize;
@@ -52,7 +52,7 @@ fn forward(qkv: &[f64], shape: &AttentionShape) -> (Vec<f64>, Vec<f64>) {
 }
 
 /// The gradient of `dot(d_out, out)`, from the definition of softmax.
-fn backward(qkv: &[f64], d_out: &[f64], shape: &AttentionShape) -> Vec<f64> {
+pub fn backward(qkv: &[f64], d_out: &[f64], shape: &AttentionShape) -> Vec<f64> {
     let of = sizes(shape);
     let Sizes { seq, heads, kv_heads, dim, width } = of;
     let mut d_qkv = vec![0.0; qkv.len()];
@@ -121,7 +121,7 @@ fn check(shape: AttentionShape, bound: f64, seed: u64) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(12))]
+    #![proptest_config(ProptestConfig::with_cases(if crate::PATIENT { 12 } else { 3 }))]
 
     /// The gradients of the kernel and of the reference are those of the forward pass.
     #[test]
@@ -146,7 +146,7 @@ proptest! {
     #[test]
     fn blocks_of_any_shape(
         batch in 1u32..3,
-        seq in 50u32..140,
+        seq in 50u32..if crate::PATIENT { 140 } else { 70 },
         group in 1u32..4,
         kv_heads in 1u32..3,
         head_dim in 1u32..40,
@@ -159,7 +159,10 @@ proptest! {
 /// Several panels of keys: the running softmax is rescaled; whole and broken panels.
 #[test]
 fn sequences_of_several_panels() {
-    for (seq, head_dim, bound) in [(256, 64, 1.0), (257, 8, 3.0), (700, 16, 4.0), (1025, 4, 2.0)] {
+    let long = [(256, 64, 1.0), (257, 8, 3.0), (700, 16, 4.0), (1025, 4, 2.0)];
+    for (seq, head_dim, bound) in
+        if crate::PATIENT { &long[..] } else { &[(131, 64, 1.0), (97, 8, 3.0)] }.iter().copied()
+    {
         check(AttentionShape { batch: 1, seq, heads: 2, kv_heads: 1, head_dim }, bound, u64::from(seq));
     }
 }
@@ -167,7 +170,8 @@ fn sequences_of_several_panels() {
 /// Scores of hundreds: their exponentials exist only relative to the largest.
 #[test]
 fn large_scores_do_not_overflow() {
-    let shape = AttentionShape { batch: 1, seq: 300, heads: 1, kv_heads: 1, head_dim: 16 };
+    let seq = if crate::PATIENT { 300 } else { 150 };
+    let shape = AttentionShape { batch: 1, seq, heads: 1, kv_heads: 1, head_dim: 16 };
     let (qkv, d_out) = inputs(&shape, 30.0, 9);
     let outputs = run_both(&qkv, &d_out, shape);
     assert_close("out", &outputs.out, &forward(&qkv, &shape).0, 3e-3);
@@ -177,7 +181,8 @@ fn large_scores_do_not_overflow() {
 /// The same bits again, and on another thread.
 #[test]
 fn results_do_not_depend_on_the_thread() {
-    let shape = AttentionShape { batch: 2, seq: 333, heads: 4, kv_heads: 2, head_dim: 32 };
+    let seq = if crate::PATIENT { 333 } else { 37 };
+    let shape = AttentionShape { batch: 2, seq, heads: 4, kv_heads: 2, head_dim: 32 };
     let bits = move || {
         let (qkv, d_out) = inputs(&shape, 1.0, 3);
         let outputs = run_both(&qkv, &d_out, shape);

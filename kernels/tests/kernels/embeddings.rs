@@ -3,7 +3,7 @@ use paceline_kernels::Call;
 use proptest::prelude::*;
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(ProptestConfig::with_cases(if crate::PATIENT { 32 } else { 8 }))]
     #[test]
     fn rows_of_tables_and_their_gradients(
         sequences in 1u32..4,

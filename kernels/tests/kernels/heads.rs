@@ -16,7 +16,7 @@ fn reference(x: &[f64], weight: &[f64], targets: &[u32], cols: usize) -> (Vec<f6
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(ProptestConfig::with_cases(if crate::PATIENT { 32 } else { 8 }))]
     #[test]
     fn loss_and_its_gradients(
         rows in 1u32..10,

@@ -1,9 +1,9 @@
 //! Operands on the device, random values, comparison, and finite differences.
 
-use paceline_kernels::{Block, Call, CpuDevice, DType, Device, KernelError, View};
+use paceline_kernels::{Block, Call, DType, Device, KernelError, View};
 use std::sync::LazyLock;
 
-pub static DEVICE: LazyLock<CpuDevice> = LazyLock::new(CpuDevice::new);
+pub static DEVICE: LazyLock<Box<dyn Device>> = LazyLock::new(crate::device);
 
 /// One array on the device, in a block of its own.
 pub struct Array {
@@ -37,6 +37,10 @@ impl Array {
         match self.dtype {
             DType::F32 => bytes.as_chunks().0.iter().map(|&b| f64::from(f32::from_ne_bytes(b))).collect(),
             DType::F64 => bytes.as_chunks().0.iter().map(|&b| f64::from_ne_bytes(b)).collect(),
+            DType::BF16 => {
+                let widen = |&b: &[u8; 2]| f64::from(f32::from_bits(u32::from(u16::from_ne_bytes(b)) << 16));
+                bytes.as_chunks().0.iter().map(widen).collect()
+            }
             DType::U32 => bytes.as_chunks().0.iter().map(|&b| f64::from(u32::from_ne_bytes(b))).collect(),
         }
     }
@@ -62,15 +66,31 @@ pub fn indices(values: &[u32]) -> Array {
     Array::new(&bytes, DType::U32)
 }
 
+/// Values that bfloat16 holds exactly, as it.
+pub fn halves(values: &[f64]) -> Array {
+    let narrow = |&x: &f64| {
+        let bits = (x as f32).to_bits();
+        assert!(bits & 0xffff == 0 || x.is_nan(), "{x} is no bfloat16");
+        ((bits >> 16) as u16).to_ne_bytes()
+    };
+    Array::new(&values.iter().flat_map(narrow).collect::<Vec<u8>>(), DType::BF16)
+}
+
 /// An output that a kernel must fill: any NaN that is left, or that is read, shows.
 pub fn poisoned(len: usize) -> Array {
     floats(&vec![f64::NAN; len])
 }
 
+/// As [`poisoned`], in bfloat16.
+pub fn poisoned_halves(len: usize) -> Array {
+    halves(&vec![f64::NAN; len])
+}
+
 /// Runs a call on arrays that outlive it.
 pub fn try_run(call: Call) -> Result<(), KernelError> {
     // SAFETY: tests make calls of views of arrays that they hold, on one thread.
-    unsafe { DEVICE.run(&call) }
+    unsafe { DEVICE.run(&call) }?;
+    DEVICE.complete()
 }
 
 /// Runs a call that must succeed.

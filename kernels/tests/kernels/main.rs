@@ -5,6 +5,7 @@ mod activations;
 mod attention;
 mod embeddings;
 mod heads;
+mod indices;
 mod machine;
 mod norms;
 mod optimizer;
@@ -12,3 +13,10 @@ mod pointwise;
 mod products;
 mod rejections;
 mod rotary;
+
+/// Whether there is time for long sequences and many cases.
+const PATIENT: bool = true;
+
+fn device() -> Box<dyn paceline_kernels::Device> {
+    Box::new(paceline_kernels::CpuDevice::new())
+}

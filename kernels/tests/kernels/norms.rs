@@ -83,7 +83,7 @@ fn check(rows: u32, cols: u32, layer_norm: bool, offset: f64, seed: u64) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(if crate::PATIENT { 24 } else { 6 }))]
     #[test]
     fn norms_and_their_gradients(rows in 1u32..6, cols in 2u32..150, layer_norm: bool, seed: u64) {
         check(rows, cols, layer_norm, 0.0, seed);

@@ -3,7 +3,7 @@ use paceline_kernels::{AdamW, Call};
 use proptest::prelude::*;
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(ProptestConfig::with_cases(if crate::PATIENT { 32 } else { 8 }))]
 
     #[test]
     fn sum_of_squares_adds_in_double_precision(len in 0usize..500, seed: u64) {

@@ -1,9 +1,24 @@
-use crate::machine::{Random, assert_close, doubles, floats, indices, plus, poisoned, run};
+use crate::machine::{Random, assert_close, doubles, floats, indices, plus, poisoned, poisoned_halves, run};
 use paceline_kernels::Call;
 use proptest::prelude::*;
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(ProptestConfig::with_cases(if crate::PATIENT { 32 } else { 8 }))]
+
+    /// Rounding to bfloat16 is to the nearest, ties to even, and what is exact comes back.
+    #[test]
+    fn casts_round_to_nearest(len in 0usize..300, seed: u64) {
+        let x = Random(seed).floats(len, 1e3);
+        let (wide, narrow, back) = (floats(&x), poisoned_halves(len), poisoned(len));
+        run(Call::Cast { from: wide.view(), to: narrow.view() });
+        for (x, got) in x.iter().zip(narrow.values()) {
+            let unit = f64::from(f32::from_bits(((*x as f32).to_bits() & 0x7f80_0000) - (7 << 23)));
+            let nearest = (x / unit).round_ties_even() * unit;
+            prop_assert!(got == nearest, "{x} becomes {got}, must become {nearest}");
+        }
+        run(Call::Cast { from: narrow.view(), to: back.view() });
+        prop_assert_eq!(back.values(), narrow.values());
+    }
 
     #[test]
     fn sums_and_copies(len in 0usize..400, seed: u64) {
@@ -46,4 +61,7 @@ fn copies_and_zeroes_other_types() {
     let norm = doubles(&[4.0]);
     run(Call::Zero { x: norm.view() });
     assert_eq!(norm.values(), [0.0]);
+    let (x, into) = (doubles(&[1.0, 1e-12]), doubles(&[2.0, 1.0]));
+    run(Call::Add { x: x.view(), into: into.view() });
+    assert_eq!(into.values(), [3.0, 1.0 + 1e-12]);
 }

@@ -21,7 +21,7 @@ fn reference(qkv: &[f64], shape: &AttentionShape, theta: f64) -> Vec<f64> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(if crate::PATIENT { 24 } else { 6 }))]
     #[test]
     fn turns_queries_and_keys_and_back(
         batch in 1u32..4,

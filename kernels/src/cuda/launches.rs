@@ -1,0 +1,291 @@
+//! Calls as launches: which kernel, how many blocks, which arguments in which order.
+
+use super::machine::{Argument, Kernel, Launch, Layout, Machine, Product, ProductShape};
+use super::{attention, head};
+use crate::call::{AdamW, Call};
+use crate::device::{DType, KernelError, View};
+use smallvec::{SmallVec, smallvec};
+
+/// Blocks of a sum of squares: the same on every GPU, so that the sum is.
+pub(super) const PARTS: u32 = 1024;
+/// Threads of a block, where a kernel leaves the choice.
+const THREADS: u32 = 256;
+/// Columns and rows of a block of `column_sums`.
+const COLUMN_BLOCK: [u32; 3] = [32, 16, 1];
+
+pub(super) fn address(view: View) -> Argument {
+    Argument::Address(view.address())
+}
+
+pub(super) fn address_or_null(view: Option<View>) -> Argument {
+    Argument::Address(view.map_or(0, |view| view.address()))
+}
+
+/// Elements in 16 bytes.
+fn wide_elements(dtype: DType) -> usize {
+    16 / dtype.bytes()
+}
+
+/// Whether everything starts at a multiple of 16 bytes and rows of `cols` elements do, too.
+fn is_wide(views: &[View], cols: usize) -> bool {
+    views.iter().all(|view| view.address().is_multiple_of(16) && cols.is_multiple_of(wide_elements(view.dtype())))
+}
+
+/// One thread per `elements` of `len`.
+fn flat(kernel: Kernel, len: usize, elements: usize, arguments: SmallVec<[Argument; 16]>) -> Launch {
+    let blocks = len.div_ceil(elements).div_ceil(THREADS as usize);
+    Launch { kernel, grid: [blocks as u32, 1, 1], block: [THREADS, 1, 1], shared: 0, arguments }
+}
+
+/// One block per row.
+pub(super) fn by_row(kernel: Kernel, rows: u32, threads: u32, arguments: SmallVec<[Argument; 16]>) -> Launch {
+    Launch { kernel, grid: [rows, 1, 1], block: [threads, 1, 1], shared: 0, arguments }
+}
+
+/// A pointwise kernel over `len` elements, wide where views and row lengths allow it.
+fn pointwise(
+    base: &'static str,
+    views: &[View],
+    cols: usize,
+    len: usize,
+    arguments: SmallVec<[Argument; 16]>,
+) -> Launch {
+    let dtype = views[0].dtype();
+    let wide = is_wide(views, cols);
+    let elements = if wide { wide_elements(dtype) } else { 1 };
+    flat(Kernel::of("pointwise", base, dtype).wide(wide), len, elements, arguments)
+}
+
+/// A product of matrices without gaps.
+pub(super) fn dense(
+    [a, b, c]: [View; 3],
+    [m, n, k]: [u32; 3],
+    [transpose_a, transpose_b]: [bool; 2],
+    accumulate: bool,
+) -> Product {
+    let layout =
+        |view: View, stride: u32, transposed| Layout { dtype: view.dtype(), stride: u64::from(stride), transposed };
+    Product {
+        shape: ProductShape {
+            m,
+            n,
+            k,
+            a: layout(a, if transpose_a { m } else { k }, transpose_a),
+            b: layout(b, if transpose_b { k } else { n }, transpose_b),
+            c: layout(c, n, false),
+            accumulate,
+        },
+        a: a.address(),
+        b: b.address(),
+        c: c.address(),
+    }
+}
+
+/// Queues a call. `parts` is the address of [`PARTS`] doubles that nobody else uses until the call is queued.
+///
+/// # Safety
+/// The call has passed its check, its views come from living memory of this machine, and nobody else touches them until it has ended.
+pub(super) unsafe fn run(machine: &impl Machine, call: &Call, parts: u64) -> Result<(), KernelError> {
+    use Argument::{F32, F64, U32, U64};
+    // SAFETY: the arguments follow the kernels' declarations, and the caller promises the rest.
+    let launch = |launch: Launch| unsafe { machine.launch(&launch) };
+    match *call {
+        Call::MatMul { a, b, c, m, n, k, transpose_a, transpose_b, accumulate } => {
+            // SAFETY: as above.
+            unsafe { machine.multiply(&dense([a, b, c], [m, n, k], [transpose_a, transpose_b], accumulate)) }
+        }
+        Call::AddBias { x, bias, cols, .. } => {
+            let arguments = smallvec![address(x), address(bias), U32(cols), U64(x.len() as u64)];
+            launch(pointwise("add_bias", &[x, bias], cols as usize, x.len(), arguments))
+        }
+        Call::BiasGradient { dy, d_bias, rows, cols } => {
+            let none = Argument::Address(0);
+            let arguments = smallvec![none, none, address(dy), none, address(d_bias), U32(rows), U32(cols)];
+            launch(column_sums(dy.dtype(), cols, arguments))
+        }
+        Call::Norm { x, gamma, beta, out, stats, rows, cols, epsilon } => {
+            let mut views: SmallVec<[View; 4]> = smallvec![x, gamma, out];
+            views.extend(beta);
+            let kernel = Kernel::of("norm", "norm_forward", x.dtype()).wide(is_wide(&views, cols as usize));
+            let [x, gamma, out, stats] = [x, gamma, out, stats].map(address);
+            let arguments = smallvec![x, gamma, address_or_null(beta), out, stats, U32(cols), F32(epsilon)];
+            launch(by_row(kernel, rows, THREADS, arguments))
+        }
+        Call::NormBackwardInput { x, gamma, stats, dy, dx, rows, cols, layer_norm } => {
+            let wide = is_wide(&[x, gamma, dy, dx], cols as usize);
+            let kernel = Kernel::of("norm", "norm_backward_input", x.dtype()).wide(wide);
+            let [x, gamma, stats, dy, dx] = [x, gamma, stats, dy, dx].map(address);
+            let arguments = smallvec![x, gamma, stats, dy, dx, U32(cols), U32(u32::from(layer_norm))];
+            launch(by_row(kernel, rows, THREADS, arguments))
+        }
+        Call::NormBackwardWeight { x, stats, dy, d_gamma, d_beta, rows, cols } => {
+            let dtype = x.dtype();
+            let [x, stats, dy, d_gamma] = [x, stats, dy, d_gamma].map(address);
+            let arguments = smallvec![x, stats, dy, d_gamma, address_or_null(d_beta), U32(rows), U32(cols)];
+            launch(column_sums(dtype, cols, arguments))
+        }
+        Call::Rotary { qkv, shape, theta, inverse } => {
+            const ROTARY_THREADS: u32 = 128;
+            let tokens = shape.batch * shape.seq;
+            let pairs = u64::from(tokens) * u64::from(shape.head_dim / 2);
+            launch(Launch {
+                kernel: Kernel::of("rotary", "rotary", qkv.dtype()),
+                grid: [pairs.div_ceil(u64::from(ROTARY_THREADS)) as u32, 1, 1],
+                block: [ROTARY_THREADS, 1, 1],
+                shared: 0,
+                arguments: smallvec![
+                    address(qkv),
+                    U32(tokens),
+                    U32(shape.seq),
+                    U32(shape.heads),
+                    U32(shape.kv_heads),
+                    U32(shape.head_dim),
+                    F64(f64::from(theta).log2()),
+                    F32(if inverse { -1.0 } else { 1.0 }),
+                ],
+            })
+        }
+        Call::Attention { qkv, out, lse, shape } => {
+            attention::forward(machine.shared_limit(), &machine.name(), [qkv, out, lse], &shape).and_then(launch)
+        }
+        Call::AttentionBackward { qkv, out, lse, d_out, d_qkv, scratch, shape } => {
+            let views = [qkv, out, lse, d_out, d_qkv, scratch];
+            let launches = attention::backward(machine.shared_limit(), &machine.name(), views, &shape)?;
+            launches.into_iter().try_for_each(launch)
+        }
+        Call::SwiGlu { gate_up, out, cols, .. } => {
+            let arguments = smallvec![address(gate_up), address(out), U32(cols), U64(out.len() as u64)];
+            launch(pointwise("swiglu", &[gate_up, out], cols as usize, out.len(), arguments))
+        }
+        Call::SwiGluBackward { gate_up, d_out, d_gate_up, cols, .. } => {
+            let len = d_out.len();
+            let arguments = smallvec![address(gate_up), address(d_out), address(d_gate_up), U32(cols), U64(len as u64)];
+            launch(pointwise("swiglu_backward", &[gate_up, d_out, d_gate_up], cols as usize, len, arguments))
+        }
+        Call::Gelu { x, out } if !x.is_empty() => {
+            let arguments = smallvec![address(x), address(out), U64(x.len() as u64)];
+            launch(pointwise("gelu", &[x, out], x.len(), x.len(), arguments))
+        }
+        Call::GeluBackward { x, d_out, d_x } if !x.is_empty() => {
+            let arguments = smallvec![address(x), address(d_out), address(d_x), U64(x.len() as u64)];
+            launch(pointwise("gelu_backward", &[x, d_out, d_x], x.len(), x.len(), arguments))
+        }
+        Call::Embedding { tokens, table, positions, out, rows, cols, seq } => {
+            let limit = (table.len() / cols as usize) as u32;
+            let arguments = smallvec![
+                address(tokens),
+                address(table),
+                address_or_null(positions),
+                address(out),
+                U32(cols),
+                U32(seq),
+                U32(limit),
+            ];
+            launch(by_row(Kernel::of("embedding", "embed", out.dtype()), rows, THREADS, arguments))
+        }
+        Call::EmbeddingBackward { tokens, d_out, d_table, d_positions, rows, cols, seq } => {
+            let limit = (d_table.len() / cols as usize) as u32;
+            let [tokens, slopes, table] = [tokens, d_out, d_table].map(address);
+            let arguments = smallvec![tokens, slopes, table, U32(rows), U32(cols), U32(limit)];
+            // Its threads are fixed in the source (TOKENS).
+            launch(by_row(Kernel::of("embedding", "embed_backward", d_out.dtype()), rows, 256, arguments))?;
+            let Some(positions) = d_positions else { return Ok(()) };
+            let kernel = Kernel::of("embedding", "positions_backward", d_out.dtype());
+            let len = seq as usize * cols as usize;
+            launch(flat(kernel, len, 1, smallvec![slopes, address(positions), U32(rows), U32(cols), U32(seq)]))
+        }
+        Call::HeadLoss { .. } | Call::HeadBackward { .. } => {
+            // SAFETY: as above.
+            unsafe { head::run(machine, call) }
+        }
+        Call::Add { x, into } if x.dtype() == DType::F64 && !x.is_empty() => {
+            let arguments = smallvec![address(x), address(into), U64(x.len() as u64)];
+            launch(flat(Kernel::plain("optimizer", "add_f64"), x.len(), 1, arguments))
+        }
+        Call::Add { x, into } if !x.is_empty() => launch(sum([into, x, into])),
+        Call::Sum { a, b, out } if !a.is_empty() => launch(sum([a, b, out])),
+        Call::Cast { from, to } if from.dtype() != to.dtype() && !from.is_empty() => {
+            let base = if to.dtype() == DType::BF16 { "cast_to_bf16" } else { "cast_to_f32" };
+            let wide = is_wide(&[from, to], from.len());
+            let arguments = smallvec![address(from), address(to), U64(from.len() as u64)];
+            launch(flat(Kernel::plain("pointwise", base).wide(wide), from.len(), if wide { 4 } else { 1 }, arguments))
+        }
+        Call::Copy { from, to } | Call::Cast { from, to } if !from.is_empty() => {
+            // SAFETY: as above.
+            unsafe { machine.copy(from.address(), to.address(), from.bytes()) }
+        }
+        Call::Zero { x } if !x.is_empty() => {
+            // SAFETY: as above.
+            unsafe { machine.clear(x.address(), x.bytes()) }
+        }
+        Call::SumSquares { x, out } if !x.is_empty() => {
+            let blocks = PARTS.min(x.len().div_ceil(THREADS as usize) as u32);
+            let partial = Argument::Address(parts);
+            launch(Launch {
+                kernel: Kernel::plain("optimizer", "square_parts"),
+                grid: [blocks, 1, 1],
+                block: [THREADS, 1, 1],
+                shared: 0,
+                arguments: smallvec![address(x), partial, U64(x.len() as u64)],
+            })?;
+            let arguments = smallvec![partial, address(out), U32(blocks)];
+            launch(by_row(Kernel::plain("optimizer", "add_parts"), 1, THREADS, arguments))
+        }
+        Call::AdamW { parameters, gradients, first, second, norm, with } if !parameters.is_empty() => {
+            let wide = is_wide(&[parameters, gradients, first, second], parameters.len());
+            let mut arguments: SmallVec<[Argument; 16]> =
+                [parameters, gradients, first, second].map(address).into_iter().collect();
+            // No copy in bf16.
+            arguments.extend([Argument::Address(0), address(norm), U64(parameters.len() as u64)]);
+            arguments.push(F32(with.clip.unwrap_or(-1.0)));
+            arguments.extend(factors(&with));
+            let kernel = Kernel::plain("optimizer", "adamw").wide(wide);
+            launch(flat(kernel, parameters.len(), if wide { 4 } else { 1 }, arguments))
+        }
+        Call::AdamWAhead { parameters, kept, gradients, first, second, with } if !parameters.is_empty() => {
+            let views = [parameters, kept, gradients, first, second];
+            let wide = is_wide(&views, parameters.len());
+            let mut arguments: SmallVec<[Argument; 16]> = views.into_iter().map(address).collect();
+            arguments.push(U64(parameters.len() as u64));
+            arguments.extend(factors(&with));
+            let kernel = Kernel::plain("optimizer", "adamw_ahead").wide(wide);
+            launch(flat(kernel, parameters.len(), if wide { 4 } else { 1 }, arguments))
+        }
+        // Nothing to do for no elements.
+        Call::Gelu { .. }
+        | Call::GeluBackward { .. }
+        | Call::Add { .. }
+        | Call::Sum { .. }
+        | Call::Copy { .. }
+        | Call::Cast { .. }
+        | Call::Zero { .. }
+        | Call::SumSquares { .. }
+        | Call::AdamW { .. }
+        | Call::AdamWAhead { .. } => Ok(()),
+    }
+}
+
+/// What an update multiplies by, in the order of both kernels: as `cpu::optimizer` has it.
+fn factors(with: &AdamW) -> [Argument; 6] {
+    let correction = |beta: f32| 1.0 - f64::from(beta).powi(with.step.min(i32::MAX as u32) as i32);
+    let decay = 1.0 - with.lr * with.weight_decay;
+    let rate = (f64::from(with.lr) / correction(with.beta1)) as f32;
+    let root = (1.0 / correction(with.beta2).sqrt()) as f32;
+    [with.beta1, with.beta2, decay, rate, root, with.epsilon].map(Argument::F32)
+}
+
+/// `out = a + b`; `out` may be `a`.
+fn sum([a, b, out]: [View; 3]) -> Launch {
+    let arguments = smallvec![address(a), address(b), address(out), Argument::U64(a.len() as u64)];
+    pointwise("sum", &[a, b, out], a.len(), a.len(), arguments)
+}
+
+fn column_sums(dtype: DType, cols: u32, arguments: SmallVec<[Argument; 16]>) -> Launch {
+    Launch {
+        kernel: Kernel::of("norm", "column_sums", dtype),
+        grid: [cols.div_ceil(COLUMN_BLOCK[0]), 1, 1],
+        block: COLUMN_BLOCK,
+        shared: 0,
+        arguments,
+    }
+}

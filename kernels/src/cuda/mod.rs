@@ -1,0 +1,109 @@
+//! GPUs of NVIDIA: calls as launches of the kernels in `kernels/cuda` and as products of cuBLASLt.
+//!
+//! [`Gpu`] turns calls into launches on a [`Machine`]; [`launches`] holds the arithmetic of that. The libraries are loaded when a
+//! device is opened, never before ([`libraries`]).
+
+mod attention;
+mod compile;
+mod driver;
+mod emulated;
+mod head;
+mod launches;
+mod libraries;
+mod machine;
+mod products;
+mod sources;
+
+use crate::call::Call;
+use crate::device::{Block, Device, KernelError, View};
+use machine::Machine;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+pub use libraries::CudaLibraries;
+
+/// A GPU through its driver.
+pub type CudaDevice = Gpu<driver::Cuda>;
+
+/// The same kernels, run by the CPU: slow, and for tests.
+pub type EmulatedGpu = Gpu<emulated::Emulated>;
+
+/// A device that launches kernels. Calls are queued in one order and run behind the caller's back.
+pub struct Gpu<M> {
+    machine: M,
+    /// Parts of a sum, one `f64` per block; a call that uses it holds it until all of its launches are queued.
+    parts: Mutex<Box<dyn Block>>,
+}
+
+impl<M: Machine> Gpu<M> {
+    fn with(machine: M) -> Result<Gpu<M>, KernelError> {
+        let parts = machine.allocate(launches::PARTS as usize * 8)?;
+        Ok(Gpu { machine, parts: Mutex::new(parts) })
+    }
+}
+
+impl CudaDevice {
+    /// Opens GPU number `ordinal` of those that the driver shows. Compiled kernels are kept in `cache`.
+    ///
+    /// # Errors
+    /// [`KernelError::Unavailable`] says what is missing and where it was looked for.
+    pub fn open(ordinal: u32, cache: &Path) -> Result<CudaDevice, KernelError> {
+        Gpu::with(driver::Cuda::open(ordinal, cache)?)
+    }
+
+    /// Free and total bytes of its memory.
+    pub fn memory(&self) -> Result<(usize, usize), KernelError> {
+        self.machine.memory()
+    }
+}
+
+impl EmulatedGpu {
+    /// Compiles the kernels with a C++ compiler (`CXX`, `c++`, `g++` or `clang++`); what was compiled is kept in `cache`.
+    ///
+    /// # Errors
+    /// [`KernelError::Unavailable`] without a compiler, or when it refuses the sources.
+    pub fn open(cache: &Path) -> Result<EmulatedGpu, KernelError> {
+        Gpu::with(emulated::Emulated::open(cache)?)
+    }
+}
+
+impl<M: Machine> Device for Gpu<M> {
+    fn name(&self) -> String {
+        self.machine.name()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Box<dyn Block>, KernelError> {
+        self.machine.allocate(bytes)
+    }
+
+    unsafe fn run(&self, call: &Call) -> Result<(), KernelError> {
+        call.check()?;
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: `check` has proved that operands have the lengths that the kernels assume and that nothing that is written
+        // overlaps another operand; the rest is the caller's promise.
+        unsafe { launches::run(&self.machine, call, parts.address()) }
+    }
+
+    fn complete(&self) -> Result<(), KernelError> {
+        self.machine.complete()
+    }
+
+    unsafe fn upload(&self, from: &[u8], to: View) -> Result<(), KernelError> {
+        check_transfer("upload", from.len(), to)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.machine.upload(from, to.address()) }
+    }
+
+    unsafe fn download(&self, from: View, to: &mut [u8]) -> Result<(), KernelError> {
+        check_transfer("download", to.len(), from)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.machine.download(from.address(), to) }
+    }
+}
+
+fn check_transfer(call: &'static str, host: usize, view: View) -> Result<(), KernelError> {
+    if host == view.bytes() {
+        return Ok(());
+    }
+    Err(KernelError::Shape { call, what: format!("host has {host} bytes, the view {}", view.bytes()) })
+}
