@@ -2,6 +2,8 @@
 
 use crate::screen::{Screen, Style};
 
+pub use paceline_sim::units::{show_percent, show_seconds};
+
 /// A table: the first row is the header; numbers align right, words left.
 #[derive(Debug, Default)]
 pub struct Table {
@@ -78,28 +80,6 @@ fn looks_numeric(text: &str) -> bool {
     text.chars().next().is_some_and(|c| c.is_ascii_digit() || "+-.~".contains(c))
 }
 
-/// Seconds with a fitting unit, three significant digits.
-pub fn show_seconds(seconds: f64) -> String {
-    let (value, unit) = match seconds.abs() {
-        s if s >= 1.0 => (seconds, "s"),
-        s if s >= 1e-3 => (seconds * 1e3, "ms"),
-        _ => (seconds * 1e6, "us"),
-    };
-    let digits = if value.abs() >= 100.0 {
-        0
-    } else if value.abs() >= 10.0 {
-        1
-    } else {
-        2
-    };
-    format!("{value:.digits$} {unit}")
-}
-
-/// A share as a percentage with one digit.
-pub fn show_percent(share: f64) -> String {
-    format!("{:.1} %", share * 100.0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -112,12 +92,5 @@ mod tests {
         table.row(["a", "1.00 ms"]);
         table.row(["long name", "10.0 ms"]);
         assert_eq!(table.lines(&screen), ["  name          time", "  a          1.00 ms", "  long name  10.0 ms"]);
-    }
-
-    #[test]
-    fn seconds_choose_a_unit() {
-        assert_eq!(show_seconds(1.5), "1.50 s");
-        assert_eq!(show_seconds(0.0123), "12.3 ms");
-        assert_eq!(show_seconds(0.000_456), "456 us");
     }
 }

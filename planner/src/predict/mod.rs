@@ -14,7 +14,9 @@ pub use request::{ClusterRequest, PRECISIONS, RequestError};
 pub use schedule::{ClusterSchedule, schedule_cluster};
 pub use stages::{Groups, PassTimes, Stage, Timer, cut};
 
-pub use sweep::{ClusterPlan, ClusterSweep, Pruned, sweep_cluster, sweep_clusters};
+pub use sweep::{
+    ClusterPlan, ClusterSweep, Pruned, SweepProgress, sweep_cluster, sweep_clusters, sweep_clusters_while,
+};
 
 use crate::order::ComputeOrder;
 use crate::replay::{OrderError, Replayer, StageMemory, StageTimes, peaks};

@@ -2,9 +2,11 @@
 
 use super::request::{ClusterRequest, RequestError};
 use super::{ClusterPrediction, predict_cluster};
-use paceline_sim::cluster::{Architecture, Layout, Physics};
+use paceline_sim::cluster::{Architecture, Physics};
 use rayon::prelude::*;
 use serde::Serialize;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A layout that fits, and its prediction.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -49,6 +51,43 @@ pub struct ClusterSweep {
     pub nearest: Option<ClusterPlan>,
 }
 
+/// How far a sweep is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SweepProgress {
+    /// Combinations in all.
+    pub candidates: usize,
+    /// Combinations that are decided.
+    pub decided: usize,
+    /// Those of them that are no plan.
+    pub pruned: Pruned,
+    /// The fastest that fits so far, in seconds per iteration.
+    pub best: Option<f64>,
+    /// No layout can be faster.
+    pub bound: f64,
+}
+
+/// What has been decided so far, shared by the threads of a sweep.
+#[derive(Default)]
+struct Tally {
+    decided: usize,
+    pruned: Pruned,
+    best: Option<f64>,
+}
+
+impl Tally {
+    fn add(&mut self, plan: Option<&ClusterPlan>) {
+        self.decided += 1;
+        match plan.map(|plan| &plan.prediction) {
+            None => self.pruned.invalid += 1,
+            Some(prediction) if !prediction.memory.fits => self.pruned.memory += 1,
+            Some(prediction) => {
+                let seconds = prediction.iteration_seconds;
+                self.best = Some(self.best.map_or(seconds, |best| best.min(seconds)));
+            }
+        }
+    }
+}
+
 /// Powers of two up to a number.
 fn doublings(most: u64) -> Vec<u64> {
     std::iter::successors(Some(1u64), |n| n.checked_mul(2)).take_while(|n| *n <= most).collect()
@@ -79,6 +118,20 @@ pub fn sweep_clusters(
     requests: &[ClusterRequest],
     physics: &Physics,
     top: usize,
+) -> Result<ClusterSweep, RequestError> {
+    sweep_clusters_while(requests, physics, top, &|_| true)
+}
+
+/// [`sweep_clusters`] that tells `progress` after every candidate, from any thread, and ends with what it has found when that
+/// says `false`.
+///
+/// # Errors
+/// As [`sweep_clusters`].
+pub fn sweep_clusters_while(
+    requests: &[ClusterRequest],
+    physics: &Physics,
+    top: usize,
+    progress: &(dyn Fn(SweepProgress) -> bool + Sync),
 ) -> Result<ClusterSweep, RequestError> {
     let started = std::time::Instant::now();
     let Some(request) = requests.first() else { return Err(RequestError::Number { key: "model" }) };
@@ -112,42 +165,54 @@ pub fn sweep_clusters(
     let node = u64::from(cluster.gpus_per_node);
     let candidates: Vec<ClusterRequest> =
         requests.iter().flat_map(|request| candidates(request, &model, gpus, node)).collect();
-    let results: Vec<Option<(Layout, ClusterPlan)>> = candidates
+    let numerics =
+        candidates.iter().find_map(|c| c.layout(&model, &cluster).ok()).map(|layout| layout.numerics.compute);
+    let rate = super::stated_rate(&cluster.gpu, numerics) * gpus as f64;
+    let bound = model.flops_per_token(request.seq, true) * (request.global_batch * request.seq) as f64 / rate;
+    let tally = Mutex::new(Tally::default());
+    let stopped = AtomicBool::new(false);
+    let decide = |candidate: &ClusterRequest| {
+        let layout = candidate.layout(&model, &cluster).ok()?;
+        let prediction = predict_cluster(&model, &layout, &cluster, physics).ok()?;
+        let configuration = ClusterRequest { dp: Some(layout.dp), chunks: Some(layout.chunks), ..candidate.clone() };
+        Some(ClusterPlan { configuration, prediction })
+    };
+    let results: Vec<Option<ClusterPlan>> = candidates
         .par_iter()
-        .map(|candidate| {
-            let layout = candidate.layout(&model, &cluster).ok()?;
-            let prediction = predict_cluster(&model, &layout, &cluster, physics).ok()?;
-            let configuration =
-                ClusterRequest { dp: Some(layout.dp), chunks: Some(layout.chunks), ..candidate.clone() };
-            Some((layout, ClusterPlan { configuration, prediction }))
+        .filter_map(|candidate| {
+            if stopped.load(Ordering::Relaxed) {
+                return None;
+            }
+            let plan = decide(candidate);
+            if let Ok(mut tally) = tally.lock() {
+                tally.add(plan.as_ref());
+                let Tally { decided, pruned, best } = *tally;
+                let at = SweepProgress { candidates: candidates.len(), decided, pruned, best, bound };
+                if !progress(at) {
+                    stopped.store(true, Ordering::Relaxed);
+                }
+            }
+            Some(plan)
         })
         .collect();
-    let mut pruned = Pruned::default();
+    let simulated = results.iter().flatten().count();
+    let pruned = tally.into_inner().map_or(Pruned::default(), |tally| tally.pruned);
     let mut plans = Vec::new();
     let mut nearest: Option<ClusterPlan> = None;
     let lacking = |plan: &ClusterPlan| plan.prediction.memory.peak_bytes.iter().copied().fold(0.0, f64::max);
-    for result in &results {
-        match result {
-            None => pruned.invalid += 1,
-            Some((_, plan)) if plan.prediction.memory.fits => plans.push(plan.clone()),
-            Some((_, plan)) => {
-                pruned.memory += 1;
-                if nearest.as_ref().is_none_or(|n| lacking(plan) < lacking(n)) {
-                    nearest = Some(plan.clone());
-                }
-            }
+    for plan in results.into_iter().flatten() {
+        if plan.prediction.memory.fits {
+            plans.push(plan);
+        } else if nearest.as_ref().is_none_or(|n| lacking(&plan) < lacking(n)) {
+            nearest = Some(plan);
         }
     }
     plans.sort_by(|a, b| a.prediction.iteration_seconds.total_cmp(&b.prediction.iteration_seconds));
     plans.truncate(top);
-    let tokens = (request.global_batch * request.seq) as f64;
-    let numerics = results.iter().flatten().next().map(|(layout, _)| layout.numerics.compute);
-    let rate = super::stated_rate(&cluster.gpu, numerics) * gpus as f64;
-    let bound = model.flops_per_token(request.seq, true) * tokens / rate;
     Ok(ClusterSweep {
         format: "paceline.plans/1",
         candidates: candidates.len(),
-        simulated: results.iter().flatten().count(),
+        simulated,
         pruned,
         search_seconds: started.elapsed().as_secs_f64(),
         bound_iteration_seconds: bound,
@@ -239,6 +304,25 @@ mod tests {
         assert!(sweep.plans.is_empty() && sweep.gap.is_none());
         let nearest = sweep.nearest.unwrap();
         assert!(nearest.prediction.memory.peak_bytes[0] > nearest.prediction.memory.limit_bytes);
+    }
+
+    #[test]
+    fn a_sweep_tells_how_far_it_is_and_ends_when_told() {
+        let told = Mutex::new(Vec::new());
+        let tell = |at: SweepProgress| {
+            told.lock().unwrap().push(at);
+            true
+        };
+        let sweep = sweep_clusters_while(&[request("llama-3-8b", 1)], &Physics::default(), 3, &tell).unwrap();
+        let told = told.into_inner().unwrap();
+        assert_eq!(told.len(), sweep.candidates);
+        let last = told.iter().max_by_key(|at| at.decided).unwrap();
+        assert_eq!((last.decided, last.pruned), (sweep.candidates, sweep.pruned));
+        assert_eq!(last.best, Some(sweep.plans[0].prediction.iteration_seconds));
+        assert_eq!(last.bound, sweep.bound_iteration_seconds);
+        let stopped = sweep_clusters_while(&[request("llama-3-8b", 1)], &Physics::default(), 3, &|at| at.decided < 5);
+        let stopped = stopped.unwrap();
+        assert!(stopped.simulated + stopped.pruned.invalid < sweep.candidates, "{stopped:?}");
     }
 
     #[test]

@@ -69,6 +69,14 @@ fn latent(heads: u64) -> Attention {
 }
 
 impl Architecture {
+    /// Names of all presets: published dense models, those with experts, and those of the demonstration.
+    pub fn preset_names() -> Vec<String> {
+        let mut names: Vec<String> = ModelConfig::presets().into_iter().map(|model| model.name).collect();
+        names.extend(PRESETS.iter().map(|row| row.0.to_owned()));
+        names.sort_by_key(|name| name.starts_with("demo"));
+        names
+    }
+
     /// A preset by name, or a `config.json` by path (a directory stands for the one in it).
     ///
     /// # Errors
