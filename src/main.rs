@@ -64,6 +64,9 @@ enum Command {
     States(commands::states::Arguments),
     /// Hold predictions for clusters against measured runs.
     Validate(commands::validate::Arguments),
+    /// The terminal UI: see the memory, the pipeline and the plans, and turn the knobs.
+    #[command(alias = "ui")]
+    Tui(commands::tui::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -88,6 +91,7 @@ fn main() -> ExitCode {
         Some(Command::Schedule(a)) => commands::schedule::run(&screen, &a),
         Some(Command::States(a)) => commands::states::run(&screen, &a),
         Some(Command::Validate(a)) => commands::validate::run(&screen, &a),
+        Some(Command::Tui(a)) => commands::tui::run(&screen, &a),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,4 +10,5 @@ pub mod predict;
 pub mod run;
 pub mod schedule;
 pub mod states;
+pub mod tui;
 pub mod validate;

@@ -1,0 +1,156 @@
+//! `paceline tui`: the terminal UI.
+
+use crate::failure::Failure;
+use crate::interrupt;
+use crate::job_source::JobSource;
+use crate::local::Local;
+use crate::screen::Screen;
+use paceline_tui::app::{App, Notice};
+use paceline_tui::desk::Desk;
+use paceline_tui::question::LocalMachine;
+use paceline_tui::settings::Settings;
+use paceline_tui::terminal;
+use paceline_tui::theme::Palette;
+use paceline_tui::visit::Visit;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use toml::{Table, Value};
+
+/// Turn the knobs of a job and see at once what becomes of its memory and time.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(
+    after_help = "Examples:\n  paceline tui\n  paceline tui job.toml\n  paceline tui --model llama-3-70b --cluster dgx-h100-ib --nodes 64 --seq 8192 --global-batch 512 --tp 8 --pp 4\n\n`?` shows the keys."
+)]
+pub struct Arguments {
+    #[command(flatten)]
+    pub source: JobSource,
+
+    /// Profile of this machine (default: as for `paceline predict`).
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
+
+    /// Colours (default: those of the last visit; none with NO_COLOR).
+    #[arg(long, value_enum, value_name = "THEME")]
+    pub theme: Option<Theme>,
+
+    /// Neither read nor keep the state of the last visit.
+    #[arg(long)]
+    pub fresh: bool,
+}
+
+/// Colours by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Theme {
+    /// For dark backgrounds.
+    Dark,
+    /// For light backgrounds.
+    Light,
+    /// None.
+    Mono,
+}
+
+/// Runs the command.
+pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
+    if screen.json() || !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {
+        let what = if screen.json() { "`paceline tui` has no --json" } else { "this is not a terminal" };
+        return Err(Failure::bad_input(format!("{what}, and the terminal UI needs one"))
+            .hint("`paceline predict --json` with the same job prints the same figures, `paceline plan --json` the same plans"));
+    }
+    let local = Local::open(screen, arguments.profile.as_deref())?;
+    let local = LocalMachine {
+        predictor: Arc::new(local.predictor),
+        profile: Arc::new(local.profile),
+        machine: local.machine,
+        origin: local.origin,
+    };
+    let (job, notice) = match job(&arguments.source) {
+        Ok(job) => (job, None),
+        // The view opens all the same, with something to turn the knobs of.
+        Err(failure) => {
+            let text = format!("{}; showing the default", failure.message().replace('\n', " "));
+            (Settings::usual().table(), Some(Notice { text, bad: true }))
+        }
+    };
+    let path = if arguments.fresh || notice.is_some() { None } else { state_path(arguments.source.job.as_deref()) };
+    let visit = path.as_deref().and_then(Visit::read);
+    let settings = visit.as_ref().map_or_else(|| Settings::from_table(&job), |visit| visit.settings(&job));
+    let palette = palette(screen, arguments.theme, visit.as_ref().and_then(|visit| visit.palette));
+    let (mut app, mut effects) = App::new(settings, palette, notice);
+    if let Some(visit) = &visit {
+        effects = visit.restore(&mut app);
+    }
+    let stop = interrupt::flag()?;
+    let (sender, events) = channel();
+    let desk = Desk::open(local, sender.clone());
+    terminal::show(&mut app, effects, &desk, (sender, events), &stop)
+        .map_err(|error| Failure::internal(format!("the terminal cannot be used: {error}")))?;
+    if let Some(path) = path
+        && let Err(error) = Visit::of(&app, &job).write(&path)
+    {
+        screen.warn(format!("the state of this visit is not kept: {}: {error}", path.display()));
+    }
+    Ok(())
+}
+
+/// The keys of the job, those of the default where none is named.
+fn job(source: &JobSource) -> Result<Table, Failure> {
+    if source.is_empty()? {
+        return Ok(Settings::usual().table());
+    }
+    let (mut table, _) = source.table()?;
+    // Files named in a job file lie beside it; those of flags in the working directory.
+    if let Some(folder) = source.job.as_deref().and_then(Path::parent) {
+        let beside = |value: &mut Value| {
+            if let Value::String(name) = value
+                && let Ok(path) = folder.join(&*name).canonicalize()
+                && path.is_file()
+            {
+                *name = path.display().to_string();
+            }
+        };
+        for (key, flag) in [("model", &source.flags.model), ("cluster", &source.flags.cluster)] {
+            if let (Some(value), None) = (table.get_mut(key), flag) {
+                beside(value);
+            }
+        }
+        if let Some(data) = table.get_mut("train").and_then(|train| train.get_mut("data")) {
+            beside(data);
+        }
+    }
+    Ok(table)
+}
+
+fn palette(screen: &Screen, asked: Option<Theme>, last: Option<Palette>) -> Palette {
+    match asked {
+        Some(Theme::Dark) => Palette::Dark,
+        Some(Theme::Light) => Palette::Light,
+        Some(Theme::Mono) => Palette::Mono,
+        None if !screen.color() => Palette::Mono,
+        None => last.unwrap_or_else(background),
+    }
+}
+
+/// Terminals that say so have the number of their background after the last `;` of COLORFGBG; 7 and 15 are white.
+fn background() -> Palette {
+    let said = std::env::var("COLORFGBG").unwrap_or_default();
+    if matches!(said.rsplit(';').next(), Some("7" | "15")) { Palette::Light } else { Palette::Dark }
+}
+
+/// Where the last visit to a job is kept: `$XDG_STATE_HOME` or `~/.local/state`, and there `paceline/tui/`.
+fn state_path(job: Option<&Path>) -> Option<PathBuf> {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = absolute("XDG_STATE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/state")))?;
+    let name = match job {
+        None => "default.toml".to_string(),
+        Some(job) => {
+            let whole = job.canonicalize().unwrap_or_else(|_| job.to_owned());
+            let mut hasher = DefaultHasher::new();
+            whole.hash(&mut hasher);
+            format!("{}-{:016x}.toml", job.file_stem().unwrap_or_default().to_string_lossy(), hasher.finish())
+        }
+    };
+    Some(base.join("paceline").join("tui").join(name))
+}

@@ -1,0 +1,322 @@
+//! The state of the terminal UI and how events change it. It knows neither the terminal nor the simulator: tests drive it
+//! with keys and hand it answers.
+
+use crate::event::{Effect, Event, News, OptionNews};
+use crate::question::Answer;
+use crate::settings::{KNOBS, Settings};
+use crate::theme::Palette;
+use ratatui::crossterm::event::{
+    KeyCode, KeyEvent, KeyEventKind, KeyModifiers, MouseButton, MouseEvent, MouseEventKind,
+};
+use ratatui::layout::{Position, Rect};
+use serde::{Deserialize, Serialize};
+
+/// The views.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum View {
+    /// Knobs, memory and time.
+    #[default]
+    Predict,
+}
+
+impl View {
+    /// In the order of their tabs.
+    pub const ALL: [View; 1] = [View::Predict];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            View::Predict => "Predict",
+        }
+    }
+}
+
+/// What lies under the mouse.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// A tab.
+    Tab(View),
+    /// A knob, by its place.
+    Knob(usize),
+    /// The memory of the ranks.
+    Ranks,
+}
+
+/// A line that tells what happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Notice {
+    /// What.
+    pub text: String,
+    /// Whether something is wrong.
+    pub bad: bool,
+}
+
+/// The state.
+#[derive(Debug)]
+pub struct App {
+    /// The view that is shown.
+    pub view: View,
+    /// The knobs.
+    pub settings: Settings,
+    /// The knob with the focus.
+    pub knob: usize,
+    /// What is typed into it, while it is.
+    pub typed: Option<String>,
+    /// The prediction of the settings, or why there is none; none while the first is computed.
+    pub answer: Option<Result<Answer, String>>,
+    /// The latest prediction that there was, shown while the settings are impossible.
+    pub last: Option<Answer>,
+    /// What figures are held against: the prediction before this one, or a pinned one.
+    pub before: Option<Answer>,
+    /// Whether that stays.
+    pub pinned: bool,
+    /// What the values of the knob come to.
+    pub options: Vec<OptionNews>,
+    /// Of which knob.
+    pub options_of: Option<usize>,
+    /// Whether an answer is awaited.
+    pub waiting: bool,
+    /// The first rank that is shown.
+    pub first_rank: usize,
+    /// Colours.
+    pub palette: Palette,
+    /// Whether keys are explained.
+    pub help: bool,
+    /// The line at the bottom.
+    pub notice: Option<Notice>,
+    /// What lies where, as drawn last.
+    pub targets: Vec<(Rect, Target)>,
+    question: u64,
+}
+
+impl App {
+    /// A state with settings and, where something went wrong before, a notice; and its first question.
+    pub fn new(settings: Settings, palette: Palette, notice: Option<Notice>) -> (App, Vec<Effect>) {
+        let mut app = App {
+            view: View::default(),
+            settings,
+            knob: 0,
+            typed: None,
+            answer: None,
+            last: None,
+            before: None,
+            pinned: false,
+            options: Vec::new(),
+            options_of: None,
+            waiting: false,
+            first_rank: 0,
+            palette,
+            help: false,
+            notice,
+            targets: Vec::new(),
+            question: 0,
+        };
+        if app.notice.is_none() && !app.settings.several.is_empty() {
+            let text = format!("the job leaves a choice of {}; the first is shown", app.settings.several.join(", "));
+            app.notice = Some(Notice { text, bad: false });
+        }
+        let ask = app.ask();
+        (app, vec![ask])
+    }
+
+    /// The question whose answer is awaited or shown.
+    pub fn question(&self) -> u64 {
+        self.question
+    }
+
+    /// Asks for a prediction of the settings as they are.
+    pub fn ask(&mut self) -> Effect {
+        self.question += 1;
+        self.waiting = true;
+        Effect::Ask { question: self.question, settings: Box::new(self.settings.clone()), knob: self.knob }
+    }
+
+    fn say(&mut self, text: impl Into<String>, bad: bool) {
+        self.notice = Some(Notice { text: text.into(), bad });
+    }
+
+    /// Takes an event.
+    pub fn on(&mut self, event: Event) -> Vec<Effect> {
+        match event {
+            Event::Key(key) if key.kind == KeyEventKind::Release => Vec::new(),
+            Event::Key(key) => self.key(key),
+            Event::Mouse(mouse) => self.mouse(mouse),
+            Event::Resize => Vec::new(),
+            Event::News(news) => {
+                self.news(news);
+                Vec::new()
+            }
+        }
+    }
+
+    fn news(&mut self, news: News) {
+        match news {
+            News::Answer { question, outcome } if question == self.question => {
+                self.waiting = false;
+                let fresh = outcome.as_ref().as_ref().ok();
+                if let Some(answer) = fresh
+                    && self.last.as_ref() != Some(answer)
+                {
+                    if !self.pinned {
+                        self.before = self.last.take();
+                    }
+                    self.last = Some(answer.clone());
+                }
+                self.answer = Some(*outcome);
+            }
+            News::Options { question, knob, options } if question == self.question => {
+                self.options = options;
+                self.options_of = Some(knob);
+            }
+            News::Answer { .. } | News::Options { .. } => {}
+        }
+    }
+
+    fn key(&mut self, key: KeyEvent) -> Vec<Effect> {
+        let control = key.modifiers.contains(KeyModifiers::CONTROL);
+        if control && matches!(key.code, KeyCode::Char('c' | 'q')) {
+            return vec![Effect::Quit];
+        }
+        if self.help {
+            self.help = false;
+            return Vec::new();
+        }
+        if self.typed.is_some() {
+            return self.type_key(key);
+        }
+        self.notice = None;
+        match key.code {
+            KeyCode::Char('q') => return vec![Effect::Quit],
+            KeyCode::Char('?') | KeyCode::F(1) => self.help = true,
+            KeyCode::Char('t') => self.palette = self.palette.next(),
+            KeyCode::Tab => return self.step_view(1),
+            KeyCode::BackTab => return self.step_view(View::ALL.len() - 1),
+            KeyCode::F(n @ 2..) if usize::from(n) - 2 < View::ALL.len() => {
+                return self.show(View::ALL[usize::from(n) - 2]);
+            }
+            _ => return self.predict_key(key),
+        }
+        Vec::new()
+    }
+
+    fn step_view(&mut self, by: usize) -> Vec<Effect> {
+        let at = View::ALL.iter().position(|view| *view == self.view).unwrap_or(0);
+        self.show(View::ALL[(at + by) % View::ALL.len()])
+    }
+
+    /// Shows a view.
+    pub fn show(&mut self, view: View) -> Vec<Effect> {
+        self.view = view;
+        Vec::new()
+    }
+
+    fn predict_key(&mut self, key: KeyEvent) -> Vec<Effect> {
+        let ranks = self.last.as_ref().map_or(0, |answer| answer.figures.peak_bytes.len());
+        match key.code {
+            KeyCode::Down | KeyCode::Char('j') => return self.focus((self.knob + 1) % KNOBS.len()),
+            KeyCode::Up | KeyCode::Char('k') => return self.focus((self.knob + KNOBS.len() - 1) % KNOBS.len()),
+            KeyCode::Home | KeyCode::Char('g') => return self.focus(0),
+            KeyCode::End | KeyCode::Char('G') => return self.focus(KNOBS.len() - 1),
+            KeyCode::Right | KeyCode::Char('l' | '+') => return self.turn(self.knob, true),
+            KeyCode::Left | KeyCode::Char('h' | '-') => return self.turn(self.knob, false),
+            KeyCode::Enter | KeyCode::Char('i') => {
+                self.typed = Some(self.settings.get(KNOBS[self.knob].key).unwrap_or_default().to_owned());
+            }
+            KeyCode::Char(digit @ '0'..='9') => self.typed = Some(digit.to_string()),
+            KeyCode::Backspace | KeyCode::Delete | KeyCode::Char('x') => {
+                let before = self.settings.clone();
+                self.settings.reset(self.knob);
+                return self.changed(&before);
+            }
+            KeyCode::Char('p') => {
+                self.pinned = !self.pinned;
+                if self.pinned {
+                    self.before = self.last.clone();
+                    self.say("pinned: figures are held against these settings until p is pressed again", false);
+                }
+            }
+            KeyCode::PageDown => self.first_rank = (self.first_rank + 8).min(ranks.saturating_sub(1)),
+            KeyCode::PageUp => self.first_rank = self.first_rank.saturating_sub(8),
+            _ => {}
+        }
+        Vec::new()
+    }
+
+    fn type_key(&mut self, key: KeyEvent) -> Vec<Effect> {
+        let Some(typed) = self.typed.as_mut() else { return Vec::new() };
+        match key.code {
+            KeyCode::Char('u') if key.modifiers.contains(KeyModifiers::CONTROL) => typed.clear(),
+            KeyCode::Char(letter) if !key.modifiers.contains(KeyModifiers::CONTROL) => typed.push(letter),
+            KeyCode::Backspace => drop(typed.pop()),
+            KeyCode::Esc => {
+                self.typed = None;
+                self.notice = None;
+            }
+            KeyCode::Enter | KeyCode::Tab | KeyCode::Down | KeyCode::Up => {
+                let before = self.settings.clone();
+                let typed = typed.clone();
+                match self.settings.set(self.knob, &typed) {
+                    Ok(()) => {
+                        self.typed = None;
+                        self.notice = None;
+                        return self.changed(&before);
+                    }
+                    // What was typed stays, to be mended.
+                    Err(why) => self.say(why, true),
+                }
+            }
+            _ => {}
+        }
+        Vec::new()
+    }
+
+    fn focus(&mut self, knob: usize) -> Vec<Effect> {
+        if knob == self.knob {
+            return Vec::new();
+        }
+        self.knob = knob;
+        vec![self.ask()]
+    }
+
+    fn turn(&mut self, knob: usize, up: bool) -> Vec<Effect> {
+        let before = self.settings.clone();
+        self.knob = knob;
+        self.settings.turn(knob, up);
+        self.changed(&before)
+    }
+
+    fn changed(&mut self, before: &Settings) -> Vec<Effect> {
+        if self.settings == *before {
+            return Vec::new();
+        }
+        self.first_rank = 0;
+        vec![self.ask()]
+    }
+
+    fn mouse(&mut self, mouse: MouseEvent) -> Vec<Effect> {
+        let at = Position::new(mouse.column, mouse.row);
+        let target = self.targets.iter().find(|(area, _)| area.contains(at)).map(|(_, target)| *target);
+        let pressed = mouse.kind == MouseEventKind::Down(MouseButton::Left);
+        let wheel = match mouse.kind {
+            MouseEventKind::ScrollUp => Some(true),
+            MouseEventKind::ScrollDown => Some(false),
+            _ => None,
+        };
+        if self.help && (pressed || wheel.is_some()) {
+            self.help = false;
+            return Vec::new();
+        }
+        match (target, wheel) {
+            (Some(Target::Tab(view)), _) if pressed => return self.show(view),
+            (Some(Target::Knob(knob)), _) if pressed && self.typed.is_none() => return self.focus(knob),
+            (Some(Target::Knob(knob)), Some(up)) if self.typed.is_none() => return self.turn(knob, up),
+            (Some(Target::Ranks), Some(up)) => {
+                let code = if up { KeyCode::PageUp } else { KeyCode::PageDown };
+                return self.predict_key(KeyEvent::from(code));
+            }
+            _ => {}
+        }
+        Vec::new()
+    }
+}

@@ -1,0 +1,46 @@
+//! The keys, over whatever is shown.
+
+use crate::app::View;
+use crate::theme::Theme;
+use ratatui::Frame;
+use ratatui::layout::Rect;
+use ratatui::text::{Line, Span};
+use ratatui::widgets::{Block, Clear, Paragraph};
+
+const EVERYWHERE: [(&str, &str); 5] = [
+    ("Tab, F2..F6", "next view, view by number"),
+    ("?", "these keys"),
+    ("t", "colours: dark, light, none"),
+    ("mouse", "click a tab or a row, turn the wheel"),
+    ("q, Ctrl-C", "quit"),
+];
+
+fn keys(view: View) -> &'static [(&'static str, &'static str)] {
+    match view {
+        View::Predict => &[
+            ("Up Down, k j", "knob"),
+            ("Left Right, h l", "turn it: numbers halve and double"),
+            ("digits, Enter", "type a value; Enter takes it, Esc does not"),
+            ("x", "back to the default"),
+            ("p", "pin: hold figures against this setting"),
+            ("PgUp PgDn", "more ranks"),
+        ],
+    }
+}
+
+/// Draws the keys of a view.
+pub fn draw(frame: &mut Frame, view: View, theme: &Theme, area: Rect) {
+    let own = keys(view);
+    let width = 62.min(area.width);
+    let height = (own.len() + EVERYWHERE.len() + 3).min(usize::from(area.height)) as u16;
+    let place = Rect::new(area.x + (area.width - width) / 2, area.y + (area.height - height) / 2, width, height);
+    let row = |(keys, what): &(&str, &str)| {
+        Line::from(vec![Span::styled(format!(" {keys:<16} "), theme.accent), Span::raw((*what).to_string())])
+    };
+    let mut lines: Vec<Line> = own.iter().map(row).collect();
+    lines.push(Line::raw(""));
+    lines.extend(EVERYWHERE.iter().map(row));
+    let block = Block::bordered().title(format!(" Keys in {} ", view.name())).title_style(theme.title);
+    frame.render_widget(Clear, place);
+    frame.render_widget(Paragraph::new(lines).block(block), place);
+}

@@ -1,0 +1,20 @@
+//! `paceline-tui`: the terminal UI.
+//!
+//! Three rooms that know little of each other:
+//! - the state, [`app`], which takes [`event`]s and says what it wants done, without a terminal and without a simulator;
+//! - drawing, [`draw`], a function of the state;
+//! - the world: the [`desk`], where simulation happens off the UI's thread, and the [`terminal`].
+//!
+//! [`settings`] are the knobs, [`question`] asks the simulator what the command line asks it, [`figures`] are its answers, [`theme`] the
+//! colours, and [`visit`] what is kept from one visit to the next.
+
+pub mod app;
+pub mod desk;
+pub mod draw;
+pub mod event;
+pub mod figures;
+pub mod question;
+pub mod settings;
+pub mod terminal;
+pub mod theme;
+pub mod visit;
