@@ -6,5 +6,5 @@ mod published;
 mod table;
 
 pub use guideline::{Guideline, GuidelineParts};
-pub use published::{GainComparison, GatherComparison, compare_gathers, compare_published};
+pub use published::{GainComparison, GatherComparison, compare_gathers, compare_published, published_of};
 pub use table::{StateParts, StateRow, StatesError, tabulate};

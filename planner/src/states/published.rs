@@ -87,8 +87,30 @@ pub fn published_job(model: &str, trainable: &str) -> ClusterRequest {
 /// # Errors
 /// When a job cannot be predicted.
 pub fn compare_published(physics: &Physics) -> Result<Vec<GainComparison>, StatesError> {
+    compare(|_| true, physics)
+}
+
+/// The published gains of a job, if it is one of those published; none otherwise.
+///
+/// # Errors
+/// When a job cannot be predicted.
+pub fn published_of(request: &ClusterRequest) -> Result<Vec<GainComparison>, StatesError> {
+    let (_, layout, cluster) = request.resolve()?;
+    let job = layout.data_ranks() == 32 && layout.gpus() == 32 && cluster.gpus_per_node == 8;
+    let batch = (layout.seq, layout.micro_batch, layout.microbatches) == (512, 4, 10);
+    let network = cluster.gpu.name.starts_with("A100-80G") && (cluster.inter_gbps - 10.0).abs() < 1e-9;
+    let same = |p: &Gain| {
+        let asked = ClusterRequest { trainable: Some(p.trainable.into()), ..request.clone() };
+        let share = asked.resolve().map(|(_, asked, _)| asked.trainable).unwrap_or(f64::NAN);
+        p.model == request.model && (share - layout.trainable).abs() < 1e-12
+    };
+    if job && batch && network { compare(same, &Physics::default()) } else { Ok(Vec::new()) }
+}
+
+fn compare(wanted: impl Fn(&Gain) -> bool, physics: &Physics) -> Result<Vec<GainComparison>, StatesError> {
     PUBLISHED
         .into_iter()
+        .filter(wanted)
         .map(|p| {
             let job = published_job(p.model, p.trainable);
             let apart = ClusterRequest { overlap: Some("none".into()), ..job.clone() };
