@@ -240,7 +240,12 @@ fn candidates(request: &ClusterRequest, model: &Architecture, gpus: u64, node: u
             let replicas = gpus / (tp * cp * pp);
             for micro_batch in axis(&request.micro_batch, doublings((request.global_batch / replicas).min(16))) {
                 for ep in axis(&request.ep, eps.clone()) {
-                    let states = if pp == 1 { words(&["zero1", "zero3"]) } else { words(&["zero1"]) };
+                    // Groups differ from all ranks where replicas lie in several nodes.
+                    let states = match (pp, tp * replicas > node) {
+                        (1, false) => words(&["zero1", "zero3"]),
+                        (1, true) => words(&["zero1", "NNI", "NII", "NIG", "mics", "IIG", "IGG", "zero3"]),
+                        _ => words(&["zero1"]),
+                    };
                     for states in axis(&request.states, states) {
                         for recompute in axis(&request.recompute, words(&["none", "selective", "full"])) {
                             let names =
