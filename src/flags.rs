@@ -73,6 +73,14 @@ pub struct JobFlags {
     #[arg(long, value_name = "M")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group_size: Option<u32>,
+    /// Passes ahead of its own at which a unit's partitioned parameters are gathered (default 1).
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefetch: Option<u32>,
+    /// Gathered parameters live until their last pass of the step, instead of for one pass.
+    #[arg(long, value_name = "BOOL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_gathered: Option<bool>,
     /// Pipeline schedule.
     #[arg(long, value_name = "NAME")]
     #[serde(skip_serializing_if = "Option::is_none")]

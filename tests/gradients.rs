@@ -3,10 +3,11 @@
 
 use paceline_exec::{Dataset, LearningRate, OptimizerSettings, RunReport, RunSettings, Silent, run};
 use paceline_kernels::CpuDevice;
-use paceline_planner::lower::{Blueprint, Form, StatePartition, Substance, cut, forward_flops, lower};
+use paceline_planner::lower::{Blueprint, Form, Substance, cut, forward_flops, lower};
 use paceline_planner::schedules::{self, Request, SCHEDULES};
 use paceline_sim::memory::walk;
 use paceline_sim::model::{Activation, ModelConfig, Norm, Positions};
+use paceline_sim::partition::StatePartition;
 use paceline_sim::program::{Device, Program, Recompute, TransformerWorkload};
 use paceline_sim::units::RankId;
 use std::collections::BTreeMap;
@@ -63,7 +64,7 @@ const ALONE: Case = Case {
     chunks: None,
     microbatches: 8,
     recompute: Recompute::None,
-    states: StatePartition::None,
+    states: StatePartition::NONE,
     devices: 1,
 };
 
@@ -83,7 +84,7 @@ fn program(case: &Case) -> Program {
         substance: Substance::Transformer(workload),
         stages,
         data: case.dp,
-        states: case.states,
+        states: case.states.into(),
         devices,
         form: Form::Full,
     })
@@ -153,7 +154,7 @@ fn check(cases: &[Case]) {
 
 fn cases_of(schedule: &'static str) -> Vec<Case> {
     let base = Case { schedule, pp: 4, devices: 2, ..ALONE };
-    let zero1 = StatePartition::Zero1;
+    let zero1 = StatePartition::ZERO1;
     let interleaved = schedule == "interleaved";
     vec![
         base,
@@ -190,7 +191,7 @@ fn fits(case: &Case) -> bool {
 
 #[test]
 fn replicas_alone_train_the_same_model() {
-    for (dp, states) in [(2, StatePartition::None), (8, StatePartition::Zero1), (4, StatePartition::Zero1)] {
+    for (dp, states) in [(2, StatePartition::NONE), (8, StatePartition::ZERO1), (4, StatePartition::ZERO1)] {
         for tied in [false, true] {
             check(&[Case { dp, states, tied, microbatches: 8 / dp, devices: 2, ..ALONE }]);
         }

@@ -5,7 +5,7 @@ use paceline_exec::{Dataset, RunSettings, Silent, rehearse, run};
 use paceline_kernels::CpuDevice;
 use paceline_planner::configuration::Machine;
 use paceline_planner::job::Job;
-use paceline_planner::lower::{AbstractStage, Blueprint, Form, StatePartition, Substance, lower};
+use paceline_planner::lower::{AbstractStage, Blueprint, Form, States, Substance, lower};
 use paceline_planner::plan::Plan;
 use paceline_planner::schedules::{Request, build};
 use paceline_planner::search::search;
@@ -75,7 +75,7 @@ fn schedules_for_32_devices_are_rehearsed_at_the_simulated_pace() {
             substance: Substance::Abstract(vec![size; stages]),
             stages: vec![Stage { units: vec![Unit { layers: vec![] }] }; stages],
             data: 1,
-            states: StatePartition::None,
+            states: States::default(),
             devices: (0..32).map(|n| Device { name: format!("paced:{n}"), node: n / 8 }).collect(),
             form: Form::Full,
         })

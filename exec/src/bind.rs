@@ -2,7 +2,7 @@
 //! collective, on which device everything happens.
 
 use crate::error::ExecError;
-use paceline_sim::program::{Collective, Message, OpKind, Payload, Program, Stream};
+use paceline_sim::program::{Arrangement, Collective, Message, OpKind, Payload, Program, Stream};
 use paceline_sim::units::{OpId, RankId};
 use std::collections::HashMap;
 
@@ -31,6 +31,8 @@ pub struct Meeting {
     pub members: Vec<OpRef>,
     /// Size of the whole array.
     pub bytes: u64,
+    /// How it is cut, as the first member says it.
+    pub arrangement: Arrangement,
 }
 
 /// The part of an op that meets other ranks.
@@ -79,7 +81,7 @@ impl<'p> Bound<'p> {
                             return wrong(format!("{} {} sends {message:?} twice", RankId(here.rank), OpId(here.op)));
                         }
                     }
-                    OpKind::Collective { collective, group, payload, bytes, .. } => {
+                    OpKind::Collective { collective, group, payload, bytes, arrangement, .. } => {
                         let g = group.index();
                         let ranks = &program.groups[g].ranks;
                         if ranks.len() != program.groups[g].size as usize {
@@ -101,12 +103,13 @@ impl<'p> Bound<'p> {
                         if *turn == of_group[g].len() {
                             of_group[g].push(meetings.len() as u32);
                             let members = vec![OpRef { rank: u32::MAX, op: 0 }; ranks.len()];
-                            meetings.push(Meeting { collective, payload, group: g, members, bytes });
+                            meetings.push(Meeting { collective, payload, group: g, members, bytes, arrangement });
                         }
                         let meeting = of_group[g][*turn];
                         *turn += 1;
                         let found = &mut meetings[meeting as usize];
-                        if (found.collective, found.bytes) != (collective, bytes) {
+                        let same = (found.collective, found.bytes) == (collective, bytes);
+                        if !same || !found.arrangement.meets(&arrangement) {
                             return wrong(format!(
                                 "{} {} brings {collective:?} of {bytes} bytes where its group runs {:?} of {}",
                                 RankId(here.rank),

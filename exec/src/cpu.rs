@@ -1,7 +1,7 @@
 //! Ranks that really compute, on memory that all of them can reach.
 
-use crate::bind::Bound;
-use crate::collectives::{Step, perform, rounds};
+use crate::bind::{Bound, Meeting};
+use crate::collectives::{Member, Parts, Step, perform, rounds};
 use crate::crew::Clock;
 use crate::data::Sampler;
 use crate::error::ExecError;
@@ -13,25 +13,42 @@ use crate::seam::{Launch, Operands, Passes};
 use crate::settings::OptimizerSettings;
 use paceline_kernels::{AdamW, Call, DType, Device, KernelError, View};
 use paceline_sim::model::parameters::{DecayRun, decay_runs};
-use paceline_sim::program::{Op, OpKind, Payload, Program, RankProgram, Shares, Tensor, shares};
+use paceline_sim::program::{
+    Collective, Op, OpKind, Payload, Piece, Program, RankProgram, Shares, Tensor, Update, gradient_sources, shares,
+    update,
+};
 use paceline_sim::units::{MicrobatchId, OpId, RankId, StageId};
+use smallvec::SmallVec;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+/// A collective as the ranks do it.
+struct Exchange {
+    steps: &'static [Step],
+    dtype: DType,
+    parts: Parts,
+}
+
 /// Communication by copies and sums in shared memory.
 pub(crate) struct HostEffects {
     clock: Clock,
-    meetings: Vec<(&'static [Step], DType)>,
+    meetings: Vec<Exchange>,
     transfers: Vec<u64>,
 }
 
 impl HostEffects {
     pub fn new(bound: &Bound, clock: Clock) -> HostEffects {
-        let dtype = |payload| if payload == Payload::GradientNorm { DType::F64 } else { DType::F32 };
+        let exchange = |meeting: &Meeting| {
+            let dtype = if meeting.payload == Payload::GradientNorm { DType::F64 } else { DType::F32 };
+            let (width, members) = (dtype.bytes() as u64, meeting.members.len() as u32);
+            let part = meeting.arrangement.part_of(meeting.bytes, members, width) / width;
+            let parts = Parts { len: (meeting.bytes / width) as usize, part: part as usize };
+            Exchange { steps: rounds(meeting.collective), dtype, parts }
+        };
         HostEffects {
             clock,
-            meetings: bound.meetings.iter().map(|m| (rounds(m.collective), dtype(m.payload))).collect(),
+            meetings: bound.meetings.iter().map(exchange).collect(),
             transfers: bound.transfers.iter().map(|t| t.bytes).collect(),
         }
     }
@@ -67,7 +84,7 @@ impl Effects for HostEffects {
     }
 
     fn rounds(&self, meeting: usize) -> usize {
-        self.meetings[meeting].0.len()
+        self.meetings[meeting].steps.len()
     }
 
     fn round_takes_device(&self, _: usize, _: usize) -> bool {
@@ -75,22 +92,20 @@ impl Effects for HostEffects {
     }
 
     unsafe fn round(&self, meeting: usize, round: usize, member: usize, ranges: &[HostRange], _: u64) -> Span {
-        let (steps, dtype) = self.meetings[meeting];
-        let len = ranges[member].bytes as usize / dtype.bytes();
+        let &Exchange { steps, dtype, parts } = &self.meetings[meeting];
         // SAFETY: the caller's promise; blocks are aligned to 64 bytes and the elements have the meeting's type.
         self.timed(|| unsafe {
             match dtype {
-                DType::F64 => {
-                    let arrays: Vec<*mut f64> = ranges.iter().map(|r| r.address as *mut f64).collect();
-                    perform(steps[round], &arrays, len, member);
-                }
-                _ => {
-                    let arrays: Vec<*mut f32> = ranges.iter().map(|r| r.address as *mut f32).collect();
-                    perform(steps[round], &arrays, len, member);
-                }
+                DType::F64 => perform(steps[round], &members::<f64>(ranges), parts, member),
+                _ => perform(steps[round], &members::<f32>(ranges), parts, member),
             }
         })
     }
+}
+
+fn members<T>(ranges: &[HostRange]) -> SmallVec<[Member<T>; 8]> {
+    let shard = |address: u64| (address != 0).then_some(address as *mut T);
+    ranges.iter().map(|range| Member { array: range.address as *mut T, shard: shard(range.shard) }).collect()
 }
 
 /// What all ranks of a run share.
@@ -170,7 +185,7 @@ impl<'a> CpuHands<'a> {
         };
         for &buffer in &rank.persistent {
             hands.begin_life(buffer.index()).map_err(|source| hands.refused(0, source))?;
-            if !matches!(rank.buffers[buffer.index()].tensor, Tensor::Parameters { .. }) {
+            if !is_weight(rank.buffers[buffer.index()].tensor) {
                 hands.zero(buffer.index()).map_err(|source| hands.refused(0, source))?;
             }
         }
@@ -208,8 +223,24 @@ impl<'a> CpuHands<'a> {
     }
 
     /// What this rank updates of a unit.
-    pub fn update_range(&self, stage: StageId, unit: u16, len: usize) -> Option<Range<usize>> {
-        self.shares.get(&(stage, unit)).map(|shares| shares.update.range(len))
+    pub fn update_range(&self, stage: StageId, unit: u16) -> Option<Range<usize>> {
+        self.shares.get(&(stage, unit)).map(|shares| shares.update.clone())
+    }
+
+    /// What an optimizer op does, within the buffers that it has.
+    fn update_of(&self, op: &Op, stage: StageId, unit: u16) -> Result<Update, ExecError> {
+        let wrong =
+            |what: &str| Err(ExecError::Program(format!("the optimizer of {stage} unit {unit} on {} {what}", self.id)));
+        let Some(update) = update(self.rank, op) else { return wrong("lacks weights, gradients or moments") };
+        let within =
+            |piece: &Piece, range: &Range<usize>| piece.holds.start <= range.start && range.end <= piece.holds.end;
+        if !within(&update.parameters, &update.range) || !within(&update.gradients, &update.range) {
+            return wrong("has moments of elements whose weights or gradients it lacks");
+        }
+        match &update.kept {
+            Some(kept) if !within(&update.parameters, &kept.holds) => wrong("keeps weights that it does not update"),
+            _ => Ok(update),
+        }
     }
 
     /// Prepares a step.
@@ -305,8 +336,22 @@ impl Hands for CpuHands<'_> {
         let Some(block) = self.memory.block(buffer.index()) else {
             return Err(ExecError::Program(format!("{} {} uses {tensor:?}, which does not live", self.id, OpId(op))));
         };
-        let mut range = HostRange { address: block.address(), bytes: block.bytes() as u64 };
-        if let OpKind::Collective { payload, bytes, .. } = kind {
+        let mut range = HostRange { address: block.address(), bytes: block.bytes() as u64, shard: 0 };
+        if let OpKind::Collective { collective, payload, bytes, arrangement, .. } = kind {
+            range.address += arrangement.offset;
+            range.bytes = range.bytes.saturating_sub(arrangement.offset);
+            if let Some(shard) = arrangement.shard {
+                let held = self.memory.block(shard.index()).filter(|_| collective != Collective::AllReduce);
+                let Some(block) = held else {
+                    let tensor = self.rank.buffers[shard.index()].tensor;
+                    return Err(ExecError::Program(format!(
+                        "{} {} is {collective:?} with {tensor:?} as its shard: it must live, and an all-reduce has none",
+                        self.id,
+                        OpId(op)
+                    )));
+                };
+                range.shard = block.address();
+            }
             if payload == Payload::TiedEmbedding {
                 let Tensor::Gradients { stage, unit } = tensor else {
                     return Err(ExecError::Program(format!("{tensor:?} holds no tied embedding matrix")));
@@ -334,38 +379,34 @@ impl Hands for CpuHands<'_> {
         let (job, rank) = (self.job, self.rank);
         let this = &rank.ops[op as usize];
         let operands = OpOperands { rank, id: self.id, op: OpId(op), this, memory: &self.memory };
+        let update = match this.kind {
+            OpKind::Optimizer { stage, unit } => Some(self.update_of(this, stage, unit)?),
+            _ => None,
+        };
         let launch = Launcher { job, id: self.id, op: OpId(op), tally: RefCell::new(&mut self.kernels) };
         match this.kind {
             OpKind::Compute { .. } => job.passes.run(&this.kind, &launch, &operands)?,
             OpKind::GradientNorm => {
                 let out = operands.view(Tensor::GradientNorm)?;
-                for buffer in &this.uses {
-                    let tensor = rank.buffers[buffer.index()].tensor;
-                    let Tensor::Gradients { stage, unit } = tensor else { continue };
-                    let gradients = operands.view(tensor)?;
+                for ((stage, unit), source) in gradient_sources(rank, this) {
+                    let gradients = operands.view(source.tensor)?;
                     let copy = job.passes.tied_copy(stage, unit).filter(|copy| !copy.counted).map(|copy| copy.range);
-                    for part in self.shares[&(stage, unit)].counted(gradients.len(), copy.unwrap_or_default()) {
-                        launch.launch(Call::SumSquares { x: gradients.slice(part.start, part.len()), out })?;
+                    for part in self.shares[&(stage, unit)].counted(copy.unwrap_or_default()) {
+                        let place = source.place(&part);
+                        launch.launch(Call::SumSquares { x: gradients.slice(place.start, place.len()), out })?;
                     }
                 }
             }
             OpKind::Optimizer { stage, unit } => {
-                let parameters = operands.view(Tensor::Parameters { stage, unit })?;
-                let gradients = operands.view(Tensor::Gradients { stage, unit })?;
+                let Some(update) = update else { return Ok(job.clock.now()) };
+                let parameters = operands.view(update.parameters.tensor)?;
+                let gradients = operands.view(update.gradients.tensor)?;
                 let moments = operands.view(Tensor::Moments { stage, unit })?;
                 let norm = operands.view(Tensor::GradientNorm)?;
-                let own = self.shares[&(stage, unit)].update.range(parameters.len());
-                if moments.len() != 2 * own.len() {
-                    return Err(ExecError::BufferSize {
-                        rank: self.id,
-                        op: OpId(op),
-                        tensor: Tensor::Moments { stage, unit },
-                        bytes: moments.bytes() as u64,
-                        needed: 8 * own.len() as u64,
-                    });
-                }
+                let own = update.range.clone();
                 if self.orders.capture_gradients {
-                    let shard = gradients.slice(own.start, own.len());
+                    let place = update.gradients.place(&own);
+                    let shard = gradients.slice(place.start, place.len());
                     let mut bytes = vec![0; shard.bytes()];
                     // SAFETY: the reduction of these gradients has ended (the op waits for it).
                     unsafe { job.device.download(shard, &mut bytes) }.map_err(|source| ExecError::Kernel {
@@ -381,8 +422,8 @@ impl Hands for CpuHands<'_> {
                 for (run, decay) in decay_runs(all, own.clone()) {
                     let (place, len) = (run.start - own.start, run.len());
                     launch.launch(Call::AdamW {
-                        parameters: parameters.slice(run.start, len),
-                        gradients: gradients.slice(run.start, len),
+                        parameters: parameters.slice(update.parameters.place(&run).start, len),
+                        gradients: gradients.slice(update.gradients.place(&run).start, len),
                         first: moments.slice(place, len),
                         second: moments.slice(own.len() + place, len),
                         norm,
@@ -397,9 +438,17 @@ impl Hands for CpuHands<'_> {
                         },
                     })?;
                 }
-                // AdamW zeroes the gradients that it used; the other members' shards are left from the reduction.
-                for part in self.shares[&(stage, unit)].leftover(gradients.len()) {
-                    launch.launch(Call::Zero { x: gradients.slice(part.start, part.len()) })?;
+                // AdamW zeroes the gradients that it used; what the reduction left elsewhere is zeroed here.
+                let (accumulated, leftovers) = &update.leftovers;
+                let whole = operands.view(accumulated.tensor)?;
+                for part in leftovers {
+                    let place = accumulated.place(part);
+                    launch.launch(Call::Zero { x: whole.slice(place.start, place.len()) })?;
+                }
+                if let Some(kept) = &update.kept {
+                    let place = update.parameters.place(&kept.holds);
+                    let from = parameters.slice(place.start, place.len());
+                    launch.launch(Call::Copy { from, to: operands.view(kept.tensor)? })?;
                 }
             }
             OpKind::Join | OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } => {}
@@ -416,6 +465,11 @@ impl Hands for CpuHands<'_> {
         }
         self.curve.push((at, self.memory.settle()));
     }
+}
+
+/// Whether a tensor holds weights, or a part of them.
+pub(crate) fn is_weight(tensor: Tensor) -> bool {
+    matches!(tensor, Tensor::Parameters { .. } | Tensor::ParameterShard { .. } | Tensor::Master { .. })
 }
 
 fn dtype(tensor: Tensor) -> DType {

@@ -8,7 +8,7 @@ use crate::error::ExecError;
 use crate::memory::RankMemory;
 use crate::seam::{Launch, Operands};
 use crate::state::Holders;
-use paceline_kernels::{Call, DType, Device, KernelError, View};
+use paceline_kernels::{Block, Call, DType, Device, KernelError, View};
 use paceline_sim::program::{OpKind, Pass, Program, Tensor};
 use paceline_sim::units::{MicrobatchId, OpId, RankId, StageId};
 use std::collections::HashMap;
@@ -19,7 +19,8 @@ use std::sync::{Mutex, PoisonError};
 pub(crate) fn held_out_loss(holders: &Holders, sequences: u64) -> Result<f64, ExecError> {
     let job = holders.job;
     let chain = stages(job);
-    let parameters = parameters(holders, &chain);
+    let mut assembled = Vec::new();
+    let parameters = parameters(holders, &chain, &mut assembled)?;
     let there = job.sampler.held_out_sequences();
     let size = u64::from(job.passes.sequences());
     let count = (sequences.min(there) / size).max(1) as usize;
@@ -59,8 +60,13 @@ fn stages(job: &Job) -> Vec<StageId> {
     all().take(before_loss + 1).collect()
 }
 
-/// The parameters of these stages, each from the first rank that holds them.
-fn parameters(holders: &Holders, chain: &[StageId]) -> HashMap<Tensor, View> {
+/// The parameters of these stages, each from the first rank that holds them; those that no rank has whole are put together
+/// from their parts in `assembled`.
+fn parameters(
+    holders: &Holders,
+    chain: &[StageId],
+    assembled: &mut Vec<Box<dyn Block>>,
+) -> Result<HashMap<Tensor, View>, ExecError> {
     let mut found = HashMap::new();
     for (r, rank) in holders.job.program.ranks.iter().enumerate() {
         let hands = holders.lock(r);
@@ -74,7 +80,20 @@ fn parameters(holders: &Holders, chain: &[StageId]) -> HashMap<Tensor, View> {
             }
         }
     }
-    found
+    for ((stage, unit), values) in holders.assemble(chain)? {
+        let tensor = Tensor::Parameters { stage, unit };
+        if found.contains_key(&tensor) {
+            continue;
+        }
+        let block = holders.job.device.allocate(4 * values.len()).map_err(refused)?;
+        let view = block.view(0, values.len(), DType::F32);
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        // SAFETY: the block was just allocated; no other view of it exists.
+        unsafe { holders.job.device.upload(&bytes, view) }.map_err(refused)?;
+        found.insert(tensor, view);
+        assembled.push(block);
+    }
+    Ok(found)
 }
 
 const MICROBATCH: MicrobatchId = MicrobatchId(0);

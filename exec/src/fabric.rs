@@ -35,6 +35,8 @@ pub(crate) struct Span {
 pub(crate) struct HostRange {
     pub address: u64,
     pub bytes: u64,
+    /// Of a member of a collective whose part lies apart: where; else 0.
+    pub shard: u64,
 }
 
 /// What communication does and how long it takes: really, or paced.
@@ -169,6 +171,7 @@ struct MeetingState {
 struct AtomicRange {
     address: AtomicU64,
     bytes: AtomicU64,
+    shard: AtomicU64,
 }
 
 // Ranges and times are published by the AcqRel counters beside them.
@@ -176,10 +179,15 @@ impl AtomicRange {
     fn store(&self, range: HostRange) {
         self.address.store(range.address, Ordering::Relaxed);
         self.bytes.store(range.bytes, Ordering::Relaxed);
+        self.shard.store(range.shard, Ordering::Relaxed);
     }
 
     fn load(&self) -> HostRange {
-        HostRange { address: self.address.load(Ordering::Relaxed), bytes: self.bytes.load(Ordering::Relaxed) }
+        HostRange {
+            address: self.address.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+            shard: self.shard.load(Ordering::Relaxed),
+        }
     }
 }
 

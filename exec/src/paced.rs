@@ -13,7 +13,7 @@ use crate::interpreter::Hands;
 use crate::memory::{MemoryReport, RankMemory};
 use crate::timeline::StepRecord;
 use paceline_kernels::{Block, Call, Device, KernelError, View};
-use paceline_sim::cost::{CostModel, Round};
+use paceline_sim::cost::{CostModel, Exchange, Round};
 use paceline_sim::program::{Program, RankProgram};
 use paceline_sim::trace::Trace;
 use paceline_sim::units::{Nanos, OpId, RankId};
@@ -93,7 +93,10 @@ impl Pace {
                 .map(|t| costs.transfer(program, RankId(t.from.rank), RankId(t.to.rank), t.bytes))
                 .collect(),
             meetings: meetings
-                .map(|m| costs.collective(program, m.collective, &program.groups[m.group], m.bytes))
+                .map(|m| {
+                    let exchange = Exchange { collective: m.collective, bytes: m.bytes, arrangement: m.arrangement };
+                    costs.collective(program, exchange, &program.groups[m.group])
+                })
                 .collect(),
         }
     }

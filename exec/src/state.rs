@@ -9,6 +9,7 @@ use paceline_kernels::{DType, View};
 use paceline_sim::program::Tensor;
 use paceline_sim::units::{OpId, RankId, StageId};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A parameter and its AdamW moments, whole.
@@ -23,6 +24,24 @@ pub(crate) struct TensorState {
 /// All parameters by name.
 pub(crate) type ModelState = BTreeMap<String, TensorState>;
 
+/// A buffer that holds weights of a unit.
+struct Weights {
+    stage: StageId,
+    unit: u16,
+    view: View,
+    /// Which elements of the unit's array.
+    holds: Range<usize>,
+}
+
+/// Copies the elements that two parts of one array have in common.
+fn copy_overlap(from: &[f32], from_holds: &Range<usize>, to: &mut [f32], to_holds: &Range<usize>) {
+    let (start, end) = (from_holds.start.max(to_holds.start), from_holds.end.min(to_holds.end));
+    if start < end {
+        let from = &from[start - from_holds.start..end - from_holds.start];
+        to[start - to_holds.start..end - to_holds.start].copy_from_slice(from);
+    }
+}
+
 /// The hands of all ranks, between steps.
 pub(crate) struct Holders<'h, 'a> {
     pub job: &'h Job<'a>,
@@ -34,6 +53,36 @@ impl<'h, 'a> Holders<'h, 'a> {
         self.hands[rank].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Calls `visit` for every buffer of weights that a rank keeps through all steps, in order of rank, with the unit's
+    /// parameters.
+    fn for_each_piece(
+        &self,
+        mut visit: impl FnMut(&CpuHands<'a>, &Weights, &[Parameter]) -> Result<(), paceline_kernels::KernelError>,
+    ) -> Result<(), ExecError> {
+        for (r, rank) in self.job.program.ranks.iter().enumerate() {
+            let hands = self.lock(r);
+            for buffer in &rank.persistent {
+                let held = &rank.buffers[buffer.index()];
+                let (Tensor::Parameters { stage, unit }
+                | Tensor::ParameterShard { stage, unit }
+                | Tensor::Master { stage, unit }) = held.tensor
+                else {
+                    continue;
+                };
+                let Some(view) = hands.persistent(held.tensor) else { continue };
+                let start = held.start as usize / 4;
+                let weights = Weights { stage, unit, view, holds: start..start + view.len() };
+                let parameters = self.job.passes.parameters(stage, unit);
+                visit(&hands, &weights, &parameters).map_err(|source| ExecError::Kernel {
+                    rank: RankId(r as u32),
+                    op: OpId(0),
+                    source,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
     /// Calls `visit` for every unit that a rank holds, in order of rank, with its parameters.
     fn for_each_unit(
         &self,
@@ -42,7 +91,7 @@ impl<'h, 'a> Holders<'h, 'a> {
         for (r, rank) in self.job.program.ranks.iter().enumerate() {
             let hands = self.lock(r);
             for buffer in &rank.persistent {
-                let Tensor::Parameters { stage, unit } = rank.buffers[buffer.index()].tensor else { continue };
+                let Tensor::Moments { stage, unit } = rank.buffers[buffer.index()].tensor else { continue };
                 let parameters = self.job.passes.parameters(stage, unit);
                 visit(&hands, stage, unit, &parameters).map_err(|source| ExecError::Kernel {
                     rank: RankId(r as u32),
@@ -56,42 +105,42 @@ impl<'h, 'a> Holders<'h, 'a> {
 
     /// Sets parameters to their first values.
     pub fn initialise(&self, seed: u64) -> Result<(), ExecError> {
-        self.for_each_unit(|hands, stage, unit, parameters| {
-            let Some(view) = hands.persistent(Tensor::Parameters { stage, unit }) else { return Ok(()) };
-            let mut values = vec![0.0; view.len()];
+        self.for_each_piece(|_, weights, parameters| {
+            let len = parameters.iter().map(|parameter| parameter.range.end).max().unwrap_or(0);
+            let mut values = vec![0.0; len];
             for parameter in parameters {
                 fill(parameter.start, &parameter.name, seed, &mut values[parameter.range.clone()]);
             }
-            self.write(view, &values)
+            self.write(weights.view, &values[weights.holds.clone()])
         })
     }
 
     /// Everything that training changes.
     pub fn gather(&self) -> Result<ModelState, ExecError> {
         let mut state = ModelState::new();
-        self.for_each_unit(|hands, stage, unit, parameters| {
-            let Some(view) = hands.persistent(Tensor::Parameters { stage, unit }) else { return Ok(()) };
-            let values = self.read(view)?;
-            let own = hands.update_range(stage, unit, view.len()).unwrap_or_default();
-            let moments = match hands.persistent(Tensor::Moments { stage, unit }) {
-                Some(view) => self.read(view)?,
-                None => vec![0.0; 2 * own.len()],
-            };
-            let (first, second) = moments.split_at(own.len());
+        self.for_each_piece(|_, weights, parameters| {
+            let values = self.read(weights.view)?;
             for parameter in parameters {
                 let range = parameter.range.clone();
                 let entry = state.entry(parameter.name.clone()).or_insert_with(|| TensorState {
                     shape: parameter.shape.clone(),
-                    values: values[range.clone()].to_vec(),
+                    values: vec![0.0; range.len()],
                     first: vec![0.0; range.len()],
                     second: vec![0.0; range.len()],
                 });
-                // The part of this parameter whose moments this rank has.
-                let (start, end) = (own.start.max(range.start), own.end.min(range.end));
-                if start < end {
-                    let (to, from) = (start - range.start..end - range.start, start - own.start..end - own.start);
-                    entry.first[to.clone()].copy_from_slice(&first[from.clone()]);
-                    entry.second[to].copy_from_slice(&second[from]);
+                copy_overlap(&values, &weights.holds, &mut entry.values, &range);
+            }
+            Ok(())
+        })?;
+        self.for_each_unit(|hands, stage, unit, parameters| {
+            let own = hands.update_range(stage, unit).unwrap_or_default();
+            let Some(view) = hands.persistent(Tensor::Moments { stage, unit }) else { return Ok(()) };
+            let moments = self.read(view)?;
+            let (first, second) = moments.split_at(own.len());
+            for parameter in parameters {
+                if let Some(entry) = state.get_mut(&parameter.name) {
+                    copy_overlap(first, &own, &mut entry.first, &parameter.range);
+                    copy_overlap(second, &own, &mut entry.second, &parameter.range);
                 }
             }
             Ok(())
@@ -106,34 +155,47 @@ impl<'h, 'a> Holders<'h, 'a> {
         missing: impl Fn(&Parameter, Option<&TensorState>) -> ExecError,
     ) -> Result<(), ExecError> {
         let mut wrong = None;
-        self.for_each_unit(|hands, stage, unit, parameters| {
-            let Some(view) = hands.persistent(Tensor::Parameters { stage, unit }) else { return Ok(()) };
-            let mut values = vec![0.0; view.len()];
-            let (mut first, mut second) = (values.clone(), values.clone());
+        let found = |parameter: &Parameter| state.get(&parameter.name).filter(|found| found.shape == parameter.shape);
+        self.for_each_piece(|_, weights, parameters| {
+            let mut values = vec![0.0; weights.holds.len()];
             for parameter in parameters {
-                let range = parameter.range.clone();
-                match state.get(&parameter.name).filter(|found| found.shape == parameter.shape) {
-                    Some(found) => {
-                        values[range.clone()].copy_from_slice(&found.values);
-                        first[range.clone()].copy_from_slice(&found.first);
-                        second[range].copy_from_slice(&found.second);
-                    }
+                match found(parameter) {
+                    Some(found) => copy_overlap(&found.values, &parameter.range, &mut values, &weights.holds),
                     None => {
                         wrong.get_or_insert_with(|| missing(parameter, state.get(&parameter.name)));
                     }
                 }
             }
-            self.write(view, &values)?;
-            let own = hands.update_range(stage, unit, view.len()).unwrap_or_default();
-            match hands.persistent(Tensor::Moments { stage, unit }) {
-                Some(view) => {
-                    self.write(view.slice(0, own.len()), &first[own.clone()])?;
-                    self.write(view.slice(own.len(), own.len()), &second[own])
+            self.write(weights.view, &values)
+        })?;
+        self.for_each_unit(|hands, stage, unit, parameters| {
+            let own = hands.update_range(stage, unit).unwrap_or_default();
+            let Some(view) = hands.persistent(Tensor::Moments { stage, unit }) else { return Ok(()) };
+            let (mut first, mut second) = (vec![0.0; own.len()], vec![0.0; own.len()]);
+            for parameter in parameters {
+                if let Some(found) = found(parameter) {
+                    copy_overlap(&found.first, &parameter.range, &mut first, &own);
+                    copy_overlap(&found.second, &parameter.range, &mut second, &own);
                 }
-                None => Ok(()),
             }
+            self.write(view.slice(0, own.len()), &first)?;
+            self.write(view.slice(own.len(), own.len()), &second)
         })?;
         wrong.map_or(Ok(()), Err)
+    }
+
+    /// The whole weights of every unit of some stages that no rank keeps whole.
+    pub fn assemble(&self, stages: &[StageId]) -> Result<BTreeMap<(StageId, u16), Vec<f32>>, ExecError> {
+        let mut all: BTreeMap<(StageId, u16), Vec<f32>> = BTreeMap::new();
+        self.for_each_piece(|_, weights, parameters| {
+            let len = parameters.iter().map(|parameter| parameter.range.end).max().unwrap_or(0);
+            if stages.contains(&weights.stage) && weights.holds != (0..len) {
+                let whole = all.entry((weights.stage, weights.unit)).or_insert_with(|| vec![0.0; len]);
+                copy_overlap(&self.read(weights.view)?, &weights.holds, whole, &(0..len));
+            }
+            Ok(())
+        })?;
+        Ok(all)
     }
 
     /// The gradients of the last step, if they were captured.
@@ -144,11 +206,7 @@ impl<'h, 'a> Holders<'h, 'a> {
             for parameter in parameters {
                 let range = &parameter.range;
                 let entry = all.entry(parameter.name.clone()).or_insert_with(|| vec![f32::NAN; range.len()]);
-                let (start, end) = (own.start.max(range.start), own.end.min(range.end));
-                if start < end {
-                    let from = &values[start - own.start..end - own.start];
-                    entry[start - range.start..end - range.start].copy_from_slice(from);
-                }
+                copy_overlap(values, own, entry, range);
             }
             Ok(())
         })?;

@@ -2,7 +2,7 @@
 //! million ops per second on one core.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use paceline_planner::lower::{AbstractStage, Blueprint, Form, StatePartition, Substance, lower};
+use paceline_planner::lower::{AbstractStage, Blueprint, Form, States, Substance, lower};
 use paceline_planner::schedules::{Request, build};
 use paceline_sim::cost::FixedTimes;
 use paceline_sim::engine::Compiled;
@@ -20,7 +20,7 @@ fn program(schedule: &str, data: u32) -> Program {
         substance: Substance::Abstract(vec![sizes; stages]),
         stages: vec![Stage { units: vec![Unit { layers: vec![] }] }; stages],
         data,
-        states: StatePartition::None,
+        states: States::default(),
         devices: (0..16 * data).map(|n| Device { name: format!("gpu:{n}"), node: n / 8 }).collect(),
         form: Form::Full,
     })

@@ -3,7 +3,7 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use paceline_planner::configuration::{Configuration, Machine};
 use paceline_planner::job::Job;
-use paceline_planner::lower::{AbstractStage, Blueprint, Form, StatePartition, Substance, lower, lower_unchecked};
+use paceline_planner::lower::{AbstractStage, Blueprint, Form, States, Substance, lower, lower_unchecked};
 use paceline_planner::schedules::{Request, build};
 use paceline_sim::program::{Device, Program, Stage, Unit};
 use std::hint::black_box;
@@ -22,7 +22,7 @@ fn lowering(c: &mut Criterion) {
         substance: Substance::Abstract(vec![size; stages]),
         stages: vec![Stage { units: vec![Unit { layers: vec![] }] }; stages],
         data: 1,
-        states: StatePartition::None,
+        states: States::default(),
         devices: (0..16).map(|n| Device { name: format!("gpu:{n}"), node: n / 8 }).collect(),
         form: Form::Full,
     };

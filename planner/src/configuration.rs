@@ -3,11 +3,12 @@
 
 use crate::job::{Job, LOCAL};
 use crate::lower::{
-    Blueprint, Form, LowerError, StatePartition, Substance, cut, forward_flops, lower, lower_unchecked,
+    Blueprint, Form, LowerError, Sharing, States, Substance, cut, forward_flops, lower, lower_unchecked,
 };
 use crate::order::ComputeOrder;
 use crate::schedules::{self, Request, ScheduleError};
 use paceline_sim::model::Layer;
+use paceline_sim::partition::StatePartition;
 use paceline_sim::program::{Device, Program, Recompute, Stage, TransformerWorkload, Unit};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -52,11 +53,18 @@ pub struct Configuration {
     pub micro_batch: u32,
     /// Which activations are recomputed.
     pub recompute: Recompute,
-    /// How optimizer states are cut.
+    /// How parameters, gradients and optimizer states are cut over the replicas.
     pub states: StatePartition,
+    /// In which groups, and when parameters are gathered and dropped.
+    #[serde(default, skip_serializing_if = "is_usual")]
+    pub sharing: Sharing,
     /// Layers of each stage of one copy of the model, embedding and head counted; cut by FLOPs when empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stage_layers: Vec<u32>,
+}
+
+fn is_usual(sharing: &Sharing) -> bool {
+    *sharing == Sharing::default()
 }
 
 /// Why a configuration is none of its job.
@@ -105,7 +113,14 @@ impl fmt::Display for Configuration {
             Recompute::Selective => f.write_str(", selective recomputation")?,
             Recompute::Full => f.write_str(", full recomputation")?,
         }
-        if self.states == StatePartition::Zero1 { f.write_str(", zero1") } else { Ok(()) }
+        if self.states.is_whole() {
+            return Ok(());
+        }
+        write!(f, ", {}", self.states)?;
+        if let Some(size) = self.sharing.group_size.filter(|_| self.states.has_groups()) {
+            write!(f, " in groups of {size}")?;
+        }
+        if self.sharing.keep_gathered { f.write_str(", gathered once a step") } else { Ok(()) }
     }
 }
 
@@ -137,8 +152,9 @@ impl Configuration {
             chunks: found.chunks_for((chunks > 0).then_some(chunks))?,
             micro_batch: one("micro_batch", &job.micro_batch, 1)?,
             recompute: one("recompute", &job.recompute, recompute)?,
-            states: one("states", &job.states, StatePartition::None)?,
+            states: one("states", &job.states, StatePartition::NONE)?,
             schedule,
+            sharing: job.sharing,
             stage_layers: Vec::new(),
         };
         configuration.microbatches(job)?;
@@ -229,7 +245,7 @@ impl Configuration {
             substance: Substance::Transformer(workload),
             stages,
             data: self.dp,
-            states: self.states,
+            states: States { partition: self.states, sharing: self.sharing },
             devices: machine.for_job(job).list(),
             form,
         };

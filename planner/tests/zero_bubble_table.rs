@@ -1,7 +1,7 @@
 //! Table 5 of the zero-bubble paper (arXiv 2401.10241): the authors' bubble rates, computed from the profiled times of
 //! their Table 9. A replay of our orders with these times has to give the same four digits.
 
-use paceline_planner::lower::{AbstractStage, Blueprint, Form, StatePartition, Substance, lower};
+use paceline_planner::lower::{AbstractStage, Blueprint, Form, States, Substance, lower};
 use paceline_planner::replay::{StageMemory, StageTimes, replay};
 use paceline_planner::schedules::{Request, build};
 use paceline_sim::cost::FixedTimes;
@@ -81,7 +81,7 @@ fn the_engine_has_the_published_bubble_of_1f1b() {
             ]),
             stages: vec![Stage { units: vec![Unit { layers: vec![] }] }; stages],
             data: 1,
-            states: StatePartition::None,
+            states: States::default(),
             devices: (0..row.devices).map(|n| Device { name: format!("gpu:{n}"), node: n / 8 }).collect(),
             form: Form::Full,
         })

@@ -1,6 +1,6 @@
 //! What an op costs. The engine asks; a cost model answers from a profile (or from given times).
 
-use crate::program::{Collective, Group, Op, Program};
+use crate::program::{Arrangement, Collective, Group, Op, Program};
 use crate::units::{Nanos, RankId};
 use smallvec::SmallVec;
 
@@ -18,9 +18,19 @@ pub trait CostModel: Sync {
     /// Cost of moving `bytes` between two ranks once both have arrived.
     fn transfer(&self, program: &Program, from: RankId, to: RankId, bytes: u64) -> Round;
 
-    /// The rounds of a collective over `bytes` (the whole array) once all members have arrived. Each round ends for all
-    /// members together.
-    fn collective(&self, program: &Program, collective: Collective, group: &Group, bytes: u64) -> SmallVec<[Round; 2]>;
+    /// The rounds of a collective once all members have arrived. Each round ends for all members together.
+    fn collective(&self, program: &Program, exchange: Exchange, group: &Group) -> SmallVec<[Round; 2]>;
+}
+
+/// A collective as its cost depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Exchange {
+    /// What it does.
+    pub collective: Collective,
+    /// Size of the whole array.
+    pub bytes: u64,
+    /// How the array is cut.
+    pub arrangement: Arrangement,
 }
 
 /// One exchange: `wire` passes (on the link, or until a waiting thread is awake), then `work` occupies the device of each

@@ -3,7 +3,7 @@
 
 use super::samples::Summary;
 use super::{MeasureError, Measured, Phase};
-use crate::collectives::{Step, perform};
+use crate::collectives::{Member, Parts, Step, perform};
 use crate::data::mix;
 use paceline_kernels::{Block, DType};
 use paceline_profiles::{CollectiveRound, Subject};
@@ -177,7 +177,9 @@ impl Plan<'_> {
                 timings.push(start.elapsed().as_secs_f64());
             }
             Case::Part { round: step, .. } => {
-                let arrays: Vec<*mut f32> = (0..members).map(|member| self.array(member, bytes, round, 0)).collect();
+                let array = |member| Member { array: self.array(member, bytes, round, 0), shard: None };
+                let arrays: Vec<Member<f32>> = (0..members).map(array).collect();
+                let parts = Parts { len, part: len.div_ceil(members) };
                 let step = match step {
                     CollectiveRound::Reduce => Step::Reduce,
                     CollectiveRound::Gather => Step::Gather,
@@ -185,7 +187,7 @@ impl Plan<'_> {
                 for member in own {
                     let start = Instant::now();
                     // SAFETY: the arrays live and do not overlap, and between the barriers all members are in this round.
-                    unsafe { perform(step, &arrays, len, member) };
+                    unsafe { perform(step, &arrays, parts, member) };
                     timings.push(start.elapsed().as_secs_f64());
                 }
             }

@@ -84,7 +84,7 @@ fn steps(phase: &mut Phase, program: &Program, nanoseconds: u64, share: Duration
         .iter()
         .zip(blocks.chunks(2))
         .map(|(rank, blocks)| {
-            let range = |n: usize| HostRange { address: blocks[n].address(), bytes: MESSAGE_BYTES };
+            let range = |n: usize| HostRange { address: blocks[n].address(), bytes: MESSAGE_BYTES, shard: 0 };
             Mutex::new(Idle { rank, clock, nanoseconds, ranges: [range(0), range(1)] })
         })
         .collect();
@@ -217,7 +217,7 @@ fn op(stream: Stream, kind: OpKind, wait: Option<OpId>) -> Op {
 }
 
 fn program(devices: u32, ranks: impl Iterator<Item = (DeviceId, Vec<Op>)>) -> Program {
-    let buffer = |tensor| Buffer { class: MemoryClass::Activation, bytes: MESSAGE_BYTES, tensor };
+    let buffer = |tensor| Buffer { class: MemoryClass::Activation, bytes: MESSAGE_BYTES, tensor, start: 0 };
     let (stage, microbatch) = (StageId(0), MicrobatchId(0));
     let rank = |(device, ops)| RankProgram {
         device,

@@ -3,8 +3,8 @@
 
 use crate::toy::{Layout, program};
 use paceline_exec::{Rehearsal, rehearse};
-use paceline_sim::cost::{CostModel, Round};
-use paceline_sim::program::{Collective, Group, Op, OpKind, Pass, Program};
+use paceline_sim::cost::{CostModel, Exchange, Round};
+use paceline_sim::program::{Group, Op, OpKind, Pass, Program};
 use paceline_sim::trace::{Origin, WaitReason};
 use paceline_sim::units::{Nanos, RankId};
 use smallvec::{SmallVec, smallvec};
@@ -34,9 +34,9 @@ impl CostModel for Given {
         Round { wire: Nanos(self.wire), work: Nanos(self.work) }
     }
 
-    fn collective(&self, _: &Program, _: Collective, _: &Group, bytes: u64) -> SmallVec<[Round; 2]> {
+    fn collective(&self, _: &Program, exchange: Exchange, _: &Group) -> SmallVec<[Round; 2]> {
         // The norm is free: what is timed is the gradients.
-        if bytes == 8 {
+        if exchange.bytes == 8 {
             return SmallVec::new();
         }
         let round = Round { wire: Nanos(self.round), work: Nanos::ZERO };

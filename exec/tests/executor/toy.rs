@@ -8,8 +8,8 @@ use paceline_exec::{ExecError, Launch, Operands, Parameter, Passes, Start, TiedC
 use paceline_kernels::{Block, Call, DType, Device, KernelError, View};
 use paceline_sim::program as sim;
 use paceline_sim::program::{
-    Buffer, Collective, Coordinates, Direction, Group, MemoryClass, Message, NetworkLevel, Op, OpKind, PROGRAM_FORMAT,
-    Pass, Payload, Program, RankProgram, Stage, Stream, Tensor, Unit, Workload,
+    Arrangement, Buffer, Collective, Coordinates, Direction, Group, MemoryClass, Message, NetworkLevel, Op, OpKind,
+    PROGRAM_FORMAT, Pass, Payload, Program, RankProgram, Stage, Stream, Tensor, Unit, Workload,
 };
 use paceline_sim::units::{BufferId, DeviceId, GroupId, MicrobatchId, OpId, RankId, StageId};
 
@@ -53,7 +53,7 @@ struct RankBuilder {
 
 impl RankBuilder {
     fn buffer(&mut self, class: MemoryClass, bytes: u64, tensor: Tensor) -> BufferId {
-        self.buffers.push(Buffer { class, bytes, tensor });
+        self.buffers.push(Buffer { class, bytes, tensor, start: 0 });
         BufferId(self.buffers.len() as u32 - 1)
     }
 
@@ -156,6 +156,9 @@ fn rank_program(layout: &Layout, data: u32, pipeline: u32, groups: &[Group]) -> 
             2 * own as u64 * FLOAT,
             Tensor::Moments { stage, unit: 0 },
         ));
+        if let Some(moments) = b.buffers.last_mut().filter(|_| sharded) {
+            moments.start = (data as usize * len.div_ceil(parts)).min(len) as u64 * FLOAT;
+        }
     }
     let losses = stages.contains(&last).then(|| {
         let bytes = u64::from(layout.microbatches) * FLOAT;
@@ -279,8 +282,14 @@ fn step_end(
 ) {
     let (of_data, of_pipeline) = (GroupId(pipeline), GroupId(layout.pipeline + data));
     let everyone = GroupId(groups.len() as u32 - 1);
-    let collective =
-        |collective, group, payload, buffer, bytes| OpKind::Collective { collective, group, payload, buffer, bytes };
+    let collective = |collective, group, payload, buffer, bytes| OpKind::Collective {
+        collective,
+        group,
+        payload,
+        buffer,
+        bytes,
+        arrangement: Arrangement::default(),
+    };
     let gradients: Vec<BufferId> = stages.iter().map(|&stage| b.find(Tensor::Gradients { stage, unit: 0 })).collect();
     let bytes = |b: &RankBuilder, id: BufferId| b.buffers[id.index()].bytes;
     let mut reduced = vec![];

@@ -2,6 +2,7 @@
 
 use super::JobError;
 use crate::job::error::JobError::{Missing, UnknownKey, Unsupported, Value as Wrong};
+use std::str::FromStr;
 use toml::{Table, Value};
 
 /// A table that is being read.
@@ -160,6 +161,27 @@ impl<'a> Fields<'a> {
             }
         }
         Ok(all)
+    }
+
+    /// Values of an axis that say themselves what their text means.
+    pub fn parsed<T: FromStr + PartialEq>(&self, key: &str, allowed: &str) -> Result<Vec<T>, JobError> {
+        let mut all = Vec::new();
+        for value in self.axis(key, allowed)? {
+            let parsed = value.as_str().and_then(|text| text.parse().ok());
+            let choice = parsed.ok_or_else(|| self.wrong(key, value, allowed))?;
+            if !all.contains(&choice) {
+                all.push(choice);
+            }
+        }
+        Ok(all)
+    }
+
+    pub fn truth(&self, key: &str) -> Result<Option<bool>, JobError> {
+        match self.table.get(key) {
+            None => Ok(None),
+            Some(Value::Boolean(truth)) => Ok(Some(*truth)),
+            Some(other) => Err(self.wrong(key, other, "true or false")),
+        }
     }
 
     /// A number of bytes, or a text with a unit.

@@ -21,10 +21,11 @@ pub use fields::parse_bytes;
 pub use train::Train;
 
 use crate::configuration::MOST_DEVICES;
-use crate::lower::StatePartition;
+use crate::lower::Sharing;
 use crate::schedules;
 use fields::Fields;
 use paceline_sim::model::ModelConfig;
+use paceline_sim::partition::StatePartition;
 use paceline_sim::program::Recompute;
 use std::path::{Path, PathBuf};
 
@@ -53,8 +54,10 @@ pub struct Job {
     pub schedule: Vec<String>,
     /// Kinds of recomputation.
     pub recompute: Vec<Recompute>,
-    /// Partitions of the optimizer state.
+    /// Partitions of parameters, gradients and optimizer states.
     pub states: Vec<StatePartition>,
+    /// In which groups states are cut, and when parameters are gathered and dropped.
+    pub sharing: Sharing,
     /// Where it runs.
     pub cluster: String,
     /// Nodes of the cluster.
@@ -120,7 +123,8 @@ impl Job {
             chunks: fields.counts("chunks")?,
             schedule: fields.names("schedule", &schedules::names().collect::<Vec<_>>())?,
             recompute: fields.choices("recompute", &RECOMPUTE)?,
-            states: fields.choices("states", &STATES)?,
+            states: fields.parsed("states", STATES)?,
+            sharing: sharing(&fields)?,
             nodes: fields.optional_count("nodes")?,
             gpus_per_node: fields.optional_count("gpus_per_node")?,
             memory_limit: fields.bytes("memory_limit")?,
@@ -159,8 +163,8 @@ impl Job {
         if self.nodes.is_some_and(|nodes| nodes > 1) {
             return Err(fields.unsupported("nodes", fields.show("nodes"), "1"));
         }
-        let only: [(&'static str, &str); 5] =
-            [("sp", "false"), ("group_size", "1"), ("precision", "f32"), ("attention", "flash"), ("trainable", "full")];
+        let only: [(&'static str, &str); 4] =
+            [("sp", "false"), ("precision", "f32"), ("attention", "flash"), ("trainable", "full")];
         for (key, allowed) in only {
             let given = fields.show(key);
             if !given.is_empty() && given.trim_matches('"') != allowed {
@@ -229,6 +233,8 @@ pub(crate) const KEYS: &[&str] = &[
     "ep",
     "states",
     "group_size",
+    "prefetch",
+    "keep_gathered",
     "schedule",
     "recompute",
     "precision",
@@ -242,14 +248,19 @@ pub(crate) const KEYS: &[&str] = &[
 pub(crate) const RECOMPUTE: [(&str, Recompute); 3] =
     [("none", Recompute::None), ("selective", Recompute::Selective), ("full", Recompute::Full)];
 
-/// Partitions of the optimizer state by name: own names first, then the triple (parameters, gradients, optimizer states;
-/// N: not, G: over all replicas).
-pub(crate) const STATES: [(&str, StatePartition); 4] = [
-    ("none", StatePartition::None),
-    ("zero1", StatePartition::Zero1),
-    ("NNN", StatePartition::None),
-    ("NNG", StatePartition::Zero1),
-];
+/// What `states` may be.
+const STATES: &str = "none (ddp), zero1, zero2, zero3 (fsdp), mics (hsdp), or three letters for parameters, gradients and optimizer states: \
+     N whole, I cut within groups of group_size, G cut over all replicas; for example NNG or IIG";
+
+/// Which replicas share states, and for how long.
+fn sharing(fields: &Fields) -> Result<Sharing, JobError> {
+    let usual = Sharing::default();
+    Ok(Sharing {
+        group_size: fields.optional_count("group_size")?,
+        prefetch: fields.whole("prefetch")?.map_or(usual.prefetch, |ahead| ahead.min(u64::from(u32::MAX)) as u32),
+        keep_gathered: fields.truth("keep_gathered")?.unwrap_or(usual.keep_gathered),
+    })
+}
 
 fn show_list(values: &[u32]) -> String {
     match values {

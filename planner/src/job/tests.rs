@@ -17,13 +17,15 @@ fn a_job_fixes_what_it_names_and_leaves_the_rest() {
     assert_eq!((least.cluster.as_str(), least.memory_limit, least.train.clone()), ("local", None, Train::default()));
 
     let full = job(&format!(
-        "{LEAST}dp = 2\nmicro_batch = [4, 1, 2, 1]\nschedule = ['gpipe', '1f1b']\nrecompute = 'full'\nstates = 'NNG'\n\
+        "{LEAST}dp = 2\nmicro_batch = [4, 1, 2, 1]\nschedule = ['gpipe', '1f1b']\nrecompute = 'full'\nstates = ['NNG', 'mics', 'iig']\ngroup_size = 2\nprefetch = 0\nkeep_gathered = true\n\
          memory_limit = '1.5 GiB'\ntp = 1\n[train]\nsteps = 7\nlr = 2e-3\nclip = 0\n"
     ))
     .unwrap();
     assert_eq!((full.dp.as_slice(), full.micro_batch.as_slice()), (&[2][..], &[1, 2, 4][..]));
     assert_eq!(full.schedule, ["1f1b", "gpipe"]);
-    assert_eq!((full.recompute, full.states), (vec![Recompute::Full], vec![StatePartition::Zero1]));
+    let letters: Vec<String> = full.states.iter().map(StatePartition::letters).collect();
+    assert_eq!((full.recompute, letters), (vec![Recompute::Full], vec!["NNG".into(), "III".into(), "IIG".into()]));
+    assert_eq!(full.sharing, Sharing { group_size: Some(2), prefetch: 0, keep_gathered: true });
     assert_eq!(full.memory_limit, Some(3 << 29));
     assert_eq!((full.train.steps, full.train.lr, full.train.min_lr, full.train.clip), (7, 2e-3, 2e-4, None));
 }
@@ -44,6 +46,8 @@ fn wrong_jobs_are_told_what_is_wrong_and_what_is_allowed() {
         ("schedule = 'zigzag'", &["schedule = \"zigzag\"", "gpipe, 1f1b"]),
         ("recompute = true", &["recompute = true", "none, selective, full"]),
         ("states = 'zero9'", &["states = \"zero9\"", "zero1"]),
+        ("group_size = 0", &["group_size = 0"]),
+        ("keep_gathered = 1", &["keep_gathered = 1", "true or false"]),
         ("tp = 2", &["tp = 2", "local", "allowed there: 1"]),
         ("precision = 'bf16'", &["precision = \"bf16\"", "f32"]),
         ("memory_limit = 'lots'", &["memory_limit = \"lots\"", "80GiB"]),

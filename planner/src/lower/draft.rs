@@ -3,7 +3,8 @@
 
 use paceline_sim::program::{Buffer, Ids, MemoryClass, Op, OpKind, Stream, Tensor};
 use paceline_sim::units::{BufferId, OpId, RankId};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 use super::LowerError;
 
@@ -72,15 +73,54 @@ impl Draft {
             let first = self.buffers[known.index()].bytes;
             return if first == bytes { Ok(known) } else { Err(LowerError::Size { tensor, first, second: bytes }) };
         }
-        let id = BufferId(self.buffers.len() as u32);
-        self.buffers.push(Buffer { class, bytes, tensor });
+        let id = self.another(tensor, class, bytes);
         self.by_tensor.insert(tensor, id);
         Ok(id)
+    }
+
+    /// A further buffer of a tensor that lives several times.
+    pub fn another(&mut self, tensor: Tensor, class: MemoryClass, bytes: u64) -> BufferId {
+        self.buffers.push(Buffer { class, bytes, tensor, start: 0 });
+        BufferId(self.buffers.len() as u32 - 1)
+    }
+
+    /// A persistent buffer that holds a range of a unit's array, `copies` times in a row.
+    pub fn keep(&mut self, tensor: Tensor, class: MemoryClass, range: &Range<u64>, copies: u64) -> BufferId {
+        let id = self.by_tensor.get(&tensor).copied();
+        let id = id.unwrap_or_else(|| self.another(tensor, class, copies * (range.end - range.start)));
+        self.buffers[id.index()].start = range.start;
+        self.by_tensor.insert(tensor, id);
+        self.persistent.push(id);
+        id
     }
 
     /// The buffer of a tensor, if there is one.
     pub fn find(&self, tensor: Tensor) -> Option<BufferId> {
         self.by_tensor.get(&tensor).copied()
+    }
+
+    /// Puts ops before the ops at some places.
+    pub fn insert_before(&mut self, mut insertions: BTreeMap<usize, Vec<Handle>>) {
+        let old = std::mem::take(&mut self.order);
+        for (place, handle) in old.into_iter().enumerate() {
+            self.order.append(&mut insertions.remove(&place).unwrap_or_default());
+            self.order.push(handle);
+        }
+        self.order.extend(insertions.into_values().flatten());
+    }
+
+    /// Puts ops behind the ops at some places, and behind the sends that follow them.
+    pub fn insert_behind(&mut self, insertions: &BTreeMap<usize, Vec<Handle>>) {
+        let old = std::mem::take(&mut self.order);
+        let mut due: Vec<Handle> = Vec::new();
+        for (place, handle) in old.into_iter().enumerate() {
+            if !matches!(self.ops[handle.0].kind, OpKind::Send { .. }) {
+                self.order.append(&mut due);
+            }
+            self.order.push(handle);
+            due.extend(insertions.get(&place).into_iter().flatten());
+        }
+        self.order.append(&mut due);
     }
 
     /// The finished tables; `rank` numbers a pipeline rank of this replica.

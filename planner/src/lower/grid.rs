@@ -1,8 +1,10 @@
 //! The ranks and their groups: replicas times pipeline ranks, numbered replica by replica.
 
-use super::{Blueprint, Form, LowerError, StatePartition};
+use super::states::{Cut, Levels};
+use super::{Blueprint, Form, LowerError};
 use crate::order::Placement;
-use paceline_sim::model::Shard;
+use paceline_sim::partition::Level;
+use paceline_sim::partition::exchange::Scope;
 use paceline_sim::program::{Coordinates, Device, Group, NetworkLevel};
 use paceline_sim::units::{DeviceId, GroupId, RankId, StageId};
 use std::collections::HashMap;
@@ -21,10 +23,12 @@ pub(super) struct Grid<'a> {
     data: u32,
     pipeline: u32,
     present: u32,
-    sharded: bool,
+    levels: Levels,
     groups: Vec<Group>,
-    /// By stage of one copy.
+    /// By stage of one copy: the holders of its layers.
     reduction: Vec<GroupId>,
+    /// By scope, stage of one copy and index: the holders within a fast group, and those with one place in every group.
+    within: HashMap<(Scope, usize, u32), GroupId>,
     /// By replica and copy.
     ties: HashMap<(u32, u32), GroupId>,
     /// By replica.
@@ -48,27 +52,48 @@ impl<'a> Grid<'a> {
             data,
             pipeline,
             present: if blueprint.form == Form::Full { data } else { 1 },
-            sharded: blueprint.states == StatePartition::Zero1 && data * placement.copies > 1,
+            levels: Levels::of(blueprint, placement)?,
             groups: Vec::new(),
             reduction: Vec::new(),
+            within: HashMap::new(),
             ties: HashMap::new(),
             norms: Vec::new(),
         };
         if grid.reduces() {
-            let mut known: HashMap<Vec<u32>, GroupId> = HashMap::new();
+            let mut known: HashMap<Vec<u32>, (GroupId, usize)> = HashMap::new();
             for stage in 0..per_copy {
                 let ranks: Vec<u32> = holders(placement, stage).collect();
-                let group = match known.get(&ranks) {
-                    Some(&group) => group,
+                let (group, first) = match known.get(&ranks) {
+                    Some(&found) => found,
                     None => {
                         let names: Vec<String> = ranks.iter().map(u32::to_string).collect();
-                        let all = (0..data).flat_map(|d| ranks.iter().map(move |&r| (d, r)));
+                        let replicas = grid.levels.replicas();
+                        let all = replicas.flat_map(|d| ranks.iter().map(move |&r| (d, r)));
                         let group = grid.add(format!("replicas of pipeline rank {}", names.join(" and ")), all);
-                        known.insert(ranks, group);
-                        group
+                        known.insert(ranks.clone(), (group, stage));
+                        (group, stage)
                     }
                 };
                 grid.reduction.push(group);
+                if !grid.levels.has_groups() {
+                    continue;
+                }
+                for scope in [Scope::Group, Scope::Across] {
+                    for index in 0..grid.levels.communicators(scope) {
+                        let members: Vec<(u32, u32)> =
+                            grid.levels.members(scope, index).map(|d| (d, ranks[0])).collect();
+                        if stage != first {
+                            if let Some(&same) = grid.within.get(&(scope, first, index)) {
+                                grid.within.insert((scope, stage, index), same);
+                            }
+                        } else if members.iter().any(|&(replica, _)| replica < grid.present) {
+                            let what = if scope == Scope::Group { "group" } else { "place" };
+                            let name = format!("{what} {index} of the replicas of pipeline rank {}", ranks[0]);
+                            let group = grid.add(name, members.into_iter());
+                            grid.within.insert((scope, stage, index), group);
+                        }
+                    }
+                }
             }
         }
         for replica in 0..grid.present {
@@ -81,15 +106,30 @@ impl<'a> Grid<'a> {
                 }
             }
         }
-        if grid.sharded {
-            let everyone = (0..data).flat_map(|d| (0..pipeline).map(move |p| (d, p)));
-            let group = grid.add("all ranks".into(), everyone);
-            grid.norms = vec![group; grid.present as usize];
-        } else if pipeline > 1 {
-            for replica in 0..grid.present {
-                let group = grid.add(format!("pipeline of replica {replica}"), (0..pipeline).map(|p| (replica, p)));
-                grid.norms.push(group);
+        match grid.levels.optimizer() {
+            Level::Global => {
+                let everyone = (0..data).flat_map(|d| (0..pipeline).map(move |p| (d, p)));
+                let group = grid.add("all ranks".into(), everyone);
+                grid.norms = vec![group; grid.present as usize];
             }
+            Level::Group => {
+                for index in 0..grid.levels.communicators(Scope::Group) {
+                    let members: Vec<u32> = grid.levels.members(Scope::Group, index).collect();
+                    let there = members.iter().filter(|&&replica| replica < grid.present).count();
+                    if there > 0 {
+                        let all = members.into_iter().flat_map(|d| (0..pipeline).map(move |p| (d, p)));
+                        let group = grid.add(format!("all ranks of group {index}"), all);
+                        grid.norms.extend(std::iter::repeat_n(group, there));
+                    }
+                }
+            }
+            Level::Whole if pipeline > 1 => {
+                for replica in 0..grid.present {
+                    let group = grid.add(format!("pipeline of replica {replica}"), (0..pipeline).map(|p| (replica, p)));
+                    grid.norms.push(group);
+                }
+            }
+            Level::Whole => {}
         }
         Ok(grid)
     }
@@ -100,7 +140,8 @@ impl<'a> Grid<'a> {
         let mut nodes = Vec::new();
         for (replica, pipeline) in members {
             size += 1;
-            nodes.push(self.devices[self.device(replica, pipeline).index()].node);
+            let node = self.devices[self.device(replica, pipeline).index()].node;
+            nodes.push((node, self.levels.group_of(replica)));
             if replica < self.present {
                 ranks.push(self.rank(replica, pipeline));
             }
@@ -140,9 +181,9 @@ impl<'a> Grid<'a> {
         self.data * self.placement.copies > 1
     }
 
-    /// Whether holders of the same parameters share the work of the optimizer.
-    pub fn sharded(&self) -> bool {
-        self.sharded
+    /// How holders of the same parameters share states.
+    pub fn levels(&self) -> &Levels {
+        &self.levels
     }
 
     /// Whether the model has two copies in one pipeline.
@@ -160,9 +201,13 @@ impl<'a> Grid<'a> {
         (stage.index() / self.placement.stages_per_copy()) as u32
     }
 
-    /// The holders of a stage's layers.
-    pub fn reduction(&self, stage: StageId) -> Option<GroupId> {
-        self.reduction.get(self.layers_of(stage)).copied()
+    /// The holders of a stage's layers with which a replica exchanges in a scope.
+    pub fn sharers(&self, scope: Scope, data: u32, stage: StageId) -> Option<GroupId> {
+        let layers = self.layers_of(stage);
+        match scope {
+            Scope::World => self.reduction.get(layers).copied(),
+            _ => self.within.get(&(scope, layers, self.levels.communicator(scope, data))).copied(),
+        }
     }
 
     /// The holders of the two copies of a tied matrix.
@@ -175,13 +220,14 @@ impl<'a> Grid<'a> {
         self.norms.get(data as usize).copied()
     }
 
-    /// The part of a stage's optimizer states that a replica holds.
-    pub fn shard(&self, data: u32, stage: StageId) -> Shard {
-        if !self.sharded {
-            return Shard::WHOLE;
-        }
-        let copies = self.placement.copies;
-        Shard { index: data * copies + self.copy_of(stage), count: self.data * copies }
+    /// How the states of a unit of `bytes` are cut, as seen by a holder.
+    pub fn cut(&self, data: u32, stage: StageId, bytes: u64) -> Cut {
+        self.levels.cut(data, self.copy_of(stage), bytes)
+    }
+
+    /// The true number of members of a group.
+    pub fn size(&self, group: GroupId) -> u32 {
+        self.groups[group.index()].size
     }
 
     pub fn groups(self) -> Vec<Group> {

@@ -4,13 +4,15 @@
 //! 1. [`recompute`]: an R before the backward of every microbatch, under full recomputation;
 //! 2. [`passes`]: actions become compute ops over units of their stage, as fine as reduction and recomputation need;
 //! 3. [`messages`]: receives posted one action ahead, sends behind their pass, a stream for each edge;
-//! 4. [`state`]: reduction of gradients, their norm, the optimizer, gathering of parameters;
+//! 4. [`gather`]: where parameters or gradients are partitioned ([`states`]), gathers before passes and reductions after them;
+//!    [`state`]: what the optimizer needs of the gradients, their norm, the optimizer, gathering of parameters;
 //! 5. [`lifetimes`]: allocations and frees, from what ops use.
 //!
 //! Sizes come from [`sizes`]: the arithmetic of a transformer, or given numbers for a schedule under study.
 
 mod cut;
 mod draft;
+mod gather;
 mod grid;
 mod lifetimes;
 mod messages;
@@ -19,32 +21,24 @@ mod receipts;
 mod recompute;
 mod sizes;
 mod state;
+mod states;
 
 pub use cut::{cut, forward_flops};
 pub use sizes::{AbstractStage, Substance};
+pub use states::{Sharing, States};
 
 use crate::order::ComputeOrder;
 use crate::replay::OrderError;
 use draft::Draft;
 use grid::Grid;
 use paceline_sim::model::ModelError;
+use paceline_sim::partition::StatePartition;
 use paceline_sim::program::{CheckError, Device, PROGRAM_FORMAT, Program, RankProgram, Stage, Tensor, Workload, check};
 use paceline_sim::units::StageId;
-use serde::{Deserialize, Serialize};
+use passes::Grain;
 use sizes::Sizes;
 use std::borrow::Cow;
 use thiserror::Error;
-
-/// How optimizer states are cut over the data-parallel replicas.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum StatePartition {
-    /// Every replica holds all of them.
-    #[default]
-    None,
-    /// Each replica holds and updates a shard (Rajbhandari et al. 2020, arXiv 1910.02054, P_os).
-    Zero1,
-}
 
 /// Which ranks a program has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -67,8 +61,8 @@ pub struct Blueprint<'a> {
     pub stages: Vec<Stage>,
     /// Data-parallel replicas.
     pub data: u32,
-    /// How they cut optimizer states.
-    pub states: StatePartition,
+    /// How they share parameters, gradients and optimizer states.
+    pub states: States,
     /// Where ranks run: rank `r` on device `r mod devices`.
     pub devices: Vec<Device>,
     /// Which ranks the program has.
@@ -106,6 +100,20 @@ pub enum LowerError {
     /// A schedule with R where nothing is dropped.
     #[error("{schedule} recomputes, but recompute = {recompute:?}; set recompute = \"full\" or take another schedule")]
     Recompute { schedule: String, recompute: &'static str },
+    /// Groups that do not share the replicas out.
+    #[error("group_size = {group} does not divide the {data} data-parallel replicas; take one of their divisors")]
+    Group { group: u32, data: u32 },
+    /// A partition within groups where there are none.
+    #[error(
+        "states = {partition} cuts within groups, and {} = {group} of {data} data-parallel replicas leaves none; set a group_size between 1 and {data}, or take states = {same}, which is the same here",
+        if *.named { "group_size" } else { "the default group_size" }
+    )]
+    NoGroups { partition: StatePartition, group: u32, data: u32, named: bool, same: StatePartition },
+    /// Two copies of the model have different programs and cannot gather in one order.
+    #[error(
+        "states = {partition} needs collectives in every microbatch, and {schedule} runs two copies of the model against each other; take none or zero1, or another schedule"
+    )]
+    TwoCopies { partition: StatePartition, schedule: String },
     /// One tensor with two sizes.
     #[error("{tensor:?} has {first} bytes in one op and {second} in another")]
     Size { tensor: Tensor, first: u64, second: u64 },
@@ -140,7 +148,12 @@ pub fn lower_unchecked(blueprint: &Blueprint) -> Result<Program, LowerError> {
     let mut drafts = Vec::with_capacity(order.actions.len());
     for device in 0..order.actions.len() {
         let mut draft = Draft::default();
-        passes::expand(&mut draft, &order, device, &mut sizes, grid.reduces())?;
+        let grain = match grid.reduces() {
+            _ if grid.levels().works_by_unit() => Grain::Units,
+            true => Grain::LastBackward,
+            false => Grain::Stages,
+        };
+        passes::expand(&mut draft, &order, device, &mut sizes, grain)?;
         messages::connect(&mut draft, &order, device, &sizes)?;
         drafts.push(draft);
     }
@@ -149,7 +162,7 @@ pub fn lower_unchecked(blueprint: &Blueprint) -> Result<Program, LowerError> {
         for (pipeline, draft) in drafts.iter().enumerate() {
             let mut draft = draft.clone();
             let held: Vec<StageId> = order.placement.stages_of(pipeline as u32).collect();
-            state::close_step(&mut draft, &grid, data, pipeline as u32, &held, &sizes)?;
+            state::close_step(&mut draft, &grid, data, pipeline as u32, &held, &sizes, blueprint.states.sharing)?;
             lifetimes::derive(&mut draft, &receipts[pipeline]);
             let coordinates = grid.coordinates(data, pipeline as u32);
             let (buffers, persistent, ops) = draft.finish(|peer| grid.rank(data, peer));

@@ -1,7 +1,8 @@
 //! Actions as compute ops over units. A pass is one op over all units of its stage, because every op has a price, with
-//! two exceptions:
+//! three exceptions:
 //! - the backward that completes gradients which are reduced is an op per unit, so that the reduction of the last units
 //!   overlaps with the backward of the first;
+//! - where parameters or gradients are partitioned, every pass is an op per unit, so that one unit is gathered at a time;
 //! - under full recomputation R and backward alternate unit by unit, so that one unit's activations live at a time.
 
 use super::LowerError;
@@ -11,13 +12,24 @@ use crate::order::ComputeOrder;
 use paceline_sim::program::{OpKind, Pass, Stream};
 use std::collections::HashMap;
 
-/// Fills a draft with the compute ops of a pipeline rank. `reduces`: gradients are reduced over ranks.
+/// When passes are ops over one unit each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Grain {
+    /// Never: nothing is shared with other ranks.
+    Stages,
+    /// The last backward, which completes the gradients.
+    LastBackward,
+    /// Always.
+    Units,
+}
+
+/// Fills a draft with the compute ops of a pipeline rank.
 pub(super) fn expand(
     draft: &mut Draft,
     order: &ComputeOrder,
     device: usize,
     sizes: &mut Sizes,
-    reduces: bool,
+    grain: Grain,
 ) -> Result<(), LowerError> {
     let actions = &order.actions[device];
     let mut completes = HashMap::new();
@@ -57,7 +69,12 @@ pub(super) fn expand(
             place += 2;
             continue;
         }
-        if reduces && completes.get(&stage) == Some(&place) {
+        let last = grain == Grain::LastBackward && completes.get(&stage) == Some(&place);
+        if grain == Grain::Units && action.pass == Pass::F {
+            for unit in 0..units {
+                compute(action.pass, unit, unit + 1, place)?;
+            }
+        } else if last || grain == Grain::Units {
             for unit in (0..units).rev() {
                 compute(action.pass, unit, unit + 1, place)?;
             }

@@ -2,8 +2,8 @@
 
 use super::{Blueprint, LowerError};
 use crate::order::{ComputeOrder, Placement};
-use paceline_sim::model::parameters::tied_matrix;
-use paceline_sim::model::{ModelPass, Operand, Shard, persistent};
+use paceline_sim::model::parameters::{tied_matrix, unit_parameters};
+use paceline_sim::model::{ModelPass, Operand};
 use paceline_sim::program::{MemoryClass, OpKind, Pass, Stage, Tensor, TransformerWorkload};
 use paceline_sim::units::{MicrobatchId, StageId};
 use serde::{Deserialize, Serialize};
@@ -149,34 +149,16 @@ impl Sizes {
         .collect()
     }
 
-    /// What a rank holds of a stage through all steps.
-    pub fn persistent(&self, stage: StageId, moments: Shard) -> Vec<Operand> {
+    /// The units of a stage that have parameters, with their bytes.
+    pub fn units_with_parameters(&self, stage: StageId) -> Vec<(u16, u64)> {
         match &self.substance {
-            Substance::Transformer(workload) => persistent(workload, &self.stages, stage, moments),
+            Substance::Transformer(workload) => {
+                let units = 0..self.units(stage);
+                units.map(|unit| (unit, 4 * unit_parameters(workload, &self.stages, stage, unit) as u64)).collect()
+            }
             Substance::Abstract(sizes) => {
                 let parameters = sizes[stage.index()].parameters;
-                if parameters == 0 {
-                    return Vec::new();
-                }
-                let own = moments.range(parameters as usize).len() as u64;
-                let unit = 0;
-                vec![
-                    Operand {
-                        tensor: Tensor::Parameters { stage, unit },
-                        class: MemoryClass::Parameter,
-                        bytes: parameters,
-                    },
-                    Operand {
-                        tensor: Tensor::Gradients { stage, unit },
-                        class: MemoryClass::Gradient,
-                        bytes: parameters,
-                    },
-                    Operand {
-                        tensor: Tensor::Moments { stage, unit },
-                        class: MemoryClass::OptimizerState,
-                        bytes: 2 * own,
-                    },
-                ]
+                if parameters > 0 { vec![(0, parameters)] } else { Vec::new() }
             }
         }
     }
@@ -239,6 +221,10 @@ fn renamed(tensor: Tensor, microbatch: MicrobatchId) -> Tensor {
         Tensor::Parameters { .. }
         | Tensor::Gradients { .. }
         | Tensor::Moments { .. }
+        | Tensor::ParameterShard { .. }
+        | Tensor::GradientShard { .. }
+        | Tensor::SyncedGradients { .. }
+        | Tensor::Master { .. }
         | Tensor::Losses
         | Tensor::GradientNorm
         | Tensor::Workspace { .. } => tensor,

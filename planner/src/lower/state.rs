@@ -1,5 +1,5 @@
-//! What follows the passes: gradients are reduced over the holders of the same parameters, their norm is summed, the
-//! optimizer updates, and shards are gathered.
+//! What follows the passes: gradients are reduced over the holders of the same parameters as the optimizer needs them, their
+//! norm is summed, the optimizer updates, and updated parts are gathered.
 //!
 //! The collectives of a rank run one after the other, so all ranks must agree on one order. With one copy of the model, ranks
 //! that reduce together have the same program, and a unit is reduced when its gradient is complete. With two copies running
@@ -8,26 +8,39 @@
 
 use super::LowerError;
 use super::draft::{Draft, DraftOp, Handle};
+use super::gather::{Exchange, Shards, exchange, partition};
 use super::grid::Grid;
 use super::sizes::Sizes;
-use paceline_sim::program::{Collective, MemoryClass, OpKind, Payload, Stream, Tensor};
-use paceline_sim::units::{BufferId, GroupId, StageId};
+use super::states::Sharing;
+use paceline_sim::partition::exchange::Kind;
+use paceline_sim::partition::{Level, StatePartition};
+use paceline_sim::program::{Arrangement, Collective, MemoryClass, OpKind, Payload, Stream, Tensor};
+use paceline_sim::units::{BufferId, StageId};
 use std::collections::{BTreeMap, HashMap};
 
 /// A unit of a rank with its persistent buffers.
 struct Held {
     stage: StageId,
     unit: u16,
+    /// Bytes of its whole array.
+    bytes: u64,
+    levels: StatePartition,
+    /// The parameters that the rank keeps, whole or its part.
     parameters: BufferId,
+    /// The parameters that the optimizer updates, where these are others.
+    master: Option<BufferId>,
+    /// The gradients that the rank accumulates, whole or its part.
     gradients: BufferId,
+    /// The reduced gradients that the optimizer reads, where these are others.
+    synced: Option<BufferId>,
     moments: BufferId,
-    /// The place of the op that completes the gradient; the first place where no pass makes any.
+    /// The place of the op that completes the gradient; the first place where none makes any.
     ready: usize,
     /// Bytes of the copy of a tied matrix in it.
     tied: Option<u64>,
 }
 
-/// Adds the end of a step to a draft that has its passes and messages.
+/// Adds gathers and reductions to a draft that has its passes and messages, and the end of the step.
 pub(super) fn close_step(
     draft: &mut Draft,
     grid: &Grid,
@@ -35,28 +48,51 @@ pub(super) fn close_step(
     pipeline: u32,
     stages: &[StageId],
     sizes: &Sizes,
+    sharing: Sharing,
 ) -> Result<(), LowerError> {
-    let mut units = hold(draft, grid, data, stages, sizes)?;
+    let mut units = hold(draft, grid, data, stages, sizes);
     if units.is_empty() {
         return Ok(());
+    }
+    let part = |held: &Held, level: Level, buffer| {
+        (level != Level::Whole).then_some(((held.stage, held.unit), (buffer, held.bytes)))
+    };
+    let shards = Shards {
+        parameters: units.iter().filter_map(|held| part(held, held.levels.parameters, held.parameters)).collect(),
+        gradients: units.iter().filter_map(|held| part(held, held.levels.gradients, held.gradients)).collect(),
+    };
+    partition(draft, grid, data, sizes, sharing, &shards);
+    let mut last_use: HashMap<BufferId, (usize, Handle)> = HashMap::new();
+    for (place, &handle) in draft.order.iter().enumerate() {
+        let op = &draft.ops[handle.0];
+        if let OpKind::Compute { .. } | OpKind::Collective { .. } = op.kind {
+            last_use.extend(op.uses.iter().map(|&buffer| (buffer, (place, handle))));
+        }
+    }
+    for held in &mut units {
+        held.ready = last_use.get(&held.gradients).map_or(0, |&(place, _)| place);
     }
     match grid.copies() {
         1 => units.sort_by_key(|held| held.ready),
         _ => units.sort_by_key(|held| (grid.layers_of(held.stage), held.unit)),
     }
     let end = draft.ops.iter().map(|op| op.action + 1).max().unwrap_or(0);
-    let mut reduced: Vec<Handle> = Vec::new();
+    // Reductions under way at the end of accumulation, which the norm waits for.
+    let reduces = |held: &&Held| held.levels.gradients != Level::Whole;
+    let mut reduced: Vec<Handle> =
+        units.iter().filter(reduces).filter_map(|held| last_use.get(&held.gradients).map(|last| last.1)).collect();
     let mut insertions: BTreeMap<usize, Vec<Handle>> = BTreeMap::new();
     let mut latest = 0;
-    for held in units.iter().filter(|held| held.tied.is_none()) {
-        let Some(group) = grid.reduction(held.stage) else { continue };
+    for held in units.iter_mut().filter(|held| held.tied.is_none()) {
         latest = held.ready.max(latest);
         let action = draft.order.get(latest).map_or(end, |handle| draft.ops[handle.0].action);
-        let handle = draft.add(reduction(draft, grid, held, group, action));
-        insertions.entry(latest).or_default().push(handle);
-        reduced.push(handle);
+        for op in synchronise(draft, grid, data, held, action) {
+            let handle = draft.add(op);
+            insertions.entry(latest).or_default().push(handle);
+            reduced.push(handle);
+        }
     }
-    insert(draft, insertions);
+    draft.insert_behind(&insertions);
 
     let mut tied: Vec<&Held> = units.iter().filter(|held| held.tied.is_some()).collect();
     tied.sort_by_key(|held| grid.copy_of(held.stage));
@@ -68,17 +104,18 @@ pub(super) fn close_step(
             payload: Payload::TiedEmbedding,
             buffer: held.gradients,
             bytes,
+            arrangement: Arrangement::default(),
         };
         reduced.push(push(draft, Stream::COLLECTIVE, kind, end, [held.gradients]));
     }
-    for held in units.iter().filter(|held| held.tied.is_some()) {
-        let Some(group) = grid.reduction(held.stage) else { continue };
-        let op = reduction(draft, grid, held, group, end);
-        reduced.push(draft.push(op));
+    for held in units.iter_mut().filter(|held| held.tied.is_some()) {
+        for op in synchronise(draft, grid, data, held, end) {
+            reduced.push(draft.push(op));
+        }
     }
 
     let norm = draft.buffer(Tensor::GradientNorm, MemoryClass::CommScratch, 8)?;
-    let gradients = units.iter().map(|held| held.gradients);
+    let gradients = units.iter().map(|held| held.synced.unwrap_or(held.gradients));
     let counted = push(draft, Stream::COMPUTE, OpKind::GradientNorm, end, gradients.chain([norm]));
     draft.op(counted).waits = reduced;
     let summed = grid.norm(data).map(|group| {
@@ -88,10 +125,13 @@ pub(super) fn close_step(
             payload: Payload::GradientNorm,
             buffer: norm,
             bytes: 8,
+            arrangement: Arrangement::default(),
         };
         push(draft, Stream::COLLECTIVE, kind, end, [norm])
     });
-    debug_assert!(summed.is_some() || (grid.rank(data, pipeline).0 == data && !grid.sharded()));
+    debug_assert!(
+        summed.is_some() || (grid.rank(data, pipeline).0 == data && grid.levels().optimizer() == Level::Whole)
+    );
 
     // The optimizer goes through the layers from the first on, gathering each unit behind its update.
     units.sort_by_key(|held| match grid.copies() {
@@ -99,69 +139,100 @@ pub(super) fn close_step(
         _ => (grid.layers_of(held.stage), held.unit),
     });
     for held in &units {
-        let &Held { stage, unit, parameters, gradients, moments, .. } = held;
+        let &Held { stage, unit, parameters, gradients, moments, bytes, .. } = held;
         let kind = OpKind::Optimizer { stage, unit };
-        let update = push(draft, Stream::COMPUTE, kind, end, [parameters, gradients, moments, norm]);
+        let apart = held.synced.into_iter().chain(held.master);
+        let uses = [parameters, gradients, moments, norm].into_iter().chain(apart);
+        let update = push(draft, Stream::COMPUTE, kind, end, uses);
         draft.op(update).waits = summed.into_iter().collect();
-        if let Some(group) = grid.reduction(stage).filter(|_| grid.sharded()) {
-            let kind = OpKind::Collective {
-                collective: Collective::AllGather,
-                group,
+        if let Some(after) = held.levels.parameter_sync() {
+            let at = Exchange {
+                collective: collective(after.kind),
+                scope: after.scope,
                 payload: Payload::Parameters { stage, unit },
                 buffer: parameters,
-                bytes: draft.buffers[parameters.index()].bytes,
+                shard: None,
             };
-            push(draft, Stream::COLLECTIVE, kind, end, [parameters]);
+            if let Some(op) = exchange(draft, grid, data, at, bytes, end) {
+                draft.push(op);
+            }
         }
     }
     Ok(())
 }
 
-/// Makes the persistent buffers, and says when the gradient of each unit is complete.
-fn hold(draft: &mut Draft, grid: &Grid, data: u32, stages: &[StageId], sizes: &Sizes) -> Result<Vec<Held>, LowerError> {
-    let mut units = Vec::new();
-    let mut found: BTreeMap<(StageId, u16), [Option<BufferId>; 3]> = BTreeMap::new();
-    for &stage in stages {
-        for operand in sizes.persistent(stage, grid.shard(data, stage)) {
-            let buffer = draft.buffer(operand.tensor, operand.class, operand.bytes)?;
-            draft.persistent.push(buffer);
-            let (unit, part) = match operand.tensor {
-                Tensor::Parameters { unit, .. } => (unit, 0),
-                Tensor::Gradients { unit, .. } => (unit, 1),
-                Tensor::Moments { unit, .. } => (unit, 2),
-                _ => continue,
-            };
-            found.entry((stage, unit)).or_default()[part] = Some(buffer);
-        }
+fn collective(kind: Kind) -> Collective {
+    match kind {
+        Kind::AllGather => Collective::AllGather,
+        Kind::ReduceScatter => Collective::ReduceScatter,
+        Kind::AllReduce => Collective::AllReduce,
     }
-    let mut last_use: HashMap<BufferId, usize> = HashMap::new();
-    for (place, handle) in draft.order.iter().enumerate() {
-        let op = &draft.ops[handle.0];
-        if let OpKind::Compute { .. } = op.kind {
-            last_use.extend(op.uses.iter().map(|&buffer| (buffer, place)));
-        }
-    }
-    for ((stage, unit), buffers) in found {
-        let [Some(parameters), Some(gradients), Some(moments)] = buffers else { continue };
-        let ready = last_use.get(&gradients).copied().unwrap_or(0);
-        let tied = sizes.tied(stage, unit);
-        units.push(Held { stage, unit, parameters, gradients, moments, ready, tied });
-    }
-    Ok(units)
 }
 
-fn reduction(draft: &Draft, grid: &Grid, held: &Held, group: GroupId, action: usize) -> DraftOp {
-    let &Held { stage, unit, gradients: buffer, .. } = held;
-    let kind = OpKind::Collective {
-        collective: if grid.sharded() { Collective::ReduceScatter } else { Collective::AllReduce },
-        group,
-        payload: Payload::Gradients { stage, unit },
-        buffer,
-        bytes: draft.buffers[buffer.index()].bytes,
-    };
-    let mut op = DraftOp::new(Stream::COLLECTIVE, kind, action);
-    op.uses.push(buffer);
-    op
+/// Makes the persistent buffers.
+fn hold(draft: &mut Draft, grid: &Grid, data: u32, stages: &[StageId], sizes: &Sizes) -> Vec<Held> {
+    let mut units = Vec::new();
+    for &stage in stages {
+        for (unit, bytes) in sizes.units_with_parameters(stage) {
+            let cut = grid.cut(data, stage, bytes);
+            let tied = sizes.tied(stage, unit);
+            let levels = grid.levels().unit(tied.is_some());
+            let StatePartition { parameters, gradients, optimizer } = levels;
+            let name = |level: Level, whole, part| if level == Level::Whole { whole } else { part };
+            let weights = name(parameters, Tensor::Parameters { stage, unit }, Tensor::ParameterShard { stage, unit });
+            let weights = draft.keep(weights, MemoryClass::Parameter, &cut.range(parameters), 1);
+            let sums = name(gradients, Tensor::Gradients { stage, unit }, Tensor::GradientShard { stage, unit });
+            let sums = draft.keep(sums, MemoryClass::Gradient, &cut.range(gradients), 1);
+            let own = cut.range(optimizer);
+            let master = (optimizer < parameters)
+                .then(|| draft.keep(Tensor::Master { stage, unit }, MemoryClass::OptimizerState, &own, 1));
+            let moments = draft.keep(Tensor::Moments { stage, unit }, MemoryClass::OptimizerState, &own, 2);
+            units.push(Held {
+                stage,
+                unit,
+                bytes,
+                levels,
+                parameters: weights,
+                master,
+                gradients: sums,
+                synced: None,
+                moments,
+                ready: 0,
+                tied,
+            });
+        }
+    }
+    units
+}
+
+/// The collectives that make of accumulated gradients what the optimizer reads.
+fn synchronise(draft: &mut Draft, grid: &Grid, data: u32, held: &mut Held, action: usize) -> Vec<DraftOp> {
+    let (stage, unit) = (held.stage, held.unit);
+    let mut ops = Vec::new();
+    for step in held.levels.gradient_sync() {
+        if grid.sharers(step.scope, data, stage).is_none() {
+            continue;
+        }
+        let (mut buffer, mut shard) = (held.gradients, None);
+        if step.kind == Kind::AllGather {
+            // From the part that was accumulated to the larger part that is updated.
+            let array = grid.cut(data, stage, held.bytes).array(step.scope);
+            let tensor = Tensor::SyncedGradients { stage, unit };
+            let synced = draft.another(tensor, MemoryClass::Gradient, array.end - array.start);
+            draft.buffers[synced.index()].start = array.start;
+            held.synced = Some(synced);
+            (buffer, shard) = (synced, Some(held.gradients));
+        }
+        let at = Exchange {
+            collective: collective(step.kind),
+            scope: step.scope,
+            payload: Payload::Gradients { stage, unit },
+            buffer,
+            shard,
+        };
+        ops.extend(exchange(draft, grid, data, at, held.bytes, action));
+    }
+    ops
 }
 
 fn push(
@@ -174,18 +245,4 @@ fn push(
     let mut op = DraftOp::new(stream, kind, action);
     op.uses.extend(uses);
     draft.push(op)
-}
-
-/// Puts ops behind the op at a place and behind the sends that follow it.
-fn insert(draft: &mut Draft, insertions: BTreeMap<usize, Vec<Handle>>) {
-    let old = std::mem::take(&mut draft.order);
-    let mut due: Vec<Handle> = Vec::new();
-    for (place, handle) in old.into_iter().enumerate() {
-        if !matches!(draft.ops[handle.0].kind, OpKind::Send { .. }) {
-            draft.order.append(&mut due);
-        }
-        draft.order.push(handle);
-        due.extend(insertions.get(&place).into_iter().flatten());
-    }
-    draft.order.append(&mut due);
 }

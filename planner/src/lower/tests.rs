@@ -20,7 +20,7 @@ fn blueprint(order: &ComputeOrder, stage: AbstractStage, data: u32, states: Stat
         substance: Substance::Abstract(vec![stage; stages]),
         stages: vec![Stage { units: vec![Unit { layers: vec![] }] }; stages],
         data,
-        states,
+        states: states.into(),
         devices: (0..data * order.actions.len() as u32)
             .map(|n| Device { name: format!("gpu:{n}"), node: n / 8 })
             .collect(),
@@ -45,7 +45,7 @@ fn times(stages: usize, [f, b, w, comm]: [u64; 4]) -> (StageTimes, FixedTimes) {
 fn every_schedule_takes_the_time_and_the_memory_of_its_replay() {
     for (p, m) in [(1, 3), (2, 1), (2, 6), (3, 9), (4, 4), (4, 12), (6, 12), (8, 16)] {
         for order in orders(p, m) {
-            let program = lower(&blueprint(&order, STAGE, 1, StatePartition::None)).unwrap();
+            let program = lower(&blueprint(&order, STAGE, 1, StatePartition::NONE)).unwrap();
             let stages = order.placement.stages();
             let memory =
                 StageMemory { until_b: vec![34.0; stages], until_w: vec![32.0; stages], checkpoint: vec![2.0; stages] };
@@ -72,15 +72,15 @@ fn replicas_and_sharded_optimizers_pass_the_check() {
     for (p, m) in [(1, 2), (2, 4), (4, 8)] {
         for order in orders(p, m) {
             for (data, states) in [
-                (1, StatePartition::None),
-                (1, StatePartition::Zero1),
-                (2, StatePartition::None),
-                (3, StatePartition::Zero1),
+                (1, StatePartition::NONE),
+                (1, StatePartition::ZERO1),
+                (2, StatePartition::NONE),
+                (3, StatePartition::ZERO1),
             ] {
                 let blueprint = blueprint(&order, stage, data, states);
                 let full = lower(&blueprint).unwrap_or_else(|error| panic!("{} dp={data}: {error}", order.name));
                 let holders = u64::from(data) * u64::from(order.placement.copies);
-                let shards = if states == StatePartition::Zero1 { holders } else { 1 };
+                let shards = if states == StatePartition::ZERO1 { holders } else { 1 };
                 let moments: u64 = full
                     .ranks
                     .iter()
@@ -112,7 +112,7 @@ fn planted_faults_are_found_and_named() {
     let (mut waits, mut frees, mut swaps, mut circles) = (0, 0, 0, 0);
     for name in ["1f1b", "interleaved", "zb-h1", "v-half", "dualpipe"] {
         let order = schedules::build(name, &Request::new(4, 8)).unwrap();
-        let sound = lower(&blueprint(&order, stage, 2, StatePartition::Zero1)).unwrap();
+        let sound = lower(&blueprint(&order, stage, 2, StatePartition::ZERO1)).unwrap();
         let fault = |rank: usize, spoil: &mut dyn FnMut(&mut Vec<Op>)| {
             let mut program = sound.clone();
             spoil(&mut program.ranks[rank].ops);
@@ -198,7 +198,7 @@ fn planted_faults_are_found_and_named() {
 fn a_message_is_posted_ahead_and_its_buffer_goes_when_it_must_have_arrived() {
     let order = schedules::build("1f1b", &Request::new(2, 2)).unwrap();
     let stage = AbstractStage { message: 8, ..STAGE };
-    let program = lower(&blueprint(&order, stage, 1, StatePartition::None)).unwrap();
+    let program = lower(&blueprint(&order, stage, 1, StatePartition::NONE)).unwrap();
     let show = |op: &Op| match op.kind {
         OpKind::Compute { pass, microbatch, .. } => format!("{pass}{}", microbatch.0),
         OpKind::Send { message, .. } => format!("send{}", message.microbatch.0),
@@ -218,7 +218,7 @@ fn a_message_is_posted_ahead_and_its_buffer_goes_when_it_must_have_arrived() {
     assert!(rank.ops[6].waits.contains(&paceline_sim::units::OpId(1)));
     // Four edges of a middle rank are four streams.
     let order = schedules::build("1f1b", &Request::new(3, 3)).unwrap();
-    let program = lower(&blueprint(&order, stage, 1, StatePartition::None)).unwrap();
+    let program = lower(&blueprint(&order, stage, 1, StatePartition::NONE)).unwrap();
     let mut streams: Vec<Stream> = program.ranks[1].ops.iter().map(|op| op.stream).collect();
     streams.sort();
     streams.dedup();
@@ -229,7 +229,7 @@ fn a_message_is_posted_ahead_and_its_buffer_goes_when_it_must_have_arrived() {
 fn sent_activations_do_not_pile_up() {
     let order = schedules::build("1f1b", &Request::new(8, 64)).unwrap();
     let stage = AbstractStage { message: 1, until_b: 0, until_w: 0, ..STAGE };
-    let program = lower(&blueprint(&order, stage, 1, StatePartition::None)).unwrap();
+    let program = lower(&blueprint(&order, stage, 1, StatePartition::NONE)).unwrap();
     let peaks: Vec<u64> = (0..8).map(|rank| walk(&program, RankId(rank)).peak_bytes).collect();
     // Stage inputs of p - i microbatches, what was sent and not yet answered, and a message on its way in or out: not 64.
     assert!(peaks.iter().all(|&peak| peak <= 20), "{peaks:?}");
@@ -238,7 +238,7 @@ fn sent_activations_do_not_pile_up() {
 #[test]
 fn what_cannot_be_lowered_is_refused_with_a_way_out() {
     let order = schedules::build("1f1b", &Request::new(2, 2)).unwrap();
-    let good = blueprint(&order, STAGE, 1, StatePartition::None);
+    let good = blueprint(&order, STAGE, 1, StatePartition::NONE);
     let refused = |blueprint: &Blueprint| lower(blueprint).unwrap_err().to_string();
     let text = refused(&Blueprint { stages: vec![], ..good.clone() });
     assert!(text.contains("0 stages given") && text.contains("2 stages"), "{text}");
@@ -310,7 +310,7 @@ proptest! {
         let list = |of: fn(&cost::StageTimes) -> Nanos| stage_times.iter().map(|t| of(t).0 as f64).collect::<Vec<_>>();
         let given = StageTimes { f: list(|t| t.forward), b: list(|t| t.input), w: list(|t| t.weight), comm: 0.0 };
         let fixed = FixedTimes { stages: stage_times.clone(), ..FixedTimes::default() };
-        let program = lower(&blueprint(&order, STAGE, 1, StatePartition::None)).unwrap();
+        let program = lower(&blueprint(&order, STAGE, 1, StatePartition::NONE)).unwrap();
         let found = simulate(&program, &fixed).unwrap();
         prop_assert_eq!(found.makespan.0 as f64, replay(&order, &given).unwrap().makespan());
     }

@@ -7,11 +7,12 @@
 use super::{AtLeast, Bound};
 use crate::configuration::{Configuration, Machine};
 use crate::job::Job;
-use crate::lower::{Blueprint, Form, StatePartition, Substance, cut, lower_unchecked};
+use crate::lower::{Blueprint, Form, States, Substance, cut, lower_unchecked};
 use crate::order::{ComputeOrder, Placement};
 use crate::prediction::Costs;
 use crate::schedules::{action, find, looped};
 use paceline_sim::model::Layer;
+use paceline_sim::partition::Level;
 use paceline_sim::program::{
     Device, Ids, MemoryClass, Op, OpKind, Pass, Recompute, Stage, Stream, Tensor, TransformerWorkload, Unit,
 };
@@ -118,7 +119,7 @@ impl<'a> LayerBound<'a> {
             substance: Substance::Transformer(workload),
             stages: layers.iter().map(|&layer| Stage { units: vec![Unit { layers: vec![layer] }] }).collect(),
             data: 1,
-            states: StatePartition::None,
+            states: States::default(),
             devices: (0..self.machine.devices).map(|d| Device { name: format!("cpu:{d}"), node: 0 }).collect(),
             form: Form::Full,
         })
@@ -215,10 +216,13 @@ impl Bound for LayerBound<'_> {
 
         let pp = candidate.pp as usize;
         let copies = placement.copies as usize;
-        let shards = match candidate.states {
-            StatePartition::Zero1 => f64::from(candidate.dp) * copies as f64,
-            StatePartition::None => 1.0,
-        };
+        let holders = u64::from(candidate.dp) * copies as u64;
+        let group = candidate.sharing.group_size.map_or(holders, u64::from);
+        let parts = |level: Level| level.parts(holders, group) as f64;
+        let shards = parts(candidate.states.optimizer);
+        // Parameters and gradients weigh the same.
+        let kept_of = |level: Level| 1.0 / parts(level) / 2.0;
+        let weights_held = kept_of(candidate.states.parameters) + kept_of(candidate.states.gradients);
         let mut work = vec![0.0; pp];
         let mut arrival = vec![f64::INFINITY; pp];
         let mut bytes = vec![0u64; pp];
@@ -243,7 +247,7 @@ impl Bound for LayerBound<'_> {
                     kept[rank] = kept[rank].max(times.kept);
                 }
                 reached += times.forward;
-                bytes[rank] += times.weights + (times.moments as f64 / shards) as u64;
+                bytes[rank] += (times.weights as f64 * weights_held + times.moments as f64 / shards) as u64;
             }
         }
         let mut load = vec![0.0; self.machine.devices as usize];

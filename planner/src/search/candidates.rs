@@ -2,8 +2,8 @@
 
 use crate::configuration::{Configuration, Machine, RECOMPUTING};
 use crate::job::Job;
-use crate::lower::StatePartition;
 use crate::schedules::{Chunks, SCHEDULES};
+use paceline_sim::partition::StatePartition;
 use paceline_sim::program::Recompute;
 
 /// Most stages per rank that a search tries on its own.
@@ -48,6 +48,7 @@ pub fn of_job(job: &Job, machine: Machine) -> Vec<Configuration> {
                                 micro_batch,
                                 recompute,
                                 states,
+                                sharing: job.sharing,
                                 stage_layers: Vec::new(),
                             });
                         }
@@ -103,8 +104,8 @@ fn recomputations(job: &Job, schedule: &str) -> Vec<Recompute> {
 
 fn partitions(job: &Job, dp: u32, schedule: &str) -> Vec<StatePartition> {
     match job.states.as_slice() {
-        [] if dp > 1 || schedule == "dualpipe" => vec![StatePartition::None, StatePartition::Zero1],
-        [] => vec![StatePartition::None],
+        [] if dp > 1 || schedule == "dualpipe" => vec![StatePartition::NONE, StatePartition::ZERO1],
+        [] => vec![StatePartition::NONE],
         named => named.to_vec(),
     }
 }

@@ -3,9 +3,9 @@
 use super::*;
 use crate::configuration::ConfigurationError;
 use paceline_profiles::Shares;
-use paceline_sim::cost::{CostError, CostModel, Round};
+use paceline_sim::cost::{CostError, CostModel, Exchange, Round};
 use paceline_sim::model::{Flops, Layer, ModelConfig, ModelPass};
-use paceline_sim::program::{Collective, Group, Op, OpKind, Program, Workload};
+use paceline_sim::program::{Group, Op, OpKind, Program, Workload};
 use paceline_sim::units::Nanos;
 use smallvec::{SmallVec, smallvec};
 
@@ -32,8 +32,8 @@ impl CostModel for ByFlops {
         Round { wire: Nanos(bytes), work: Nanos::ZERO }
     }
 
-    fn collective(&self, _: &Program, _: Collective, _: &Group, bytes: u64) -> SmallVec<[Round; 2]> {
-        smallvec![Round { wire: Nanos(bytes), work: Nanos::ZERO }]
+    fn collective(&self, _: &Program, exchange: Exchange, _: &Group) -> SmallVec<[Round; 2]> {
+        smallvec![Round { wire: Nanos(exchange.bytes), work: Nanos::ZERO }]
     }
 }
 

@@ -1,7 +1,7 @@
 //! Given times: for schedules under study, where stages have times and nothing else.
 
-use super::{CostModel, Round};
-use crate::program::{Collective, Group, Op, OpKind, Pass, Program};
+use super::{CostModel, Exchange, Round};
+use crate::program::{Group, Op, OpKind, Pass, Program};
 use crate::units::{Nanos, RankId};
 use smallvec::{SmallVec, smallvec};
 
@@ -63,7 +63,7 @@ impl CostModel for FixedTimes {
         Round { wire: self.transfer, work: Nanos::ZERO }
     }
 
-    fn collective(&self, _: &Program, _: Collective, _: &Group, _: u64) -> SmallVec<[Round; 2]> {
+    fn collective(&self, _: &Program, _: Exchange, _: &Group) -> SmallVec<[Round; 2]> {
         smallvec![Round { wire: self.collective, work: Nanos::ZERO }]
     }
 }

@@ -1,13 +1,13 @@
 //! Costs from a profile: an op is the sum of its kernels, as measured, and of what the executor adds.
 
-use super::{CostModel, Round};
+use super::{CostModel, Exchange, Round};
 use crate::model::ModelPass;
 use crate::model::parameters::{decay_runs, tied_matrix, unit_layout};
 use crate::program::{
-    Collective, Group, Op, OpKind, Pass, Program, RankProgram, Recompute, Shares, SharesError, Tensor,
-    TransformerWorkload, Workload, shares,
+    Arrangement, Collective, Group, Op, OpKind, Pass, Program, RankProgram, Recompute, Shares, SharesError,
+    TransformerWorkload, Workload, gradient_sources, shares, update,
 };
-use crate::units::{Nanos, RankId, StageId};
+use crate::units::{BufferId, Nanos, RankId, StageId};
 use paceline_profiles::{
     CollectiveRound, Conditions, Context, Estimate, KernelKey, KernelOp, Overhead, Predictor, Provenance, Recomputed,
     Shares as Parts,
@@ -34,8 +34,8 @@ pub struct ProfileCost {
     state: Vec<StateCosts>,
     /// Copies, by bytes.
     copies: HashMap<u64, Estimate>,
-    /// A member's work in each round, by collective, members and bytes.
-    rounds: HashMap<(Collective, u32, u64), SmallVec<[Estimate; 2]>>,
+    /// A member's work in each round, by collective and members.
+    rounds: HashMap<(Exchange, u32), SmallVec<[Estimate; 2]>>,
 }
 
 /// What the executor itself takes.
@@ -118,11 +118,11 @@ impl ProfileCost {
                         let bytes = rank.buffers[buffer.index()].bytes;
                         costs.copies.entry(bytes).or_insert_with(|| predictor.transfer(bytes, under));
                     }
-                    OpKind::Collective { collective, group, bytes, .. } => {
+                    OpKind::Collective { collective, group, bytes, arrangement, .. } => {
                         let members = program.groups[group.index()].size;
-                        let work = |round: &_| predictor.collective(*round, members, bytes, under);
-                        let rounds = || rounds(collective).iter().map(work).collect();
-                        costs.rounds.entry((collective, members, bytes)).or_insert_with(rounds);
+                        let exchange = priced(Exchange { collective, bytes, arrangement });
+                        let rounds = || rounds(predictor, under, exchange, members);
+                        costs.rounds.entry((exchange, members)).or_insert_with(rounds);
                     }
                     OpKind::Send { .. } | OpKind::Join => {}
                 }
@@ -145,8 +145,9 @@ impl ProfileCost {
                         sum.add(self.copy(bytes));
                         sum.add(self.latency(program, peer, id));
                     }
-                    OpKind::Collective { collective, group, bytes, .. } => {
-                        let rounds = self.work_by_round(collective, &program.groups[group.index()], bytes);
+                    OpKind::Collective { collective, group, bytes, arrangement, .. } => {
+                        let exchange = Exchange { collective, bytes, arrangement };
+                        let rounds = self.work_by_round(exchange, &program.groups[group.index()]);
                         rounds.iter().for_each(|&round| sum.add(round));
                     }
                     _ => sum.add_all(&self.parts(program, id, op), 1.0),
@@ -181,8 +182,8 @@ impl ProfileCost {
         if device(from) == device(to) { self.overheads.shared_message } else { self.overheads.message }
     }
 
-    fn work_by_round(&self, collective: Collective, group: &Group, bytes: u64) -> &[Estimate] {
-        self.rounds.get(&(collective, group.size, bytes)).map_or(&[], |rounds| &rounds[..])
+    fn work_by_round(&self, exchange: Exchange, group: &Group) -> &[Estimate] {
+        self.rounds.get(&(priced(exchange), group.size)).map_or(&[], |rounds| &rounds[..])
     }
 }
 
@@ -199,19 +200,43 @@ impl CostModel for ProfileCost {
         Round { wire: Nanos::from_seconds(latency.seconds), work: Nanos::from_seconds(copy.seconds) }
     }
 
-    fn collective(&self, _: &Program, collective: Collective, group: &Group, bytes: u64) -> SmallVec<[Round; 2]> {
-        let rounds = self.work_by_round(collective, group, bytes).iter();
+    fn collective(&self, _: &Program, exchange: Exchange, group: &Group) -> SmallVec<[Round; 2]> {
+        let rounds = self.work_by_round(exchange, group).iter();
         rounds.map(|work| Round { wire: Nanos::ZERO, work: Nanos::from_seconds(work.seconds) }).collect()
     }
 }
 
-/// The rounds of the direct algorithm.
-fn rounds(collective: Collective) -> &'static [CollectiveRound] {
+/// What the price of a collective depends on: where arrays and shards lie does not matter, only whether shards lie apart.
+fn priced(exchange: Exchange) -> Exchange {
+    let shard = exchange.arrangement.shard.map(|_| BufferId(0));
+    Exchange { arrangement: Arrangement { offset: 0, shard, ..exchange.arrangement }, ..exchange }
+}
+
+/// A member's work in the rounds of the direct algorithm.
+fn rounds(predictor: &Predictor, under: Conditions, exchange: Exchange, members: u32) -> SmallVec<[Estimate; 2]> {
+    let Exchange { collective, bytes, arrangement } = exchange;
+    let part = arrangement.part_of(bytes, members, 4);
+    let apart = arrangement.shard.is_some();
+    // A shard that lies apart is one more addend of the sum, and one more part to copy.
+    let reduce = || match apart {
+        true => predictor.collective(CollectiveRound::Reduce, members + 1, part * u64::from(members + 1), under),
+        false => predictor.collective(CollectiveRound::Reduce, members, bytes, under),
+    };
+    let gather = || {
+        let others = predictor.collective(CollectiveRound::Gather, members, bytes, under);
+        if apart { together(others, predictor.transfer(part, under)) } else { others }
+    };
     match collective {
-        Collective::AllReduce => &[CollectiveRound::Reduce, CollectiveRound::Gather],
-        Collective::ReduceScatter => &[CollectiveRound::Reduce],
-        Collective::AllGather => &[CollectiveRound::Gather],
+        Collective::AllReduce => smallvec![reduce(), gather()],
+        Collective::ReduceScatter => smallvec![reduce()],
+        Collective::AllGather => smallvec![gather()],
     }
+}
+
+/// One after the other, as sure as the longer of them.
+fn together(a: Estimate, b: Estimate) -> Estimate {
+    let longer = if a.seconds >= b.seconds { a } else { b };
+    Estimate { seconds: a.seconds + b.seconds, ..longer }
 }
 
 /// What a run of a program does to the caches; an abstract program has no runs.
@@ -265,43 +290,30 @@ impl Calls<'_> {
                 ModelPass::new(self.workload, stages, *microbatches, &op.kind).kernel_calls().cloned().collect()
             }
             OpKind::GradientNorm => {
-                let counted = |(stage, unit, len)| {
+                let counted = |((stage, unit), _)| {
                     let copy = tied_matrix(self.workload, stages, stage, unit).filter(|(_, counted)| !counted);
-                    self.own(stage, unit).counted(len, copy.map(|(range, _)| range).unwrap_or_default())
+                    let copy = copy.map(|(range, _)| range).unwrap_or_default();
+                    self.shares.get(&(stage, unit)).map(|own| own.counted(copy)).into_iter().flatten()
                 };
-                let parts = self.gradients(op).flat_map(counted);
+                let parts = gradient_sources(self.rank, op).flat_map(counted);
                 parts.map(|part| elements(KernelOp::SumSquares, part.len())).collect()
             }
-            OpKind::Optimizer { .. } => {
-                let update = |(stage, unit, len)| {
-                    let own = self.own(stage, unit);
-                    let zeroed = own.leftover(len).map(move |part| elements(KernelOp::Zero, part.len()));
+            OpKind::Optimizer { stage, unit } => match update(self.rank, op) {
+                None => Vec::new(),
+                Some(update) => {
                     let specs = unit_layout(self.workload, stages, stage, unit).into_iter();
-                    let runs = decay_runs(specs.map(|spec| (spec.range, spec.decay)), own.update.range(len));
-                    runs.into_iter().map(|(run, _)| elements(KernelOp::AdamW, run.len())).chain(zeroed)
-                };
-                self.gradients(op).flat_map(update).collect()
-            }
+                    let runs = decay_runs(specs.map(|spec| (spec.range, spec.decay)), update.range);
+                    let updated = runs.into_iter().map(|(run, _)| elements(KernelOp::AdamW, run.len()));
+                    let zeroed = update.leftovers.1.into_iter().map(|part| elements(KernelOp::Zero, part.len()));
+                    let kept = update.kept.map(|piece| elements(KernelOp::Copy, piece.holds.len()));
+                    updated.chain(zeroed).chain(kept).collect()
+                }
+            },
             OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } | OpKind::Join => Vec::new(),
         };
         // A shard can be empty: its call is made, and does nothing.
         calls.retain(|key| key.dims.iter().all(|&dim| dim > 0));
         calls
-    }
-
-    fn own(&self, stage: StageId, unit: u16) -> Shares {
-        self.shares.get(&(stage, unit)).copied().unwrap_or(Shares::WHOLE)
-    }
-
-    /// The gradients that an op uses, with their elements.
-    fn gradients(&self, op: &Op) -> impl Iterator<Item = (StageId, u16, usize)> {
-        op.uses.iter().filter_map(|buffer| {
-            let held = &self.rank.buffers[buffer.index()];
-            match held.tensor {
-                Tensor::Gradients { stage, unit } => Some((stage, unit, held.bytes as usize / 4)),
-                _ => None,
-            }
-        })
     }
 }
 

@@ -3,7 +3,7 @@
 use super::EngineError;
 use super::state::State;
 use super::timeline::Timeline;
-use crate::cost::{CostModel, Round};
+use crate::cost::{CostModel, Exchange, Round};
 use crate::program::{OpKind, OpRef, Partners, Program, Stream};
 use crate::units::{OpId, RankId};
 use smallvec::SmallVec;
@@ -193,8 +193,9 @@ impl Times {
             let meeting = &compiled.meetings[number];
             let first = compiled.at(compiled.members[meeting.members.0 as usize]);
             match program.ranks[first.rank.index()].ops[first.op.index()].kind {
-                OpKind::Collective { collective, bytes, .. } => {
-                    costs.collective(program, collective, &program.groups[meeting.group as usize], bytes)
+                OpKind::Collective { collective, bytes, arrangement, .. } => {
+                    let exchange = Exchange { collective, bytes, arrangement };
+                    costs.collective(program, exchange, &program.groups[meeting.group as usize])
                 }
                 _ => SmallVec::new(),
             }

@@ -1,8 +1,8 @@
 use super::*;
-use crate::cost::{CostModel, Round};
+use crate::cost::{CostModel, Exchange, Round};
 use crate::program::{
-    Buffer, Collective, Coordinates, Device, Direction, Group, MemoryClass, Message, NetworkLevel, Op, OpKind,
-    PROGRAM_FORMAT, Pass, Payload, RankProgram, Stage, Stream, Tensor, Unit, Workload,
+    Arrangement, Buffer, Collective, Coordinates, Device, Direction, Group, MemoryClass, Message, NetworkLevel, Op,
+    OpKind, PROGRAM_FORMAT, Pass, Payload, RankProgram, Stage, Stream, Tensor, Unit, Workload,
 };
 use crate::trace::WaitReason;
 use crate::units::{BufferId, DeviceId, GroupId, MicrobatchId, Nanos, OpId, RankId, StageId};
@@ -30,7 +30,7 @@ impl CostModel for Given {
         self.message
     }
 
-    fn collective(&self, _: &Program, _: Collective, _: &Group, _: u64) -> SmallVec<[Round; 2]> {
+    fn collective(&self, _: &Program, _: Exchange, _: &Group) -> SmallVec<[Round; 2]> {
         self.rounds.clone()
     }
 }
@@ -65,7 +65,14 @@ fn receive(peer: u32, stage: u16, microbatch: u32) -> OpKind {
 
 fn all_reduce(unit: u16) -> OpKind {
     let payload = Payload::Gradients { stage: StageId(0), unit };
-    OpKind::Collective { collective: Collective::AllReduce, group: GroupId(0), payload, buffer: BufferId(0), bytes: 64 }
+    OpKind::Collective {
+        collective: Collective::AllReduce,
+        group: GroupId(0),
+        payload,
+        buffer: BufferId(0),
+        bytes: 64,
+        arrangement: Arrangement::default(),
+    }
 }
 
 /// Ranks with their devices; all of them are one group.
@@ -85,7 +92,7 @@ fn program(devices: u32, ranks: Vec<(u32, Vec<Op>)>) -> Program {
                 device: DeviceId(device),
                 coordinates: Coordinates::default(),
                 stages: vec![],
-                buffers: vec![Buffer { class: MemoryClass::Activation, bytes: 64, tensor }],
+                buffers: vec![Buffer { class: MemoryClass::Activation, bytes: 64, tensor, start: 0 }],
                 persistent: vec![BufferId(0)],
                 ops,
             })

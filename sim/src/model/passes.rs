@@ -348,8 +348,13 @@ impl Builder<'_> {
         let kept = |unit: u16, holder| held(&self.shape, self.workload.recompute, self.unit_spots(unit), holder);
         let whole = |stage, unit| unit_parameters(self.workload, self.stages, stage, unit);
         match tensor {
-            Tensor::Parameters { stage, unit } => (MemoryClass::Parameter, whole(stage, unit)),
-            Tensor::Gradients { stage, unit } => (MemoryClass::Gradient, whole(stage, unit)),
+            Tensor::Parameters { stage, unit } | Tensor::ParameterShard { stage, unit } => {
+                (MemoryClass::Parameter, whole(stage, unit))
+            }
+            Tensor::Gradients { stage, unit }
+            | Tensor::GradientShard { stage, unit }
+            | Tensor::SyncedGradients { stage, unit } => (MemoryClass::Gradient, whole(stage, unit)),
+            Tensor::Master { stage, unit } => (MemoryClass::OptimizerState, whole(stage, unit)),
             Tensor::Moments { stage, unit } => (MemoryClass::OptimizerState, 2 * whole(stage, unit)),
             Tensor::Tokens { .. } | Tensor::Targets { .. } => (MemoryClass::Activation, self.shape.rows),
             Tensor::StageInput { .. }

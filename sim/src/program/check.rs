@@ -105,8 +105,8 @@ impl<'p> Rank<'p> {
         for (index, op) in self.ops() {
             let unknown = |what, index: usize, count| CheckError::Unknown { op: self.at(index), what, index, count };
             let exchanged = exchanged(&op.kind);
-            let all = op.alloc.iter().chain(&op.uses).chain(&op.free).copied().chain(exchanged);
-            if let Some(buffer) = all.into_iter().find(|buffer| buffer.index() >= buffers) {
+            let all = op.alloc.iter().chain(&op.uses).chain(&op.free).copied().chain(exchanged.clone());
+            if let Some(buffer) = { all }.find(|buffer| buffer.index() >= buffers) {
                 let error =
                     CheckError::Unknown { op: self.at(index), what: "buffer", index: buffer.index(), count: buffers };
                 return Err(error);
@@ -124,7 +124,7 @@ impl<'p> Rank<'p> {
                     return Err(CheckError::Undeclared { op: self.at(index), what, tensor: self.tensor(buffer) });
                 }
             }
-            if let Some(buffer) = exchanged.filter(|buffer| !op.uses.contains(buffer)) {
+            if let Some(buffer) = { exchanged }.find(|buffer| !op.uses.contains(buffer)) {
                 let (op, tensor) = (self.at(index), self.tensor(buffer));
                 return Err(CheckError::Undeclared { op, what: "exchanges", tensor });
             }
@@ -288,7 +288,7 @@ impl<'p> Rank<'p> {
             for &buffer in &op.alloc {
                 touched[buffer.index()].clear();
             }
-            if let Some(buffer) = exchanged(&op.kind) {
+            for buffer in exchanged(&op.kind) {
                 touched[buffer.index()].push(index);
             }
         }
@@ -316,12 +316,14 @@ impl Life {
     }
 }
 
-/// The buffer that a communication op works on.
-fn exchanged(kind: &OpKind) -> Option<BufferId> {
-    match *kind {
-        OpKind::Send { buffer, .. } | OpKind::Recv { buffer, .. } | OpKind::Collective { buffer, .. } => Some(buffer),
-        _ => None,
-    }
+/// The buffers that a communication op works on.
+fn exchanged(kind: &OpKind) -> impl Iterator<Item = BufferId> + Clone + use<> {
+    let (buffer, shard) = match *kind {
+        OpKind::Send { buffer, .. } | OpKind::Recv { buffer, .. } => (Some(buffer), None),
+        OpKind::Collective { buffer, arrangement, .. } => (Some(buffer), arrangement.shard),
+        _ => (None, None),
+    };
+    buffer.into_iter().chain(shard)
 }
 
 /// By stream: how many of its ops have ended.

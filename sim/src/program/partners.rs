@@ -1,6 +1,6 @@
 //! Which ops of a program meet: every send with its receive, every op of a collective with those of its group.
 
-use super::{Collective, Message, OpKind, Payload, Program};
+use super::{Arrangement, Collective, Message, OpKind, Payload, Program};
 use crate::units::{OpId, RankId, StageId};
 use std::collections::HashMap;
 use thiserror::Error;
@@ -42,6 +42,8 @@ pub struct Meeting {
     pub members: Vec<OpRef>,
     /// Size of the whole array.
     pub bytes: u64,
+    /// How the first member says that it is cut; where each member's own part lies is its own affair.
+    pub arrangement: Arrangement,
 }
 
 /// All meetings of a program.
@@ -124,8 +126,9 @@ impl Partners {
                             return Err(PartnerError::Twice { first, second: this, message });
                         }
                     }
-                    OpKind::Collective { collective, group, payload, bytes, buffer } => {
+                    OpKind::Collective { collective, group, payload, bytes, buffer, arrangement } => {
                         size(buffer)?;
+                        arrangement.shard.map(size).transpose()?;
                         let (index, count) = (group.index(), program.groups.len());
                         let Some(of) = program.groups.get(index) else {
                             return Err(PartnerError::Unknown { op: this, what: "group", index, count });
@@ -141,23 +144,25 @@ impl Partners {
                             None => {
                                 of_group[index].push(partners.meetings.len());
                                 let members = vec![OpRef { rank: RankId(u32::MAX), op: OpId(0) }; of.ranks.len()];
-                                partners.meetings.push(Meeting { collective, group: index, members, bytes });
+                                let meeting = Meeting { collective, group: index, members, bytes, arrangement };
+                                partners.meetings.push(meeting);
                                 said.push(payload);
                                 partners.meetings.len() - 1
                             }
                         };
                         let found = &mut partners.meetings[meeting];
                         let theirs = said[meeting];
-                        let same = (found.collective, found.bytes) == (collective, bytes);
-                        if !same || !same_layers(program, theirs, payload) {
+                        let same = (found.collective, found.bytes) == (collective, bytes)
+                            && found.arrangement.meets(&arrangement);
+                        if !same || !same_array(program, theirs, payload) {
                             let first = found.members.iter().copied().find(|member| member.rank.0 != u32::MAX);
                             return Err(PartnerError::Order {
                                 group: name(),
                                 number: turn,
                                 first: first.unwrap_or(this),
                                 second: this,
-                                theirs: format!("{:?} of {theirs:?}, {} bytes", found.collective, found.bytes),
-                                ours: format!("{collective:?} of {payload:?}, {bytes} bytes"),
+                                theirs: describe(found.collective, theirs, found.bytes, &found.arrangement),
+                                ours: describe(collective, payload, bytes, &arrangement),
                             });
                         }
                         found.members[member] = this;
@@ -207,21 +212,34 @@ impl Partners {
     }
 }
 
-/// Whether two members of a group mean the same array. Where the model has two copies (two pipelines running against each
-/// other), one layer goes by two stages.
-fn same_layers(program: &Program, first: Payload, second: Payload) -> bool {
-    let copies = |a: (StageId, u16), b: (StageId, u16)| {
-        let unit = |(stage, unit): (StageId, u16)| {
-            program.stages.get(stage.index()).and_then(|held| held.units.get(usize::from(unit)))
-        };
-        let half = program.stages.len() / 2;
-        a == b || (a.0.index().abs_diff(b.0.index()) == half && a.1 == b.1 && unit(a) == unit(b))
-    };
+fn describe(collective: Collective, payload: Payload, bytes: u64, arrangement: &Arrangement) -> String {
+    let mut text = format!("{collective:?} of {payload:?}, {bytes} bytes");
+    if arrangement.offset > 0 {
+        text += &format!(" from byte {}", arrangement.offset);
+    }
+    if let Some(part) = arrangement.part {
+        text += &format!(" in parts of {part}");
+    }
+    text + if arrangement.shard.is_some() { " with shards apart" } else { "" }
+}
+
+/// Whether two members of a group mean the same array.
+fn same_array(program: &Program, first: Payload, second: Payload) -> bool {
     match (first, second) {
         (Payload::Gradients { stage: a, unit: u }, Payload::Gradients { stage: b, unit: v })
         | (Payload::Parameters { stage: a, unit: u }, Payload::Parameters { stage: b, unit: v }) => {
-            copies((a, u), (b, v))
+            same_layers(program, (a, u), (b, v))
         }
         _ => first == second,
     }
+}
+
+/// Whether two units have the same layers. Where the model has two copies (two pipelines running against each other), one
+/// layer goes by two stages.
+pub(super) fn same_layers(program: &Program, a: (StageId, u16), b: (StageId, u16)) -> bool {
+    let unit = |(stage, unit): (StageId, u16)| {
+        program.stages.get(stage.index()).and_then(|held| held.units.get(usize::from(unit)))
+    };
+    let half = program.stages.len() / 2;
+    a == b || (a.0.index().abs_diff(b.0.index()) == half && a.1 == b.1 && unit(a) == unit(b))
 }

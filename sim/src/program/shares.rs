@@ -1,117 +1,119 @@
-//! Which part of a unit's gradient a rank answers for. A program says it through its collectives, so that there is one
-//! source of truth: who reduce-scatters a gradient updates its shard; who is in one group for the norm with other
-//! holders of the same gradient counts its shard of it.
+//! Which part of a unit's gradient a rank answers for: it updates the part whose moments it holds, and counts in the norm
+//! what no other counter of the same part counts. Programs say it with their buffers and with the group of the norm, so
+//! that there is one source of truth.
 
-use super::{Collective, Group, OpKind, Payload, Program, Tensor};
+use super::partners::same_layers;
+use super::{OpKind, Payload, Program, Tensor};
 use crate::model::Shard;
 use crate::units::{GroupId, RankId, StageId};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use thiserror::Error;
 
-/// The shares of one rank in a unit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The shares of one rank in a unit, in elements of its flat array.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shares {
     /// What its optimizer updates.
-    pub update: Shard,
+    pub update: Range<usize>,
     /// What its gradient norm counts.
-    pub norm: Shard,
+    pub norm: Range<usize>,
 }
 
-/// Collectives that leave open who answers for what.
+/// Parts that leave open who answers for what.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum SharesError {
-    /// Two reductions of one gradient, or two of the norm.
-    #[error("{rank} reduces {what} twice")]
-    Twice { rank: RankId, what: String },
-    /// Nobody counts what this rank holds.
-    #[error("{rank} holds a shard of the gradients of {stage} unit {unit}, and {what}")]
-    Uncounted { rank: RankId, stage: StageId, unit: u16, what: &'static str },
+    /// Two sums of the norm.
+    #[error("{rank} reduces the norm of the gradients twice")]
+    Twice { rank: RankId },
+    /// Nobody counts what this rank does not hold.
+    #[error("{rank} updates elements {update:?} of the {len} of {stage} unit {unit}, and {what}")]
+    Uncounted { rank: RankId, stage: StageId, unit: u16, update: Range<usize>, len: usize, what: &'static str },
 }
 
 impl Shares {
-    /// All of everything: a rank that reduces with nobody.
-    pub const WHOLE: Shares = Shares { update: Shard::WHOLE, norm: Shard::WHOLE };
-
-    /// The elements of gradients of `len` that the norm counts, without those of `excluded` (the copy of a tied matrix
-    /// that another rank counts).
-    pub fn counted(self, len: usize, excluded: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-        without(self.norm.range(len), excluded)
-    }
-
-    /// The elements of gradients of `len` that the update does not use: after the reduction they hold leftovers, which
-    /// the optimizer zeroes.
-    pub fn leftover(self, len: usize) -> impl Iterator<Item = Range<usize>> {
-        without(0..len, self.update.range(len))
+    /// The elements that the norm counts, without those of `excluded` (the copy of a tied matrix that another rank counts).
+    pub fn counted(&self, excluded: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        without(self.norm.clone(), excluded)
     }
 }
 
-/// The shares of `rank` in every unit whose gradients it has.
+/// The shares of `rank` in every unit that it updates.
 ///
 /// # Errors
-/// When its collectives contradict each other.
+/// When parts and the group of the norm contradict each other.
 pub fn shares(program: &Program, rank: RankId) -> Result<BTreeMap<(StageId, u16), Shares>, SharesError> {
-    let mut reductions: BTreeMap<(StageId, u16), (Collective, GroupId)> = BTreeMap::new();
-    let mut counters: Option<GroupId> = None;
-    let this = &program.ranks[rank.index()];
-    for op in &this.ops {
-        let OpKind::Collective { collective, group, payload, .. } = op.kind else { continue };
-        let before = match payload {
-            Payload::Gradients { stage, unit } => reductions
-                .insert((stage, unit), (collective, group))
-                .map(|_| format!("the gradients of {stage} unit {unit}")),
-            Payload::GradientNorm => counters.replace(group).map(|_| "the norm of the gradients".into()),
-            _ => None,
-        };
-        if let Some(what) = before {
-            return Err(SharesError::Twice { rank, what });
+    let mut norm: Option<GroupId> = None;
+    for op in &program.ranks[rank.index()].ops {
+        if let OpKind::Collective { group, payload: Payload::GradientNorm, .. } = op.kind
+            && norm.replace(group).is_some()
+        {
+            return Err(SharesError::Twice { rank });
         }
     }
-    let group = |id: GroupId| &program.groups[id.index()];
-    let counters = counters.map(|id| group(id).ranks.as_slice());
-    let held = this.buffers.iter().filter_map(|buffer| match buffer.tensor {
-        Tensor::Gradients { stage, unit } => Some((stage, unit)),
-        _ => None,
-    });
-    held.map(|(stage, unit)| {
-        let uncounted = |what| Err(SharesError::Uncounted { rank, stage, unit, what });
-        let reduction = reductions.get(&(stage, unit)).map(|&(collective, id)| (collective, group(id)));
-        let update = match reduction {
-            // A representative program leaves members out; their shards exist all the same.
-            Some((Collective::ReduceScatter, holders)) => {
-                Shard { count: holders.size, ..shard_of(holders.ranks.iter().copied(), rank) }
+    let group = norm.map(|id| &program.groups[id.index()]);
+    let alone = [rank];
+    let counters = group.map_or(&alone[..], |group| &group.ranks);
+    let held: Vec<(RankId, Part)> =
+        counters.iter().flat_map(|&counter| updated(program, counter).map(move |part| (counter, part))).collect();
+    let mut all = BTreeMap::new();
+    for own in updated(program, rank) {
+        let (stage, unit, update) = (own.stage, own.unit, own.range.clone());
+        let alike = held.iter().filter(|(_, part)| same_layers(program, (part.stage, part.unit), (stage, unit)));
+        let parts: Vec<&(RankId, Part)> = alike.collect();
+        let equal = || parts.iter().filter(|(_, part)| part.range == update);
+        let index = equal().position(|(counter, _)| *counter == rank).unwrap_or(0) as u32;
+        let share = Shard { index, count: equal().count() as u32 }.range(update.len());
+        let norm = update.start + share.start..update.start + share.end;
+        // A representative program leaves members out; their parts exist all the same.
+        if group.is_none_or(|group| group.ranks.len() == group.size as usize) {
+            let mut ranges: Vec<&Range<usize>> = parts.iter().map(|(_, part)| &part.range).collect();
+            ranges.sort_by_key(|range| range.start);
+            let reach =
+                ranges.iter().fold(0, |reach, range| if range.start <= reach { reach.max(range.end) } else { reach });
+            if reach < own.len {
+                let what = if group.is_none() { "nobody sums the norm" } else { "the norm leaves other parts out" };
+                return Err(SharesError::Uncounted { rank, stage, unit, update, len: own.len, what });
             }
-            _ => Shard::WHOLE,
-        };
-        let norm = match (reduction, counters) {
-            (Some((_, Group { ranks, size, .. })), Some(_))
-                if update != Shard::WHOLE && ranks.len() < *size as usize =>
-            {
-                update
-            }
-            (Some((_, Group { ranks: holders, .. })), Some(counters)) => {
-                let both = holders.iter().copied().filter(|holder| counters.contains(holder));
-                if update != Shard::WHOLE && both.clone().count() != holders.len() {
-                    return uncounted("the norm leaves other shards out");
-                }
-                shard_of(both, rank)
-            }
-            _ if update != Shard::WHOLE => return uncounted("nobody sums the norm"),
-            _ => Shard::WHOLE,
-        };
-        Ok(((stage, unit), Shares { update, norm }))
-    })
-    .collect()
+        }
+        all.insert((stage, unit), Shares { update, norm });
+    }
+    Ok(all)
 }
 
-/// The part of `rank` where each of `ranks` has one, in their order.
-fn shard_of(ranks: impl Iterator<Item = RankId> + Clone, rank: RankId) -> Shard {
-    let index = ranks.clone().position(|member| member == rank).unwrap_or(0);
-    Shard { index: index as u32, count: ranks.count() as u32 }
+/// The part of a unit that a rank updates.
+struct Part {
+    stage: StageId,
+    unit: u16,
+    range: Range<usize>,
+    /// Elements of the whole unit.
+    len: usize,
+}
+
+fn updated(program: &Program, rank: RankId) -> impl Iterator<Item = Part> {
+    let rank = &program.ranks[rank.index()];
+    let persistent = || rank.persistent.iter().map(|buffer| &rank.buffers[buffer.index()]);
+    let whole = move |of: (StageId, u16)| {
+        // The array ends where the last part of it does that this rank can see; others' parts do not reach farther
+        // than those of gathered weights.
+        let ends = rank.buffers.iter().filter_map(move |buffer| match buffer.tensor {
+            Tensor::Parameters { stage, unit } | Tensor::Gradients { stage, unit } if (stage, unit) == of => {
+                Some(buffer.bytes)
+            }
+            _ => None,
+        });
+        ends.max().unwrap_or(0) as usize / 4
+    };
+    persistent().filter_map(move |buffer| match buffer.tensor {
+        Tensor::Moments { stage, unit } => {
+            let (start, len) = (buffer.start as usize / 4, buffer.bytes as usize / 8);
+            Some(Part { stage, unit, range: start..start + len, len: whole((stage, unit)) })
+        }
+        _ => None,
+    })
 }
 
 /// The elements of `all` that are not in `hole`, as up to two ranges that are not empty.
-fn without(all: Range<usize>, hole: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn without(all: Range<usize>, hole: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let hole = hole.start.clamp(all.start, all.end)..hole.end.clamp(all.start, all.end);
     let parts = if hole.is_empty() { [all, 0..0] } else { [all.start..hole.start, hole.end..all.end] };
     parts.into_iter().filter(|part| !part.is_empty())
@@ -121,35 +123,57 @@ fn without(all: Range<usize>, hole: Range<usize>) -> impl Iterator<Item = Range<
 mod tests {
     use super::*;
     use crate::program::{
-        Buffer, Coordinates, Device, MemoryClass, NetworkLevel, Op, PROGRAM_FORMAT, RankProgram, Stream, Workload,
+        Arrangement, Buffer, Collective, Coordinates, Device, Group, MemoryClass, NetworkLevel, Op, PROGRAM_FORMAT,
+        RankProgram, Stream, Workload,
     };
     use crate::units::{BufferId, DeviceId};
     use smallvec::SmallVec;
 
     const STAGE: StageId = StageId(0);
-    const GRADIENTS: Payload = Payload::Gradients { stage: STAGE, unit: 0 };
+    /// Elements of the unit.
+    const LEN: u64 = 10;
 
-    /// Ranks that run the same collectives over groups of ranks.
-    fn program(ranks: u32, groups: &[&[u32]], collectives: &[(Collective, Payload, usize)]) -> Program {
+    /// Ranks that update ranges of one unit and sum the norm in groups.
+    fn program(updates: &[Range<u64>], groups: &[&[u32]]) -> Program {
         let group = |ranks: &&[u32]| Group {
             name: "test".into(),
             ranks: ranks.iter().map(|&rank| RankId(rank)).collect(),
             size: ranks.len() as u32,
             level: NetworkLevel::Intra,
         };
-        let op = |rank: u32, &(collective, payload, group): &(Collective, Payload, usize)| {
-            let group = (group..groups.len()).find(|&g| groups[g].contains(&rank)).unwrap();
-            let group = GroupId(group as u32);
-            Op {
-                stream: Stream::COLLECTIVE,
-                kind: OpKind::Collective { collective, group, payload, buffer: BufferId(0), bytes: 40 },
-                waits: SmallVec::new(),
-                alloc: SmallVec::new(),
-                uses: SmallVec::new(),
-                free: SmallVec::new(),
-            }
+        let norm = |group: usize| Op {
+            stream: Stream::COLLECTIVE,
+            kind: OpKind::Collective {
+                collective: Collective::AllReduce,
+                group: GroupId(group as u32),
+                payload: Payload::GradientNorm,
+                buffer: BufferId(0),
+                bytes: 8,
+                arrangement: Arrangement::default(),
+            },
+            waits: SmallVec::new(),
+            alloc: SmallVec::new(),
+            uses: SmallVec::new(),
+            free: SmallVec::new(),
         };
-        let tensor = Tensor::Gradients { stage: STAGE, unit: 0 };
+        let (stage, unit) = (STAGE, 0);
+        let buffer = |class, tensor, start, bytes| Buffer { class, bytes, tensor, start };
+        let rank = |(number, update): (usize, &Range<u64>)| RankProgram {
+            device: DeviceId(0),
+            coordinates: Coordinates { data: number as u32, pipeline: 0 },
+            stages: vec![STAGE],
+            buffers: vec![
+                buffer(MemoryClass::Gradient, Tensor::Gradients { stage, unit }, 0, 4 * LEN),
+                buffer(
+                    MemoryClass::OptimizerState,
+                    Tensor::Moments { stage, unit },
+                    4 * update.start,
+                    8 * (update.end - update.start),
+                ),
+            ],
+            persistent: vec![BufferId(0), BufferId(1)],
+            ops: groups.iter().position(|ranks| ranks.contains(&(number as u32))).map(norm).into_iter().collect(),
+        };
         Program {
             format: PROGRAM_FORMAT.into(),
             workload: Workload::Abstract,
@@ -157,77 +181,63 @@ mod tests {
             devices: vec![Device { name: "cpu:0".into(), node: 0 }],
             groups: groups.iter().map(group).collect(),
             stages: vec![],
-            ranks: (0..ranks)
-                .map(|rank| RankProgram {
-                    device: DeviceId(0),
-                    coordinates: Coordinates { data: rank, pipeline: 0 },
-                    stages: vec![STAGE],
-                    buffers: vec![Buffer { class: MemoryClass::Gradient, bytes: 40, tensor }],
-                    persistent: vec![BufferId(0)],
-                    ops: collectives.iter().map(|collective| op(rank, collective)).collect(),
-                })
-                .collect(),
+            ranks: updates.iter().enumerate().map(rank).collect(),
         }
     }
 
-    fn of(program: &Program, rank: u32) -> Result<Shares, SharesError> {
-        shares(program, RankId(rank)).map(|all| all[&(STAGE, 0)])
+    fn of(program: &Program, rank: u32) -> Result<(Range<usize>, Range<usize>), String> {
+        let shares = shares(program, RankId(rank)).map_err(|error| error.to_string())?;
+        let Shares { update, norm } = shares[&(STAGE, 0)].clone();
+        Ok((update, norm))
     }
 
     #[test]
-    fn collectives_say_who_answers_for_what() {
-        let alone = program(1, &[], &[]);
-        assert_eq!(of(&alone, 0), Ok(Shares::WHOLE));
-
-        let half = Shard { index: 1, count: 2 };
-        let everyone: &[&[u32]] = &[&[0, 1]];
-        let norm = (Collective::AllReduce, Payload::GradientNorm, 0);
-        let data = program(2, everyone, &[(Collective::AllReduce, GRADIENTS, 0), norm]);
-        assert_eq!(of(&data, 1), Ok(Shares { update: Shard::WHOLE, norm: half }), "equal gradients are counted once");
-        let sharded = program(2, everyone, &[(Collective::ReduceScatter, GRADIENTS, 0), norm]);
-        assert_eq!(of(&sharded, 1), Ok(Shares { update: half, norm: half }));
-
-        // The norm is summed over pairs that hold different gradients.
-        let pairs: &[&[u32]] = &[&[0, 1, 2, 3], &[0, 1], &[2, 3]];
-        let crossed = (Collective::AllReduce, Payload::GradientNorm, 1);
-        let grid = program(4, pairs, &[(Collective::AllReduce, GRADIENTS, 0), crossed]);
-        assert_eq!(of(&grid, 3), Ok(Shares { update: Shard::WHOLE, norm: half }));
-        let lost = program(4, pairs, &[(Collective::ReduceScatter, GRADIENTS, 0), crossed]);
-        assert!(of(&lost, 0).unwrap_err().to_string().contains("leaves other shards out"));
+    fn buffers_and_the_norm_say_who_answers_for_what() {
+        assert_eq!(of(&program(std::slice::from_ref(&(0..10)), &[]), 0), Ok((0..10, 0..10)), "alone");
+        // Equal gradients are counted once, in parts.
+        assert_eq!(of(&program(&[0..10, 0..10], &[&[0, 1]]), 1), Ok((0..10, 5..10)));
+        // Replicas that sum the norm apart count all of it each.
+        assert_eq!(of(&program(&[0..10, 0..10], &[&[0], &[1]]), 1), Ok((0..10, 0..10)));
+        let parts = [0..4, 4..8, 8..10];
+        assert_eq!(of(&program(&parts, &[&[0, 1, 2]]), 2), Ok((8..10, 8..10)));
+        // Two groups that are cut within.
+        let grouped = program(&[0..6, 6..10, 0..6, 6..10], &[&[0, 1], &[2, 3]]);
+        assert_eq!(of(&grouped, 2), Ok((0..6, 0..6)));
+        assert_eq!(of(&grouped, 3), Ok((6..10, 6..10)));
     }
 
     #[test]
-    fn a_representative_has_its_shard_of_the_true_group() {
-        let everyone: &[&[u32]] = &[&[0]];
-        let norm = (Collective::AllReduce, Payload::GradientNorm, 0);
-        let mut one = program(1, everyone, &[(Collective::ReduceScatter, GRADIENTS, 0), norm]);
+    fn a_representative_has_its_part_of_the_true_group() {
+        let mut one = program(std::slice::from_ref(&(0..3)), &[&[0]]);
         one.groups[0].size = 4;
-        let quarter = Shard { index: 0, count: 4 };
-        assert_eq!(of(&one, 0), Ok(Shares { update: quarter, norm: quarter }));
+        assert_eq!(of(&one, 0), Ok((0..3, 0..3)));
     }
 
     #[test]
     fn contradictions_are_named() {
-        let reduce = (Collective::ReduceScatter, GRADIENTS, 0);
-        let message = |collectives: &[_]| of(&program(2, &[&[0, 1]], collectives), 0).unwrap_err().to_string();
-        assert_eq!(message(&[reduce, reduce]), "r0 reduces the gradients of s0 unit 0 twice");
-        assert!(message(&[reduce]).ends_with("nobody sums the norm"));
+        let message = |updates: &[Range<u64>], groups: &[&[u32]]| of(&program(updates, groups), 0).unwrap_err();
+        let lost = message(&[0..5, 5..10], &[&[0], &[1]]);
+        assert_eq!(lost, "r0 updates elements 0..5 of the 10 of s0 unit 0, and the norm leaves other parts out");
+        assert!(message(&[0..5, 5..10], &[]).ends_with("nobody sums the norm"));
+        assert!(message(&[0..5, 6..10], &[&[0, 1]]).ends_with("leaves other parts out"), "a gap");
+        let mut twice = program(&[0..10, 0..10], &[&[0, 1]]);
+        let op = twice.ranks[0].ops[0].clone();
+        twice.ranks[0].ops.push(op);
+        assert_eq!(of(&twice, 0).unwrap_err(), "r0 reduces the norm of the gradients twice");
     }
 
     #[test]
-    fn what_is_counted_and_what_is_left_over() {
-        let parts = |ranges: &mut dyn Iterator<Item = Range<usize>>| {
-            ranges.map(|part| (part.start, part.end)).collect::<Vec<_>>()
+    fn what_is_counted() {
+        let parts = |shares: &Shares, hole: Range<usize>| {
+            shares.counted(hole).map(|part| (part.start, part.end)).collect::<Vec<_>>()
         };
-        let middle = Shares { update: Shard { index: 1, count: 3 }, norm: Shard { index: 1, count: 3 } };
-        assert_eq!(parts(&mut middle.leftover(10)), [(0, 4), (8, 10)]);
-        assert!(parts(&mut Shares::WHOLE.leftover(10)).is_empty());
-        let whole = Shares::WHOLE;
-        assert_eq!(parts(&mut whole.counted(10, 3..5)), [(0, 3), (5, 10)]);
-        assert_eq!(parts(&mut whole.counted(10, 0..0)), [(0, 10)]);
-        assert_eq!(parts(&mut middle.counted(10, 0..6)), [(6, 8)]);
-        assert_eq!(parts(&mut middle.counted(10, 6..20)), [(4, 6)]);
-        assert_eq!(parts(&mut middle.counted(10, 0..4)), [(4, 8)]);
-        assert!(parts(&mut middle.counted(10, 0..12)).is_empty());
+        let whole = Shares { update: 0..10, norm: 0..10 };
+        assert_eq!(parts(&whole, 3..5), [(0, 3), (5, 10)]);
+        assert_eq!(parts(&whole, 0..0), [(0, 10)]);
+        let middle = Shares { update: 4..8, norm: 4..8 };
+        assert_eq!(parts(&middle, 0..6), [(6, 8)]);
+        assert_eq!(parts(&middle, 6..20), [(4, 6)]);
+        assert_eq!(parts(&middle, 0..4), [(4, 8)]);
+        assert!(parts(&middle, 0..12).is_empty());
     }
 }

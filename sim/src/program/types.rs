@@ -149,6 +149,13 @@ pub struct Buffer {
     pub bytes: u64,
     /// What it holds.
     pub tensor: Tensor,
+    /// Of a part of a unit's flat array: the byte of the array at which the part begins. Zero for whole tensors.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub start: u64,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// Memory classes: a peak is the sum of its classes.
@@ -192,7 +199,8 @@ pub enum Tensor {
     Parameters { stage: StageId, unit: u16 },
     /// Accumulated weight gradients of a unit, flat, same layout.
     Gradients { stage: StageId, unit: u16 },
-    /// AdamW moments of this rank's shard of a unit: first, then second moments.
+    /// AdamW moments of the part of a unit that this rank updates: first, then second moments. [`Buffer::start`] is
+    /// where that part begins, in bytes of parameters.
     Moments { stage: StageId, unit: u16 },
     /// Token ids of a microbatch (first stage): `u32`.
     Tokens { microbatch: MicrobatchId },
@@ -220,6 +228,16 @@ pub enum Tensor {
     GradientNorm,
     /// Scratch of the op that allocates it.
     Workspace { op: u32 },
+    /// The part of a unit's weights that this rank keeps where weights are partitioned; passes read gathered
+    /// [`Tensor::Parameters`], which live for a while only.
+    ParameterShard { stage: StageId, unit: u16 },
+    /// The part of a unit's gradients that this rank accumulates where gradients are partitioned; passes make whole
+    /// [`Tensor::Gradients`] of one microbatch.
+    GradientShard { stage: StageId, unit: u16 },
+    /// Reduced gradients of the part that the optimizer updates, gathered where gradients are cut more finely than it.
+    SyncedGradients { stage: StageId, unit: u16 },
+    /// The weights that the optimizer updates, where it is cut more coarsely than the weights that passes keep.
+    Master { stage: StageId, unit: u16 },
 }
 
 /// A stream of a rank: ops on one stream run in issue order.
@@ -230,10 +248,12 @@ pub struct Stream(pub u8);
 impl Stream {
     /// The stream of passes and optimizer; every other stream communicates.
     pub const COMPUTE: Stream = Stream(0);
-    /// The stream of collectives.
+    /// The stream of collectives that reduce gradients and their norm.
     pub const COLLECTIVE: Stream = Stream(1);
+    /// The stream of collectives that passes wait for: gathers of parameters.
+    pub const GATHER: Stream = Stream(2);
     /// The first stream for point-to-point edges; lowering numbers one per direction and peer.
-    pub const FIRST_EDGE: u8 = 2;
+    pub const FIRST_EDGE: u8 = 3;
 }
 
 /// A list of op or buffer ids, inline while short.
@@ -270,8 +290,16 @@ pub enum OpKind {
     Send { peer: RankId, message: Message, buffer: BufferId },
     /// Receives into a buffer.
     Recv { peer: RankId, message: Message, buffer: BufferId },
-    /// A collective over a group, in place on `buffer`.
-    Collective { collective: Collective, group: GroupId, payload: Payload, buffer: BufferId, bytes: u64 },
+    /// A collective over a group, on an array of `bytes` in `buffer`.
+    Collective {
+        collective: Collective,
+        group: GroupId,
+        payload: Payload,
+        buffer: BufferId,
+        bytes: u64,
+        #[serde(default, skip_serializing_if = "Arrangement::is_usual")]
+        arrangement: Arrangement,
+    },
     /// Adds the squared norm of this rank's shard of all gradients into [`Tensor::GradientNorm`].
     GradientNorm,
     /// Clips by the global norm, updates this rank's shard of a unit with AdamW and zeroes its gradients.
@@ -339,6 +367,37 @@ pub enum Collective {
     ReduceScatter,
     /// Member `i` brings shard `i`; every member ends with all.
     AllGather,
+}
+
+/// Where the array of a collective lies and how it is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Arrangement {
+    /// The byte of the buffer at which the array begins.
+    pub offset: u64,
+    /// Bytes of each member's part: member `i` has the part from `i * part` on, the last ones shorter or empty. Without it the
+    /// elements are shared out evenly, rounded up.
+    pub part: Option<u64>,
+    /// Where this member's part lies by itself: an all-gather takes it from there, a reduce-scatter adds the sum to what is
+    /// there. Without it the part lies in its place in the array.
+    pub shard: Option<BufferId>,
+}
+
+impl Arrangement {
+    /// In place from the begin of the buffer on, evenly cut.
+    pub fn is_usual(&self) -> bool {
+        *self == Arrangement::default()
+    }
+
+    /// Bytes of each member's part of an array of `bytes` over `members`, in elements of `width` bytes.
+    pub fn part_of(&self, bytes: u64, members: u32, width: u64) -> u64 {
+        self.part.unwrap_or_else(|| (bytes / width).div_ceil(u64::from(members.max(1))) * width)
+    }
+
+    /// Whether another member's op can be one of the same collective.
+    pub fn meets(&self, other: &Arrangement) -> bool {
+        (self.offset, self.part, self.shard.is_some()) == (other.offset, other.part, other.shard.is_some())
+    }
 }
 
 /// What a collective carries.

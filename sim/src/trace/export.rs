@@ -21,6 +21,7 @@ impl Trace {
                 let name = match stream {
                     Stream::COMPUTE => "compute".to_string(),
                     Stream::COLLECTIVE => "collectives".to_string(),
+                    Stream::GATHER => "gathers".to_string(),
                     Stream(edge) => format!("messages {edge}"),
                 };
                 events.push(metadata("thread_name", pid, usize::from(stream.0), &name));

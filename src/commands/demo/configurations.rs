@@ -2,7 +2,8 @@
 //! without split backwards; with and without recomputation. Those that teach are none of those that test.
 
 use paceline_planner::configuration::Configuration;
-use paceline_planner::lower::StatePartition::{self, None as Whole, Zero1};
+use paceline_planner::lower::Sharing;
+use paceline_sim::partition::StatePartition;
 use paceline_sim::program::Recompute::{self, Full, None as Kept, Selective};
 
 fn configuration(
@@ -22,39 +23,43 @@ fn configuration(
         micro_batch,
         recompute,
         states,
+        sharing: Sharing::default(),
         stage_layers: Vec::new(),
     }
 }
 
+const WHOLE: StatePartition = StatePartition::NONE;
+const ZERO1: StatePartition = StatePartition::ZERO1;
+
 /// Their runs correct the profile.
 pub fn teachers() -> Vec<Configuration> {
     vec![
-        configuration(1, 1, "1f1b", 1, 4, Kept, Whole),
-        configuration(2, 1, "1f1b", 1, 2, Kept, Zero1),
-        configuration(2, 1, "1f1b", 1, 1, Full, Whole),
-        configuration(1, 2, "zb-h1", 1, 2, Kept, Whole),
-        configuration(1, 2, "interleaved", 2, 2, Full, Whole),
-        configuration(2, 2, "gpipe", 1, 1, Kept, Whole),
-        configuration(1, 4, "1f1b", 1, 2, Kept, Whole),
+        configuration(1, 1, "1f1b", 1, 4, Kept, WHOLE),
+        configuration(2, 1, "1f1b", 1, 2, Kept, ZERO1),
+        configuration(2, 1, "1f1b", 1, 1, Full, WHOLE),
+        configuration(1, 2, "zb-h1", 1, 2, Kept, WHOLE),
+        configuration(1, 2, "interleaved", 2, 2, Full, WHOLE),
+        configuration(2, 2, "gpipe", 1, 1, Kept, WHOLE),
+        configuration(1, 4, "1f1b", 1, 2, Kept, WHOLE),
     ]
 }
 
 /// Their runs are held against the predictions.
 pub fn tested() -> Vec<Configuration> {
     vec![
-        configuration(1, 1, "1f1b", 1, 1, Kept, Whole),
-        configuration(1, 1, "1f1b", 1, 2, Full, Whole),
-        configuration(2, 1, "1f1b", 1, 1, Kept, Whole),
-        configuration(2, 1, "1f1b", 1, 2, Selective, Zero1),
-        configuration(1, 2, "gpipe", 1, 1, Kept, Whole),
-        configuration(1, 2, "1f1b", 1, 1, Kept, Whole),
-        configuration(1, 2, "1f1b", 1, 1, Full, Whole),
-        configuration(1, 2, "interleaved", 2, 1, Kept, Whole),
-        configuration(1, 2, "v-half", 2, 1, Kept, Whole),
-        configuration(1, 4, "gpipe", 1, 1, Full, Whole),
-        configuration(1, 4, "interleaved", 2, 1, Kept, Whole),
-        configuration(2, 2, "1f1b", 1, 1, Kept, Zero1),
-        configuration(4, 1, "1f1b", 1, 1, Kept, Whole),
+        configuration(1, 1, "1f1b", 1, 1, Kept, WHOLE),
+        configuration(1, 1, "1f1b", 1, 2, Full, WHOLE),
+        configuration(2, 1, "1f1b", 1, 1, Kept, WHOLE),
+        configuration(2, 1, "1f1b", 1, 2, Selective, ZERO1),
+        configuration(1, 2, "gpipe", 1, 1, Kept, WHOLE),
+        configuration(1, 2, "1f1b", 1, 1, Kept, WHOLE),
+        configuration(1, 2, "1f1b", 1, 1, Full, WHOLE),
+        configuration(1, 2, "interleaved", 2, 1, Kept, WHOLE),
+        configuration(1, 2, "v-half", 2, 1, Kept, WHOLE),
+        configuration(1, 4, "gpipe", 1, 1, Full, WHOLE),
+        configuration(1, 4, "interleaved", 2, 1, Kept, WHOLE),
+        configuration(2, 2, "1f1b", 1, 1, Kept, ZERO1),
+        configuration(4, 1, "1f1b", 1, 1, Kept, WHOLE),
     ]
 }
 

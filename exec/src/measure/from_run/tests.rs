@@ -40,7 +40,7 @@ fn program() -> Program {
             device: DeviceId(0),
             coordinates: Coordinates::default(),
             stages: vec![],
-            buffers: vec![Buffer { class: MemoryClass::ReceivedActivation, bytes: BYTES, tensor }],
+            buffers: vec![Buffer { class: MemoryClass::ReceivedActivation, bytes: BYTES, tensor, start: 0 }],
             persistent: vec![],
             ops: vec![op(Stream(2), receive), op(Stream(2), receive), op(Stream::COMPUTE, OpKind::Join)],
         }],

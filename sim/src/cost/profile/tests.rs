@@ -2,8 +2,8 @@ use super::*;
 use crate::model::parameters::unit_parameters;
 use crate::model::{Layer, ModelConfig};
 use crate::program::{
-    Buffer, Coordinates, Device, MemoryClass, Message, NetworkLevel, PROGRAM_FORMAT, Payload, Recompute, Stage, Stream,
-    Unit,
+    Arrangement, Buffer, Coordinates, Device, MemoryClass, Message, NetworkLevel, PROGRAM_FORMAT, Payload, Recompute,
+    Stage, Stream, Tensor, Unit,
 };
 use crate::program::{Direction, Program};
 use crate::units::{BufferId, DeviceId, GroupId, MicrobatchId};
@@ -25,14 +25,34 @@ fn program(devices: u32) -> Program {
     let stages = vec![Stage { units: vec![Unit { layers }] }];
     let bytes = 4 * unit_parameters(&workload, &stages, STAGE, 0) as u64;
     let (stage, unit, group) = (STAGE, 0, GroupId(0));
-    let buffer = |class, bytes, tensor| Buffer { class, bytes, tensor };
-    let buffers = vec![
-        buffer(MemoryClass::Gradient, bytes, Tensor::Gradients { stage, unit }),
-        buffer(MemoryClass::CommScratch, 8, Tensor::GradientNorm),
-        buffer(MemoryClass::Activation, MESSAGE_BYTES, Tensor::StageInput { stage, microbatch: MicrobatchId(0) }),
-    ];
+    let buffer = |class, bytes, tensor| Buffer { class, bytes, tensor, start: 0 };
+    let part = (bytes / 4).div_ceil(2) * 4;
+    let own = |rank: u64| (rank * part).min(bytes)..((rank + 1) * part).min(bytes);
+    let buffers = |rank: u32| {
+        vec![
+            buffer(MemoryClass::Gradient, bytes, Tensor::Gradients { stage, unit }),
+            buffer(MemoryClass::CommScratch, 8, Tensor::GradientNorm),
+            buffer(MemoryClass::Activation, MESSAGE_BYTES, Tensor::StageInput { stage, microbatch: MicrobatchId(0) }),
+            buffer(MemoryClass::Parameter, bytes, Tensor::Parameters { stage, unit }),
+            Buffer {
+                start: own(u64::from(rank)).start,
+                ..buffer(
+                    MemoryClass::OptimizerState,
+                    2 * (own(u64::from(rank)).end - own(u64::from(rank)).start),
+                    Tensor::Moments { stage, unit },
+                )
+            },
+        ]
+    };
     let collective = |collective, payload, buffer: u32, bytes| {
-        let kind = OpKind::Collective { collective, group, payload, buffer: BufferId(buffer), bytes };
+        let kind = OpKind::Collective {
+            collective,
+            group,
+            payload,
+            buffer: BufferId(buffer),
+            bytes,
+            arrangement: Arrangement::default(),
+        };
         (Stream::COLLECTIVE, kind, vec![buffer])
     };
     let on_compute = |kind, uses: &[u32]| (Stream::COMPUTE, kind, uses.to_vec());
@@ -50,7 +70,7 @@ fn program(devices: u32) -> Program {
             collective(Collective::ReduceScatter, Payload::Gradients { stage, unit }, 0, bytes),
             on_compute(OpKind::GradientNorm, &[0, 1]),
             collective(Collective::AllReduce, Payload::GradientNorm, 1, 8),
-            on_compute(OpKind::Optimizer { stage, unit }, &[0, 1]),
+            on_compute(OpKind::Optimizer { stage, unit }, &[0, 1, 3, 4]),
             on_compute(OpKind::Join, &[]),
         ];
         let op = |(stream, kind, uses): (Stream, OpKind, Vec<u32>)| Op {
@@ -80,8 +100,8 @@ fn program(devices: u32) -> Program {
                 device: DeviceId(rank % devices),
                 coordinates: Coordinates { data: rank, pipeline: 0 },
                 stages: vec![STAGE],
-                buffers: buffers.clone(),
-                persistent: vec![BufferId(0)],
+                buffers: buffers(rank),
+                persistent: vec![BufferId(0), BufferId(3), BufferId(4)],
                 ops: ops(rank),
             })
             .collect(),
@@ -194,9 +214,12 @@ fn communication_takes_the_rounds_of_the_executor() {
     let predictor = Predictor::new(&profile(&kernels_of(&two).unwrap(), gradient_bytes(&two))).unwrap();
     let costs = ProfileCost::new(&predictor, &two).unwrap();
     let (group, bytes) = (&two.groups[0], gradient_bytes(&two));
+    let collective = |costs: &ProfileCost, collective, bytes| {
+        costs.collective(&two, Exchange { collective, bytes, arrangement: Arrangement::default() }, group)
+    };
     let work = |seconds| Round { wire: Nanos::ZERO, work: nanos(seconds) };
-    assert_eq!(costs.collective(&two, Collective::ReduceScatter, group, bytes)[..], [work(5e-3)]);
-    assert_eq!(costs.collective(&two, Collective::AllReduce, group, 8)[..], [work(7e-3), work(9e-3)]);
+    assert_eq!(collective(&costs, Collective::ReduceScatter, bytes)[..], [work(5e-3)]);
+    assert_eq!(collective(&costs, Collective::AllReduce, 8)[..], [work(7e-3), work(9e-3)]);
     let message = |costs: &ProfileCost, program| costs.transfer(program, RankId(0), RankId(1), MESSAGE_BYTES);
     assert_eq!(message(&costs, &two), Round { wire: nanos(4e-5), work: nanos(3e-3) });
 

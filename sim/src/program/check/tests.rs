@@ -1,7 +1,7 @@
 use super::*;
 use crate::program::{
-    Collective, Coordinates, Device, Direction, Group, MemoryClass, Message, NetworkLevel, PROGRAM_FORMAT, Payload,
-    Stage, Unit, Workload,
+    Arrangement, Collective, Coordinates, Device, Direction, Group, MemoryClass, Message, NetworkLevel, PROGRAM_FORMAT,
+    Payload, Stage, Unit, Workload,
 };
 use crate::units::{DeviceId, GroupId};
 
@@ -29,12 +29,19 @@ fn message(direction: Direction, stage: u16) -> Message {
 }
 
 fn all_reduce(payload: Payload, buffer: BufferId, bytes: u64) -> OpKind {
-    OpKind::Collective { collective: Collective::AllReduce, group: GroupId(0), payload, buffer, bytes }
+    OpKind::Collective {
+        collective: Collective::AllReduce,
+        group: GroupId(0),
+        payload,
+        buffer,
+        bytes,
+        arrangement: Arrangement::default(),
+    }
 }
 
 /// Two stages on two ranks, one microbatch, tied embeddings, the norm of the gradients.
 fn valid() -> Program {
-    let buffer = |class, bytes, tensor| Buffer { class, bytes, tensor };
+    let buffer = |class, bytes, tensor| Buffer { class, bytes, tensor, start: 0 };
     let buffers = |stage: u16| {
         let stage = StageId(stage);
         let (forward, backward) = if stage.0 == 0 {
