@@ -447,3 +447,38 @@ fn help_shows_an_example_of_every_command_and_words_are_checked() {
     says(&folder.fails(2, &format!("predict {SMALL} --schedule frob")), &["schedule", "frob", "1f1b"]);
     says(&folder.fails(2, &format!("predict {SMALL} --tp 2")), &["tp = 2", "local"]);
 }
+
+#[test]
+fn the_27_state_partitions_of_a_job() {
+    let folder = Folder::new("states");
+    let job = "states --json --model llama-65b --recompute full --cluster paro-a100-roce --nodes 4 --seq 512 --global-batch 1280 \
+               --micro-batch 4";
+    let document = folder.json(job);
+    assert_eq!(document["format"], "paceline.states/1");
+    let states = document["states"].as_array().unwrap();
+    assert_eq!((states.len(), states.iter().filter(|s| s["effective"] == true).count()), (27, 14));
+    let fitting: Vec<_> = states.iter().filter(|s| s["fits"] == true).map(|s| s["triple"].as_str().unwrap()).collect();
+    assert_eq!(fitting, ["IIG", "IGG", "GIG", "GGG"]);
+    let ggg = &states[26];
+    assert!(ggg["names"].as_array().unwrap().iter().any(|name| name == "zero3"));
+    let samples = ggg["samples_per_second"].as_f64().unwrap() * ggg["iteration_seconds"].as_f64().unwrap();
+    assert!((samples - 1280.0).abs() < 1e-6);
+    assert_eq!(document["published"].as_array().unwrap().len(), 1);
+    // The same job under one of them, predicted, takes the same time.
+    let predicted = folder.json(&job.replace("states --json", "predict --json --states GGG"));
+    assert_eq!(predicted["iteration_seconds"], ggg["iteration_seconds"]);
+
+    for (flags, phrase) in [
+        ("--group-size 5", "group_size = 5 does not divide the 32"),
+        ("--trainable 1.5", "trainable = \"1.5\""),
+        ("--trainable lora:8:q,zz", "no matrix \"zz\""),
+        ("--overlap some", "overlap = \"some\""),
+        ("--gather-bucket 0", "--gather-bucket = \"0\""),
+        ("--states NNX", "\"NNX\" is no state partition"),
+    ] {
+        let error = folder.fails(2, &format!("{job} {flags}"));
+        assert!(error.contains(phrase), "{error}");
+    }
+    let published = folder.json("states --published --json");
+    assert_eq!((published["gains"].as_array().unwrap().len(), published["gathers"].as_array().unwrap().len()), (8, 4));
+}

@@ -203,24 +203,6 @@ fn published(screen: &Screen) -> Result<(), Failure> {
          recomputation at 65B",
     )?;
     show_gains(screen, &gains)?;
-    screen.line(
-        "PaRO (NeurIPS 2024): throughput gains on 4 x 8 A100-80G, sequence 512, microbatch 4, 10 accumulated; full \
-         recomputation at 65B",
-    )?;
-    let mut table = Table::new(["model", "trained", "", "published", "predicted", "without overlap", "guideline"]);
-    let signed = |gain: f64| format!("{:+.0} %", 100.0 * gain);
-    for g in &gains {
-        table.row([
-            g.model.to_string(),
-            g.trainable.to_string(),
-            format!("{} over {}", g.faster, g.slower),
-            signed(g.published),
-            signed(g.overlapped),
-            signed(g.one_after_the_other),
-            signed(g.guideline),
-        ]);
-    }
-    table.print(screen)?;
     screen
         .line("\n1 GB all-gather in two levels (PaRO-CC) against the flat ring; published: 25.2 to 39.7 % less time")?;
     let mut table = Table::new(["GPUs", "flat ring", "two levels", "gain"]);
