@@ -2,15 +2,18 @@
 //!
 //! - [`zero_bubble`]: the heuristic of ZB-1P and ZB-2P, one stage per device.
 //! - [`adaptive_v`]: the best V block of a large family, for the times and the memory at hand.
+//! - [`greedy`]: the same for several stages per device, ZB-V among them.
 //! - [`continuous`]: blocks whose offsets are times, not slots, found by modulo scheduling.
 
 mod adaptive;
 mod continuous;
+mod greedy;
 mod v_family;
 mod zero_bubble;
 
 pub(crate) use adaptive::{adaptive_v, best_rearranged, ranked};
 pub(crate) use continuous::continuous;
+pub(crate) use greedy::greedy;
 pub(crate) use zero_bubble::zero_bubble;
 
 use crate::bounds::least_peaks;

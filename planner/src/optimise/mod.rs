@@ -12,7 +12,7 @@
 use crate::blocks::{Goal, justify};
 use crate::bounds::{LowerBound, lower_bound};
 pub use crate::generators::Problem;
-use crate::generators::{best_rearranged, continuous, ranked, zero_bubble};
+use crate::generators::{best_rearranged, continuous, greedy, ranked, zero_bubble};
 use crate::order::ComputeOrder;
 use crate::replay::{OrderError, Replayer};
 use crate::schedules::{Request, SCHEDULES, ScheduleError};
@@ -185,6 +185,9 @@ fn seed_orders(problem: &Problem) -> Result<Vec<ComputeOrder>, OrderError> {
             orders.extend(blocks);
         }
         _ => {}
+    }
+    if chunks > 1 && problem.placement.copies == 1 {
+        orders.push(greedy(problem)?);
     }
     orders.extend(continuous(problem));
     orders.retain(|order| problem.fits(order));

@@ -14,6 +14,8 @@ mod vee;
 pub use placement::{bidirectional, looped, v_shape, wave};
 pub use registry::{Chunks, PlacementKind, SCHEDULES, Schedule, build, find, names};
 
+pub(crate) use vee::zb_v;
+
 use crate::order::{Action, ComputeOrder, Placement};
 use crate::replay::{OrderError, StageMemory, StageTimes};
 use paceline_sim::program::Pass;

@@ -220,6 +220,18 @@ pub const SCHEDULES: &[Schedule] = &[
         build: |r, _| Ok(vee::zb_v(r.devices, r.microbatches)),
     },
     Schedule {
+        name: "zb-v-timed",
+        summary: "ZB-V as a heuristic for the times given, at the memory of 1F1B or --memory-limit",
+        placement: PlacementKind::V,
+        chunks: Chunks::Exactly(2),
+        split: true,
+        fixed: false,
+        build: |r, _| {
+            let problem = problem("zb-v-timed", r, v_shape(r.devices))?;
+            generators::greedy(&problem).map_err(|source| ScheduleError::Order { schedule: "zb-v-timed", source })
+        },
+    },
+    Schedule {
         name: "1f1b-v",
         summary: "V placement with the fused backward: two thirds of the memory of 1F1B",
         placement: PlacementKind::V,
