@@ -84,7 +84,7 @@ fn kernels(model: ModelConfig, seq: u32) -> BTreeSet<KernelKey> {
         all.extend(ModelPass::new(&workload, &stages, 1, &kind).kernel_calls().cloned());
     }
     let block = unit_parameters(&workload, &stages, stage, 1) as u32;
-    for op in [KernelOp::SumSquares, KernelOp::AdamW, KernelOp::Zero] {
+    for op in [KernelOp::SumSquares, KernelOp::AdamW, KernelOp::AdamWAhead, KernelOp::Zero] {
         all.extend(KernelKey::new(op, &[block]));
     }
     all
