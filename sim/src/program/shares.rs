@@ -6,7 +6,7 @@ use super::partners::same_layers;
 use super::{OpKind, Payload, Program, Tensor};
 use crate::model::Shard;
 use crate::units::{GroupId, RankId, StageId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use thiserror::Error;
 
@@ -58,7 +58,15 @@ pub fn shares(program: &Program, rank: RankId) -> Result<BTreeMap<(StageId, u16)
     let mut all = BTreeMap::new();
     for own in updated(program, rank) {
         let (stage, unit, update) = (own.stage, own.unit, own.range.clone());
-        let alike = held.iter().filter(|(_, part)| same_layers(program, (part.stage, part.unit), (stage, unit)));
+        let reducers = reducers(program, rank, (stage, unit));
+        // The other copy of a layer goes by another stage, and is reduced together with this one.
+        let alike = held.iter().filter(|(counter, part)| {
+            let other = (part.stage, part.unit);
+            other == (stage, unit)
+                || (reducers.contains(counter)
+                    && !program.ranks[counter.index()].stages.contains(&stage)
+                    && same_layers(program, other, (stage, unit)))
+        });
         let parts: Vec<&(RankId, Part)> = alike.collect();
         let equal = || parts.iter().filter(|(_, part)| part.range == update);
         let index = equal().position(|(counter, _)| *counter == rank).unwrap_or(0) as u32;
@@ -78,6 +86,19 @@ pub fn shares(program: &Program, rank: RankId) -> Result<BTreeMap<(StageId, u16)
         all.insert((stage, unit), Shares { update, norm });
     }
     Ok(all)
+}
+
+/// The ranks with which a rank reduces the gradients of a unit.
+fn reducers(program: &Program, rank: RankId, unit: (StageId, u16)) -> BTreeSet<RankId> {
+    let ops = program.ranks[rank.index()].ops.iter();
+    let groups = ops.filter_map(|op| match op.kind {
+        OpKind::Collective { group, payload: Payload::Gradients { stage, unit: u }, .. } if (stage, u) == unit => {
+            Some(group)
+        }
+        _ => None,
+    });
+    let groups: BTreeSet<GroupId> = groups.collect();
+    groups.into_iter().flat_map(|group| program.groups[group.index()].ranks.iter().copied()).collect()
 }
 
 /// The part of a unit that a rank updates.

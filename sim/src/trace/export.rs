@@ -154,7 +154,7 @@ mod tests {
         assert_eq!((out.len(), into.len()), (1, 1));
         assert_eq!(out[0]["id"], into[0]["id"]);
         let names: Vec<&Value> = of("M").into_iter().map(|event| &event["args"]["name"]).collect();
-        assert_eq!(names, ["r0", "compute", "messages 3", "r1", "messages 2"]);
+        assert_eq!(names, ["r0", "compute", "messages 3", "r1", "gathers"]);
         assert_eq!(of("C")[1]["args"]["bytes"], 128);
         assert_eq!(file["otherData"]["origin"], "predicted");
     }
