@@ -43,7 +43,7 @@ pub struct Gpu {
     pub pcie_gbps: f64,
     /// GPUs that NVLink joins at most; 1 without.
     pub nvlink_domain: u32,
-    /// Power limit, where it differs from the architecture's usual one.
+    /// Power limit, where it differs from that of the architecture's reference (A100 SXM 400 W, H100 SXM 700 W).
     pub power_watts: Option<f64>,
     /// Where the figures come from.
     pub source: String,

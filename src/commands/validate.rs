@@ -5,7 +5,7 @@ use crate::failure::Failure;
 use crate::screen::{Screen, Style};
 use crate::table::{Table, show_percent};
 use crate::trace_file::write_whole;
-use paceline_planner::validate::{SourceScore, Validation, cross_validate, load, scatter, validate};
+use paceline_planner::validate::{SourceScore, Validation, cross_validate, fit, load, scatter, validate};
 use paceline_sim::cluster::{PARAMETERS, Physics};
 use std::path::PathBuf;
 
@@ -45,6 +45,10 @@ pub struct Arguments {
     #[arg(long)]
     cross: bool,
 
+    /// Fit the parameters to the file first, beginning where one would guess, and use them. Takes a minute.
+    #[arg(long, conflicts_with = "cluster")]
+    fit: bool,
+
     /// Print the fitted parameters in use.
     #[arg(long)]
     parameters: bool,
@@ -52,6 +56,8 @@ pub struct Arguments {
 
 /// Predictions of all chosen runs that one fit of a cross-validation may make.
 const EVALUATIONS: u64 = 900;
+/// The same of the fit to all sources.
+const FIT_EVALUATIONS: u64 = 2400;
 
 /// Runs the command.
 pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
@@ -66,6 +72,12 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
         for case in &mut cases.cases {
             case.cluster = cluster.clone();
         }
+    }
+    if arguments.fit {
+        screen.step("fitting the parameters to all sources");
+        let fitted = fit(cases.cases.iter(), &Physics::EXPECTED, FIT_EVALUATIONS).map_err(|error| refuse(&error))?;
+        screen.say(format!("mean error {:.4} before, {:.4} after, {} runs", fitted.before, fitted.after, fitted.runs));
+        physics = fitted.physics;
     }
     let crossed = if arguments.cross {
         screen.step("cross-validation: fitting to all sources but one, for each in turn");
@@ -86,7 +98,7 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
         }
     }
     show(screen, &validation)?;
-    if arguments.parameters {
+    if arguments.parameters || arguments.fit {
         screen.line("")?;
         let mut table = Table::new(["parameter", "value", "meaning"]);
         for parameter in PARAMETERS {

@@ -3,8 +3,8 @@
 use crate::schedules;
 use paceline_profiles::{Cluster, ClusterError, find_cluster};
 use paceline_sim::cluster::{
-    AdapterError, Architecture, AttentionKernel, Compute, Layout, LayoutError, Numerics, Overlap, PhysicsError,
-    Recompute, ZooError,
+    AdapterError, Architecture, AttentionKernel, Compute, ContextExchange, Layout, LayoutError, Numerics, Overlap,
+    PhysicsError, Recompute, Routing, ZooError,
 };
 use paceline_sim::partition::PartitionError;
 use serde::{Deserialize, Serialize};
@@ -41,6 +41,9 @@ pub struct ClusterRequest {
     /// Context-parallel ranks; 1 by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cp: Option<u64>,
+    /// How context ranks exchange: `zig-zag` (the default), `ring`, `all-gather`, `all-to-all`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cp_exchange: Option<ContextExchange>,
     /// Pipeline ranks; 1 by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pp: Option<u64>,
@@ -53,6 +56,12 @@ pub struct ClusterRequest {
     /// Expert-parallel ranks; 1 by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ep: Option<u64>,
+    /// Tokens of the busiest expert-parallel rank over the mean; 1 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_skew: Option<f64>,
+    /// Tokens of a rank beyond this multiple of the mean are dropped; none by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_capacity: Option<f64>,
     /// A triple (`NNN` to `GGG`) or its name (`none`, `zero1`, `zero2`, `zero3`, `fsdp`, `mics`, `hsdp`); `zero1` by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub states: Option<String>,
@@ -318,10 +327,12 @@ impl ClusterRequest {
             tp,
             sp: self.sp.unwrap_or(true) && tp > 1,
             cp,
+            context: self.cp_exchange.unwrap_or_default(),
             pp,
             chunks,
             dp,
             ep,
+            routing: Routing { skew: self.expert_skew.unwrap_or(1.0), capacity: self.expert_capacity },
             sharding: self.states.as_deref().unwrap_or("zero1").parse()?,
             group: self.group_size,
             trainable: self.trainable.as_deref().map_or(Ok(1.0), |text| trainable(text, model))?,

@@ -4,7 +4,7 @@ use paceline_sim::cluster::device::{Device, Passing};
 use paceline_sim::cluster::memory::RankParameters;
 use paceline_sim::cluster::network::{Network, Span};
 use paceline_sim::cluster::work::{self, Work};
-use paceline_sim::cluster::{Architecture, AttentionKernel, Layout, Partition, Physics, Recompute};
+use paceline_sim::cluster::{Architecture, AttentionKernel, ContextExchange, Layout, Partition, Physics, Recompute};
 use paceline_sim::partition::exchange::Exchange;
 use std::ops::Range;
 
@@ -236,14 +236,26 @@ impl Timer<'_> {
             calls * network.gather(self.groups.tensor, work.messages.tensor_gather / calls)
         };
         let experts = 2.0 * self.network.all_to_all(self.groups.experts, work.messages.experts / 2.0);
-        // The ring passes keys and values on; each hop is a message to the neighbour.
-        let hops = (self.layout.cp - 1) as f64;
-        let across = self.groups.context.nodes() > 1;
-        let context = if hops > 0.0 { hops * self.network.message(across, work.messages.context / hops) } else { 0.0 };
+        let context = self.context(work.messages.context);
         let steps = work.messages.tensor_calls * self.layout.tp.saturating_sub(1) as f64 * self.pace;
         let waiting = |passing: Passing| Passing { host: passing.host + steps, ..passing };
         let forward = waiting(self.device.forward(work, element));
         LayerTimes { forward, backward: waiting(backward), weights, tensor, context, experts }
+    }
+
+    /// Forward exchange of the context-parallel ranks in one layer.
+    fn context(&self, bytes: f64) -> f64 {
+        let (span, hops) = (self.groups.context, (self.layout.cp - 1) as f64);
+        if hops == 0.0 {
+            return 0.0;
+        }
+        match self.layout.context {
+            // Keys and values go round; each hop is a message to the neighbour.
+            ContextExchange::Ring | ContextExchange::ZigZag => hops * self.network.message(span.nodes() > 1, bytes),
+            ContextExchange::AllGather => self.network.gather(span, bytes * self.layout.cp as f64),
+            // Queries, keys and values one after the other, and the output.
+            ContextExchange::AllToAll => 4.0 * self.network.all_to_all(span, bytes / 4.0),
+        }
     }
 
     /// Times of one stage.
@@ -295,9 +307,15 @@ impl Timer<'_> {
         let independent = if overlap.tensor { 1.0 } else { 0.5 * f64::from(u8::from(overlap.input_gradients)) };
         let tensor_backward =
             (1.0 - independent) * layer.tensor + exposed(independent * layer.tensor, hide_backward, physics);
-        let context_forward = exposed(layer.context, work.core.map_or(0.0, |_| forward.products * 0.5), physics);
-        let context_backward =
-            exposed(2.0 * layer.context, work.core.map_or(0.0, |_| backward.products * 0.5), physics);
+        // Only a ring runs beside attention. Gradients of keys and values go round, or are scattered, too.
+        let (context_forward, context_backward) = match self.layout.context {
+            ContextExchange::Ring | ContextExchange::ZigZag => (
+                exposed(layer.context, forward.attention, physics),
+                exposed(2.0 * layer.context, backward.attention, physics),
+            ),
+            ContextExchange::AllGather => (layer.context, 2.0 * layer.context),
+            ContextExchange::AllToAll => (layer.context, layer.context),
+        };
 
         // The host launches ahead; where it is slower than the GPU with its communication, the GPU waits.
         let pace = |passing: Passing, communication: f64| passing.gpu.max(passing.host - communication);
@@ -323,7 +341,11 @@ impl Timer<'_> {
     fn recompute(&self, work: &Work, forward: Passing, communication: f64) -> f64 {
         match self.layout.recompute {
             Recompute::None => 0.0,
-            Recompute::Full => forward.seconds() + communication,
+            Recompute::Full => {
+                // The state of the random numbers is kept, replaced and brought back.
+                let calls = 2.0 * work::CHECKPOINT_CALLS * self.device.launch_seconds();
+                Passing { host: forward.host + calls, ..forward }.seconds() + communication
+            }
             Recompute::Selective => match self.layout.attention {
                 // Scores, softmax and the weighted sum again.
                 AttentionKernel::Naive | AttentionKernel::FusedSoftmax => {

@@ -10,7 +10,7 @@ use paceline_sim::cluster::{
     Architecture, Attention, AttentionKernel, Compute, Experts, Layout, Numerics, Partition, Physics, PositionTable,
     Recompute,
 };
-use paceline_sim::partition::{PartitionError, StatePartition};
+use paceline_sim::partition::StatePartition;
 
 /// A run to be predicted, and what was measured.
 #[derive(Debug, Clone)]
@@ -121,12 +121,20 @@ fn number_in(row: &Row, keys: &[&str]) -> Option<u64> {
 /// positions and an own output projection for all others; corrected where a published parameter count says so.
 fn architecture(row: &Row, recipe: &Recipe) -> Result<Architecture, String> {
     let name = row.text("model").to_ascii_lowercase();
+    let known = ["layers", "hidden", "heads"].iter().any(|c| row.count(c).is_none_or(|n| n == 0));
+    if let Some(preset) = known.then(|| Architecture::load(&name.replace([' ', '_'], "-")).ok()).flatten() {
+        return Ok(preset);
+    }
     let (layers, hidden, heads) = (need(row, "layers")?, need(row, "hidden")?, need(row, "heads")?);
-    let gpt = any(&name, &["gpt", "mpt", "bloom", "opt-", "neox", "megatron", "turing"]) && !name.contains("gpt-oss");
+    let gpt = any(&name, &["gpt", "mpt", "bloom", "opt-", "neox", "megatron", "turing", "starcoder", "pythia"])
+        && !name.contains("gpt-oss");
     let alibi = any(&name, &["bloom", "falcon"]);
-    let head_dim = number_in(row, &["head_dim"]).unwrap_or(hidden.div_ceil(heads));
+    // Nemotron's own models square a rectifier instead of gating.
+    let plain = name.contains("nemotron") && !name.contains("llama");
+    let head_dim = number_in(row, &["head_dim"]).or_else(|| head_width(&name)).unwrap_or(hidden.div_ceil(heads));
     let kv_heads = row.count("kv_heads").filter(|n| *n > 0).unwrap_or(heads);
-    let latent = row.noted("MLA") || any(&name, &["deepseek-v2", "deepseek-v3", "kimi-k2"]);
+    let latent =
+        row.noted("MLA") || any(&letters(&name), &["deepseekv2", "deepseekv3", "deepseekr1", "kimik2", "moonlight"]);
     let attention = if latent {
         // DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437); the small models compress keys and values only.
         let query_rank = if name.contains("lite") { 0 } else { 1536 };
@@ -166,7 +174,7 @@ fn architecture(row: &Row, recipe: &Recipe) -> Result<Architecture, String> {
         hidden,
         attention,
         ffn,
-        gated: !gpt && !alibi,
+        gated: !gpt && !alibi && !plain,
         experts,
         vocab,
         tied,
@@ -180,19 +188,46 @@ fn architecture(row: &Row, recipe: &Recipe) -> Result<Architecture, String> {
     })
 }
 
+/// A name without its separators, in lower case.
+fn letters(name: &str) -> String {
+    name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
+}
+
+/// Width of a head in families where it is not the hidden width over the heads (their `config.json`).
+fn head_width(name: &str) -> Option<u64> {
+    let known =
+        [("qwen3next", 256), ("qwen3", 128), ("gptoss", 64), ("mistralnemo", 128), ("glm45", 128), ("gemma", 256)];
+    let plain = letters(name);
+    known.into_iter().find(|(part, _)| plain.contains(part)).map(|(_, width)| width)
+}
+
 /// Width of an expert, of the shared expert, and number of dense layers of published mixtures whose runs are often listed with the
 /// dense width only (their `config.json`).
 fn mixture(name: &str) -> Option<(u64, u64, u64)> {
     let known = [
-        ("deepseek-v2", (1536, 3072, 1)),
-        ("deepseek-v3", (2048, 2048, 3)),
-        ("kimi-k2", (2048, 2048, 1)),
-        ("qwen3-30b", (768, 0, 0)),
-        ("qwen3-235b", (1536, 0, 0)),
-        ("gpt-oss", (2880, 0, 0)),
+        ("deepseekv2lite", (1408, 2816, 1)),
+        ("deepseekmoe16b", (1408, 2816, 1)),
+        ("moonlight", (1408, 2816, 1)),
+        ("deepseekv2", (1536, 3072, 1)),
+        ("deepseekv3", (2048, 2048, 3)),
+        ("deepseekr1", (2048, 2048, 3)),
+        ("kimik2", (2048, 2048, 1)),
+        ("qwen3next", (512, 512, 0)),
+        ("qwen330b", (768, 0, 0)),
+        ("qwen3vl30b", (768, 0, 0)),
+        ("qwen3235b", (1536, 0, 0)),
+        ("qwen3vl235b", (1536, 0, 0)),
+        ("qwen257b", (2560, 20480, 0)),
+        ("qwen15moe", (1408, 5632, 0)),
+        ("gptoss", (2880, 0, 0)),
+        ("olmoe", (1024, 0, 0)),
+        ("llama4", (8192, 8192, 0)),
+        ("glm45air", (1408, 1408, 1)),
+        ("glm45", (1536, 1536, 3)),
+        ("dbrx", (10752, 0, 0)),
     ];
-    let plain = name.replace([' ', '_'], "-");
-    known.into_iter().find(|(prefix, _)| plain.contains(prefix)).map(|(_, widths)| widths)
+    let plain = letters(name);
+    known.into_iter().find(|(part, _)| plain.contains(part)).map(|(_, widths)| widths)
 }
 
 /// The variant of a model, gated or not, that comes close to a published count, if the usual one does not.
@@ -233,19 +268,17 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         return Err("gbs is not a multiple of mbs x dp".into());
     }
     let chunks = or_one("vpp");
-    let stated = row.text("schedule").to_ascii_lowercase();
+    let stated = row.text("schedule").to_ascii_lowercase().replace([' ', '_'], "-");
     let schedule = match stated.as_str() {
-        "" | "1f1b" | "interleaved-1f1b" | "interleaved" => {
-            if chunks > 1 {
-                "interleaved"
-            } else {
-                "1f1b"
-            }
-        }
         "zb-1p" if schedules::find("zb-1p").is_err() => "zb-h1",
         "zb-2p" if schedules::find("zb-2p").is_err() => "zb-h2",
         "afab" => "gpipe",
-        other => other,
+        other if !other.is_empty() && other != "1f1b" && schedules::find(other).is_ok() => other,
+        // Variants of names, and schedules that are not known, by what they share.
+        other if chunks > 1 && !other.contains("zb") => "interleaved",
+        other if any(other, &["zbv", "zb-v", "zero-bubble-v"]) => "zb-v",
+        other if any(other, &["zb", "zero-bubble"]) => "zb-h1",
+        _ => "1f1b",
     };
     let found = schedules::find(schedule).map_err(|_| format!("schedule {schedule:?} not known"))?;
     let chunks = found.chunks_for((chunks > 1).then_some(chunks as u32)).map_err(|e| e.to_string())?;
@@ -259,7 +292,8 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
     let chunks = if schedule == "1f1b" { 1 } else { chunks };
     let recompute = match row.text("recompute").to_ascii_lowercase().as_str() {
         t if t.starts_with("full") => Recompute::Full,
-        t if t.starts_with("sel") || t.contains("attn") || t.contains("core") => Recompute::Selective,
+        t if any(t, &["uniform", "block", "layer"]) && !t.contains("norm") => Recompute::Full,
+        t if t.starts_with("sel") || any(t, &["attn", "core", "partial", "sac"]) => Recompute::Selective,
         _ => Recompute::None,
     };
     let flash = match row.text("flash_attn").to_ascii_lowercase().as_str() {
@@ -283,7 +317,9 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         }
         t if any(t, &["hsdp", "hybrid"]) => StatePartition::MICS,
         t if any(t, &["fsdp", "zero3", "zero-3"]) || t == "3" => StatePartition::ZERO3,
-        t => t.parse().map_err(|error: PartitionError| error.to_string())?,
+        t if any(t, &["ddp", "zero-0"]) => StatePartition::NONE,
+        // A triple, or words that say nothing known.
+        t => t.parse().unwrap_or(recipe.sharding),
     };
     let sp = match row.text("sp").to_ascii_lowercase().as_str() {
         "true" | "1" | "yes" => true,
@@ -308,6 +344,7 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         pp,
         chunks,
         dp,
+        context: recipe.context,
         ep,
         sharding,
         partition: recipe.partition,
@@ -318,6 +355,7 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         recompute,
         attention,
         loss: recipe.loss,
+        launches: recipe.launches,
         keeps_gathered: recipe.keeps_gathered,
         fused_kernels: recipe.fused_kernels,
         fused_norms: recipe.fused_norms,
@@ -348,6 +386,7 @@ fn cluster(row: &Row) -> Result<Cluster, String> {
         let name = if gpu.memory_gib > 60.0 && gpu.name.starts_with('H') { "p5" } else { "p4d" };
         if let Ok(known) = find_cluster(name) {
             cluster.fabric = Fabric::Efa;
+            cluster.paced = known.paced;
             cluster.inter_gbps = known.inter_gbps;
             cluster.inter_latency_us = known.inter_latency_us;
         }

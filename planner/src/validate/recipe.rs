@@ -1,7 +1,8 @@
 //! What training frameworks do by default, where a file of runs leaves it open: facts about the frameworks' code, not about the runs.
 
 use super::row::Row;
-use paceline_sim::cluster::{AttentionKernel, LossKernel, Numerics, Overlap, Partition};
+use paceline_profiles::{Generation, find_gpu};
+use paceline_sim::cluster::{AttentionKernel, ContextExchange, Launches, LossKernel, Numerics, Overlap, Partition};
 use paceline_sim::partition::StatePartition;
 
 /// Defaults of a framework.
@@ -35,6 +36,10 @@ pub struct Recipe {
     pub fused_kernels: bool,
     /// Sequence parallelism when nothing is stated.
     pub sequence_parallel: bool,
+    /// How kernels reach the GPU.
+    pub launches: Launches,
+    /// How context-parallel ranks exchange.
+    pub context: ContextExchange,
 }
 
 const NONE: Overlap = Overlap { gradients: false, tensor: false, input_gradients: false, parameters: false };
@@ -46,7 +51,9 @@ pub fn recipe(row: &Row) -> Recipe {
     let framework = row.text("framework").to_ascii_lowercase();
     let sharding = row.text("zero_stage_or_fsdp").to_ascii_lowercase();
     let has = |word: &str| framework.contains(word);
-    let recent = ["H100", "H200", "H800", "B200", "B300", "GB"].iter().any(|g| row.text("gpu").starts_with(g));
+    let generation = find_gpu(row.text("gpu")).map(|gpu| gpu.generation);
+    let blackwell = matches!(generation, Ok(Generation::Blackwell));
+    let recent = blackwell || matches!(generation, Ok(Generation::Hopper));
     let flash = if recent && (has("bridge") || has("nemo") || has("te ")) {
         AttentionKernel::Flash3
     } else {
@@ -67,13 +74,15 @@ pub fn recipe(row: &Row) -> Recipe {
         scatters: true,
         sharding: StatePartition::ZERO1,
         sequence_parallel: false,
+        launches: Launches::Eager,
+        context: ContextExchange::ZigZag,
     };
     let mut recipe = if has("nanotron") {
         Recipe {
             numerics: Numerics::MIXED_FP32_ACCUMULATION,
             partition: Partition::ByCost,
-            // PyTorch's distributed data parallel.
-            bucket_bytes: Some(25.0 * (1 << 20) as f64),
+            // PyTorch's distributed data parallel; its sharded optimizer reduces everything at once.
+            bucket_bytes: (!sharding.contains('1')).then_some(25.0 * (1 << 20) as f64),
             // Its asynchronous mode overlaps the gathering with nothing but itself, and sharded optimizers reduce at the end.
             overlap: Overlap { gradients: !sharding.contains('1'), ..NONE },
             sequence_parallel: true,
@@ -86,15 +95,21 @@ pub fn recipe(row: &Row) -> Recipe {
         let loss = if has("composer") { LossKernel::Fused } else { LossKernel::InPlace };
         // Its models carry linear biases, which only the Triton port of the first FlashAttention took.
         let attention = if has("composer") { AttentionKernel::Flash1 } else { flash };
-        Recipe { numerics: Numerics::GATHERED_16_BIT, overlap: DATA, loss, attention, ..base }
+        // torchtitan compiles its blocks and gathers keys and values.
+        let (launches, context) =
+            if has("titan") { (Launches::Fused, ContextExchange::AllGather) } else { (base.launches, base.context) };
+        Recipe { numerics: Numerics::GATHERED_16_BIT, overlap: DATA, loss, attention, launches, context, ..base }
     } else if has("deepspeed") {
         // 16-bit gradients, reduced in 16 bits; no FlashAttention in the Megatron-DeepSpeed of its time.
         let summed = row.noted("fp32 grad") || row.noted("fp32 accumul");
         let numerics = if summed { Numerics::MIXED_FP32_ACCUMULATION } else { Numerics::MIXED };
-        Recipe { numerics, dropout: true, flash: false, scatters: false, ..base }
+        // Fully sharded, it fetches ahead and reduces behind.
+        let overlap = if sharding.contains('3') { DATA } else { base.overlap };
+        Recipe { numerics, dropout: true, flash: false, scatters: false, overlap, ..base }
     } else if has("bridge") || has("nemo") {
-        // Its recipes reduce gradients in 16 bits.
-        Recipe { overlap: ALL, sequence_parallel: true, ..base }
+        // Its recipes reduce gradients in 16 bits; on Blackwell they record graphs.
+        let launches = if has("bridge") && blackwell { Launches::Graph } else { Launches::Fused };
+        Recipe { overlap: ALL, sequence_parallel: true, launches, ..base }
     } else if has("intern") {
         Recipe { overlap: DATA, ..base }
     } else if has("megatron") {
@@ -104,7 +119,8 @@ pub fn recipe(row: &Row) -> Recipe {
         let bf16 = row.text("precision").eq_ignore_ascii_case("bf16") || row.noted("fp32 grad");
         let numerics = if bf16 { Numerics::MIXED_FP32_GRADIENTS } else { Numerics::MIXED };
         let overlap = Overlap { input_gradients: !has("2021") && !row.text("flash_attn").is_empty(), ..NONE };
-        Recipe { dropout: old, flash: !old, numerics, overlap, sharding: StatePartition::NONE, ..base }
+        let launches = if has("te ") || has("transformer engine") { Launches::Fused } else { Launches::Eager };
+        Recipe { dropout: old, flash: !old, numerics, overlap, launches, sharding: StatePartition::NONE, ..base }
     } else {
         Recipe { overlap: DATA, ..base }
     };
@@ -127,6 +143,21 @@ pub fn recipe(row: &Row) -> Recipe {
             _ => AttentionKernel::FusedSoftmax,
         };
         recipe.flash = kernel.contains("flash");
+    }
+    let told = format!("{framework}; {}", row.text("notes").to_ascii_lowercase());
+    let says = |words: &[&str]| words.iter().any(|word| told.contains(word));
+    if says(&["torch.compile", "compiled", "compile=true", "+ compile"]) && recipe.launches == Launches::Eager {
+        recipe.launches = Launches::Fused;
+    }
+    if says(&["cuda graph", "cudagraph", "cuda-graph"]) && !says(&["no cuda graph", "graphs off", "graph off"]) {
+        recipe.launches = Launches::Graph;
+    }
+    if says(&["cp=a2a", "cp=alltoall", "cp=all-to-all", "ulysses"]) {
+        recipe.context = ContextExchange::AllToAll;
+    } else if says(&["cp=allgather", "cp=all-gather", "cp=all_gather"]) {
+        recipe.context = ContextExchange::AllGather;
+    } else if says(&["cp=p2p", "cp=ring", "zigzag", "zig-zag"]) {
+        recipe.context = ContextExchange::ZigZag;
     }
     if row.noted("CE fusion") {
         recipe.loss = LossKernel::Fused;

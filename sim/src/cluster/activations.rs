@@ -4,7 +4,7 @@
 //! attention is a special case (`34 sbh + 5 a s^2 b` at 2 bytes per element), extended to fused attention, gated MLPs, grouped and
 //! latent attention, experts and context parallelism.
 
-use super::{Architecture, Attention, AttentionKernel, Layout, LossKernel, Recompute};
+use super::{Architecture, Attention, AttentionKernel, ContextExchange, Layout, LossKernel, Recompute};
 
 /// A kept tensor.
 #[derive(Debug, Clone, PartialEq)]
@@ -61,7 +61,7 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Vec<Kept> {
     let mlp = |width: f64, rows: f64| (element * rows * width * (up + apart) / tp, element * rows * width / tp);
     match model.experts {
         Some(experts) if model.routed(layer) => {
-            let visits = tokens * experts.top_k as f64;
+            let visits = layout.routing.load() * tokens * experts.top_k as f64;
             keep("router logits and probabilities", 8.0 * tokens * experts.count as f64 / cut);
             keep("tokens in the order of experts", element * visits * hidden / tp);
             let (before, after) = mlp(experts.ffn as f64, visits);
@@ -130,6 +130,15 @@ pub fn working_set(model: &Architecture, layout: &Layout, layer: u64) -> f64 {
     let mlp = element * tokens * width * (1.0 + up) / tp;
     let (query, key, value) = model.attention.widths();
     let mut attention = element * tokens * (query + key + value + query) as f64 / tp;
+    if layout.cp > 1 {
+        // Keys and values on the way, or those of all ranks, with their gradients; or everything in its other order.
+        let others = element * tokens * (key + value) as f64 / tp;
+        attention += match layout.context {
+            ContextExchange::Ring | ContextExchange::ZigZag => 2.0 * others,
+            ContextExchange::AllGather => 2.0 * others * layout.cp as f64,
+            ContextExchange::AllToAll => element * tokens * (query + key + value) as f64 / tp,
+        };
+    }
     if matches!(layout.attention, AttentionKernel::Naive | AttentionKernel::FusedSoftmax) {
         attention += 2.0 * element * model.attention.heads() as f64 / tp * tokens * layout.seq as f64;
     }

@@ -19,8 +19,14 @@ pub struct Layout {
     pub chunks: u64,
     /// Replicas.
     pub dp: u64,
-    /// Expert-parallel ranks, out of `dp * cp`.
+    /// How context-parallel ranks exchange.
+    #[serde(default)]
+    pub context: ContextExchange,
+    /// Expert-parallel ranks, out of `dp * cp * tp`.
     pub ep: u64,
+    /// How evenly tokens go to experts.
+    #[serde(default)]
+    pub routing: Routing,
     /// What the data-parallel ranks share out.
     pub sharding: StatePartition,
     /// Data-parallel ranks of a group, where states are cut within groups; those of a node without.
@@ -45,6 +51,9 @@ pub struct Layout {
     pub attention: AttentionKernel,
     /// Kernels of logits and loss.
     pub loss: LossKernel,
+    /// How kernels reach the GPU.
+    #[serde(default)]
+    pub launches: Launches,
     /// Keeps the gathered inputs of the products for the backward pass instead of gathering them again, under sequence
     /// parallelism.
     pub keeps_gathered: bool,
@@ -85,6 +94,57 @@ pub enum Partition {
 
 fn all() -> f64 {
     1.0
+}
+
+/// How context-parallel ranks bring queries together with the keys and values of other ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ContextExchange {
+    /// Each rank holds one stretch of the sequence and passes keys and values on, beside attention (Ring Attention, arXiv
+    /// 2310.01889). Under a causal mask the last rank has nearly twice the mean work, and the others wait.
+    Ring,
+    /// The same with a stretch from the front and one from the back for each rank, which evens the work out.
+    #[default]
+    ZigZag,
+    /// Keys and values of all ranks are gathered before attention (Llama 3, arXiv 2407.21783, section 3.3.2).
+    AllGather,
+    /// Ranks exchange the sequence for heads before attention and back after it (DeepSpeed-Ulysses, arXiv 2309.14509).
+    AllToAll,
+}
+
+/// How tokens spread over the experts of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Routing {
+    /// Tokens of the busiest expert-parallel rank over the mean; 1 for forced balance.
+    pub skew: f64,
+    /// Capacity factor: tokens beyond this multiple of the mean are dropped.
+    pub capacity: Option<f64>,
+}
+
+impl Default for Routing {
+    fn default() -> Routing {
+        Routing { skew: 1.0, capacity: None }
+    }
+}
+
+impl Routing {
+    /// Tokens that the busiest rank computes over the mean.
+    pub fn load(&self) -> f64 {
+        self.capacity.map_or(self.skew, |most| self.skew.min(most))
+    }
+}
+
+/// How kernels reach the GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Launches {
+    /// One by one, every elementwise operator for itself.
+    #[default]
+    Eager,
+    /// One by one, neighbouring elementwise operators fused (Transformer Engine's layers, `torch.compile`).
+    Fused,
+    /// Fused and recorded in CUDA graphs: the host replays them at once.
+    Graph,
 }
 
 /// What is computed again in the backward pass.
@@ -227,7 +287,9 @@ impl Layout {
             pp: 1,
             chunks: 1,
             dp: 1,
+            context: ContextExchange::default(),
             ep: 1,
+            routing: Routing::default(),
             sharding: StatePartition::NONE,
             group: None,
             trainable: 1.0,
@@ -239,6 +301,7 @@ impl Layout {
             recompute: Recompute::None,
             attention: AttentionKernel::Flash2,
             loss: LossKernel::InPlace,
+            launches: Launches::default(),
             keeps_gathered: false,
             fused_kernels: true,
             fused_norms: true,
@@ -308,6 +371,11 @@ impl Layout {
         if let Some(group) = self.group.filter(|group| *group == 0 || !self.data_ranks().is_multiple_of(*group)) {
             return Err(LayoutError::Group { group, ranks: self.data_ranks() });
         }
+        for (what, value) in [("expert_skew", Some(self.routing.skew)), ("expert_capacity", self.routing.capacity)] {
+            if let Some(value) = value.filter(|v| !(*v >= 1.0 && v.is_finite())) {
+                return Err(LayoutError::Routing { what, value });
+            }
+        }
         if !(self.trainable > 0.0 && self.trainable <= 1.0) {
             return Err(LayoutError::Trainable { ratio: self.trainable });
         }
@@ -324,6 +392,9 @@ pub enum LayoutError {
     /// Expert groups that do not divide the ranks of a stage.
     #[error("ep = {ep} does not divide the {ranks} ranks of a pipeline stage (dp x cp x tp); choose a divisor")]
     Experts { ep: u64, ranks: u64 },
+    /// A load that cannot be.
+    #[error("{what} = {value}; it is a multiple of the mean load of an expert-parallel rank, at least 1")]
+    Routing { what: &'static str, value: f64 },
     /// Groups that do not divide the data-parallel ranks.
     #[error("group_size = {group} does not divide the {ranks} data-parallel ranks (dp x cp); choose a divisor")]
     Group { group: u64, ranks: u64 },

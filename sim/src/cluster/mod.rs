@@ -24,6 +24,9 @@ mod zoo;
 
 pub use adapters::AdapterError;
 pub use architecture::{Architecture, Attention, Experts, PositionTable};
-pub use layout::{AttentionKernel, Compute, Layout, LayoutError, LossKernel, Numerics, Overlap, Partition, Recompute};
+pub use layout::{
+    AttentionKernel, Compute, ContextExchange, Launches, Layout, LayoutError, LossKernel, Numerics, Overlap, Partition,
+    Recompute, Routing,
+};
 pub use physics::{PARAMETERS, Parameter, Physics, PhysicsError};
 pub use zoo::ZooError;

@@ -10,16 +10,16 @@ use thiserror::Error;
 pub struct Physics {
     /// Share of the stated tensor-core rate that a large product reaches on Ampere.
     pub matmul_ampere: f64,
-    /// The same on Hopper, where the power limit lowers the clock.
+    /// The same on Hopper at 700 W, where the power limit lowers the clock.
     pub matmul_hopper: f64,
-    /// The same on Blackwell.
-    pub matmul_blackwell: f64,
+    /// Rate of Blackwell over what its power limit and Hopper's energy per operation foretell.
+    pub blackwell: f64,
     /// Rate of fused attention on long sequences, as a share of what its kernel's benchmark shows.
     pub attention: f64,
     /// Share of the stated memory bandwidth that memory-bound operators reach.
     pub memory: f64,
-    /// Elements of the summed dimension that filling and draining a product's pipeline costs.
-    pub prologue: f64,
+    /// Time to fill and drain the pipeline of one wave of tiles of a product, in seconds.
+    pub fill: f64,
     /// Time of the host to launch one kernel, in seconds.
     pub launch: f64,
     /// Share of the bus bandwidth inside a node, as benchmarks print it for large buffers, that collectives of a run reach.
@@ -66,11 +66,11 @@ macro_rules! parameter {
 /// All of them.
 pub const PARAMETERS: &[Parameter] = &[
     parameter!(matmul_ampere, 0.4, 0.98, "share of the stated rate that a large product reaches on Ampere"),
-    parameter!(matmul_hopper, 0.4, 0.98, "the same on Hopper, under its power limit"),
-    parameter!(matmul_blackwell, 0.3, 0.98, "the same on Blackwell"),
+    parameter!(matmul_hopper, 0.4, 0.98, "the same on Hopper at 700 W, under its power limit"),
+    parameter!(blackwell, 0.6, 1.5, "rate of Blackwell over what its power and Hopper's energy per operation foretell"),
     parameter!(attention, 0.2, 1.2, "rate of fused attention on long sequences over that of its benchmark"),
     parameter!(memory, 0.3, 0.98, "share of the stated memory bandwidth that memory-bound operators reach"),
-    parameter!(prologue, 1.0, 2000.0, "elements of the summed dimension that starting a product costs"),
+    parameter!(fill, 1e-7, 2e-5, "seconds to fill and drain the pipeline of one wave of a product's tiles"),
     parameter!(launch, 1e-6, 1e-4, "seconds of the host per kernel launch"),
     parameter!(intra, 0.2, 1.3, "share of the benchmarked bus bandwidth inside a node that collectives reach"),
     parameter!(inter, 0.1, 1.0, "share of the stated bandwidth between nodes that collectives reach"),
@@ -84,19 +84,19 @@ impl Default for Physics {
     /// Fitted to the public runs of `docs/accuracy.md`.
     fn default() -> Physics {
         Physics {
-            matmul_ampere: 0.835,
-            matmul_hopper: 0.676,
-            matmul_blackwell: 0.489,
-            attention: 0.805,
-            memory: 0.714,
-            prologue: 264.0,
-            launch: 2.35e-05,
-            intra: 0.843,
-            inter: 0.865,
-            contention: 0.394,
-            jitter: 3.42e-03,
-            fragmentation: 0.054,
-            context: 2.12e+09,
+            matmul_ampere: 0.812,
+            matmul_hopper: 0.672,
+            blackwell: 0.976,
+            attention: 0.824,
+            memory: 0.725,
+            fill: 4.79e-6,
+            launch: 1.91e-5,
+            intra: 0.841,
+            inter: 0.859,
+            contention: 0.382,
+            jitter: 3.03e-3,
+            fragmentation: 0.045,
+            context: 2.05e9,
         }
     }
 }
@@ -142,11 +142,11 @@ impl Physics {
     pub const EXPECTED: Physics = Physics {
         matmul_ampere: 0.80,
         matmul_hopper: 0.70,
-        matmul_blackwell: 0.65,
+        blackwell: 1.0,
         attention: 0.90,
         memory: 0.80,
-        prologue: 200.0,
-        launch: 1.5e-5,
+        fill: 3e-6,
+        launch: 2e-5,
         intra: 0.85,
         inter: 0.85,
         contention: 0.35,

@@ -1,7 +1,7 @@
 //! What a rank computes in one layer for one microbatch: matrix products by shape, attention, traffic of memory-bound
 //! operators, kernel launches, and the messages between ranks of the same layer.
 
-use super::{Architecture, Attention, AttentionKernel, Layout};
+use super::{Architecture, Attention, AttentionKernel, ContextExchange, Launches, Layout, Recompute};
 
 /// A matrix product `m x k` by `k x n`, `count` of them.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -45,7 +45,7 @@ pub struct Messages {
     pub tensor_gather: f64,
     /// How many tensor-parallel collectives these are.
     pub tensor_calls: f64,
-    /// What a rank passes on in the context-parallel ring, or exchanges.
+    /// Keys and values of one context-parallel rank; where sequence and heads are exchanged, queries and outputs too.
     pub context: f64,
     /// What a rank sends to the experts' ranks and back.
     pub experts: f64,
@@ -66,8 +66,15 @@ pub struct Work {
     pub messages: Messages,
 }
 
-/// Forward kernels of a block beside products and attention: norms, rotary embedding, activation, residuals, casts.
+/// Forward kernels of a block beside products and attention: norms, rotary embedding, activation, residuals, casts, copies.
 const ELEMENTWISE_KERNELS: f64 = 30.0;
+/// The same where neighbours are fused.
+const FUSED_KERNELS: f64 = 14.0;
+/// Kernels more where rotary embedding and gate are written as separate operators: casts, halves, products, sums and joins of queries
+/// and keys.
+const APART_KERNELS: f64 = 12.0;
+/// Calls of the host that store the state of the random numbers for a recomputed block, and bring it back.
+pub const CHECKPOINT_CALLS: f64 = 6.0;
 /// Launches of one collective: the kernel, copies into and out of contiguous buffers, and the events that order it.
 const KERNELS_PER_COLLECTIVE: f64 = 5.0;
 
@@ -109,7 +116,18 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Work {
     // Rotary embedding: one read and one write; as separate operations in 32 bits and with copies, three times that.
     let passes = if layout.fused_kernels { 2.0 } else { 6.0 };
     work.traffic += passes * element * tokens * projected / tp;
-    work.kernels += ELEMENTWISE_KERNELS;
+    work.kernels += if layout.launches == Launches::Eager { ELEMENTWISE_KERNELS } else { FUSED_KERNELS };
+    if !layout.fused_kernels {
+        work.kernels += APART_KERNELS;
+    }
+    if layout.recompute == Recompute::Full {
+        work.kernels += CHECKPOINT_CALLS;
+    }
+    if let Attention::Latent { .. } = model.attention {
+        // Plain and rotary parts of queries and keys are split and joined again, the shared rotary part repeated for every head.
+        work.traffic += 4.0 * element * tokens * (query + key) as f64 / tp;
+        work.kernels += 6.0;
+    }
 
     attention_core(model, layout, &mut work);
     mlp(model, layout, layer, &mut work);
@@ -128,7 +146,12 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Work {
             Attention::Grouped { kv_heads, .. } => tp.min(kv_heads as f64),
             Attention::Latent { .. } => tp,
         };
-        work.messages.context = element * tokens * (key + value) as f64 / kv_cut * (layout.cp - 1) as f64;
+        work.messages.context = match layout.context {
+            ContextExchange::AllToAll => {
+                element * tokens * (query + key + value + model.attention.output_width()) as f64 / tp
+            }
+            _ => element * tokens * (key + value) as f64 / kv_cut,
+        };
     }
     work.kernels += work.products.len() as f64 + work.messages.tensor_calls * KERNELS_PER_COLLECTIVE;
     work
@@ -157,8 +180,10 @@ fn attention_core(model: &Architecture, layout: &Layout, work: &mut Work) {
             work.kernels += passes;
         }
         kernel => {
-            // Only the causal half is computed.
-            let flops = 2.0 * tokens * seq * widths / 2.0;
+            // Only the causal half is computed; of one stretch after the other, the last rank has the most.
+            let cp = layout.cp as f64;
+            let uneven = if layout.context == ContextExchange::Ring { 2.0 - 1.0 / cp } else { 1.0 };
+            let flops = uneven * 2.0 * tokens * seq * widths / 2.0;
             let bytes = element * tokens * ((query + key + value + query) as f64) / tp;
             work.core = Some(Core { flops, bytes, seq, kernel });
             work.kernels += 1.0;
@@ -185,8 +210,8 @@ fn mlp(model: &Architecture, layout: &Layout, layer: u64, work: &mut Work) {
             if experts.shared_ffn > 0 {
                 dense(experts.shared_ffn as f64, work);
             }
-            // Balanced routing: every local expert gets the same number of rows.
-            let visits = tokens * experts.top_k as f64 / tp;
+            // The busiest rank; its local experts share its rows evenly.
+            let visits = layout.routing.load() * tokens * experts.top_k as f64 / tp;
             let local = (experts.count as f64 / layout.ep as f64).max(1.0);
             let rows = visits / local;
             let width = experts.ffn as f64;
