@@ -248,8 +248,11 @@ fn candidates(request: &ClusterRequest, model: &Architecture, gpus: u64, node: u
                     };
                     for states in axis(&request.states, states) {
                         for recompute in axis(&request.recompute, words(&["none", "selective", "full"])) {
-                            let names =
-                                if pp > 1 { words(&["1f1b", "interleaved", "zb-h1"]) } else { words(&["1f1b"]) };
+                            let names = if pp > 1 {
+                                words(&["1f1b", "interleaved", "zb-h1", "v-min", "v-half", "v-zb"])
+                            } else {
+                                words(&["1f1b"])
+                            };
                             for schedule in axis(&request.schedule, names) {
                                 list.push(ClusterRequest {
                                     tp: Some(tp),
