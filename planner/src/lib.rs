@@ -9,6 +9,7 @@
 //! - `generators`: schedules computed for given times and memory limits, behind the registry.
 //! - [`interchange`]: schedules as files of other tools.
 //! - [`job`]: what to train, on what, and which axes are fixed.
+//! - [`layer_partition`]: which layers each stage has.
 //! - [`lower`]: from an order to the program that simulator and executor interpret.
 //! - [`predict`]: an iteration of a layout on a real cluster, second by second and byte by byte.
 //! - [`validate`]: predictions against measured runs, and fits to them.
@@ -25,6 +26,7 @@ pub mod drawing;
 mod generators;
 pub mod interchange;
 pub mod job;
+pub mod layer_partition;
 pub mod lower;
 pub mod optimise;
 pub mod order;

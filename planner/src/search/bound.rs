@@ -7,7 +7,8 @@
 use super::{AtLeast, Bound};
 use crate::configuration::{Configuration, Machine};
 use crate::job::Job;
-use crate::lower::{Blueprint, Form, States, Substance, cut, lower_unchecked};
+use crate::layer_partition::{LayerCosts, Vocabulary, in_flight, partition};
+use crate::lower::{Blueprint, Form, LowerError, States, Substance, lower_unchecked};
 use crate::order::{ComputeOrder, Placement};
 use crate::prediction::Costs;
 use crate::schedules::{action, find, looped};
@@ -38,6 +39,27 @@ struct LayerTimes {
     kept: u64,
 }
 
+/// The shares of a layer's state that a rank holds.
+struct Held {
+    weights: f64,
+    moments: f64,
+}
+
+impl Held {
+    fn of(candidate: &Configuration, placement: &Placement) -> Held {
+        let holders = u64::from(candidate.dp) * u64::from(placement.copies);
+        let group = candidate.sharing.group_size.map_or(holders, u64::from);
+        let kept = |level: Level| 1.0 / level.parts(holders, group) as f64;
+        // Parameters and gradients weigh the same.
+        let weights = (kept(candidate.states.parameters) + kept(candidate.states.gradients)) / 2.0;
+        Held { weights, moments: kept(candidate.states.optimizer) }
+    }
+
+    fn bytes(&self, layer: &LayerTimes) -> f64 {
+        layer.weights as f64 * self.weights + layer.moments as f64 * self.moments
+    }
+}
+
 /// By layer in forward order.
 type Layers = Arc<Vec<LayerTimes>>;
 
@@ -61,7 +83,7 @@ impl<'a> LayerBound<'a> {
     /// When they cannot be cut so, or have no costs.
     pub fn cut(&self, candidate: &Configuration) -> Result<Vec<u32>, String> {
         let placement = self.placement(candidate)?;
-        let stages = self.stages(candidate, placement.stages_per_copy())?;
+        let stages = self.stages(candidate, &placement)?;
         Ok(stages.iter().map(|stage| stage.units.len() as u32).collect())
     }
 
@@ -70,21 +92,38 @@ impl<'a> LayerBound<'a> {
         schedule.placement(candidate.pp, Some(candidate.chunks)).map_err(|error| error.to_string())
     }
 
-    fn stages(&self, candidate: &Configuration, stages: usize) -> Result<Vec<Stage>, String> {
-        if !candidate.stage_layers.is_empty() {
-            return candidate.cut(self.job, stages).map_err(|error| error.to_string());
-        }
-        let layers = self.layers(candidate)?;
-        let weight = |layer: Layer| {
-            let place = match layer {
-                Layer::Embedding => 0,
-                Layer::Block(block) => block as usize + 1,
-                Layer::Head => layers.len() - 1,
+    /// The candidate's own cut, or the one whose busiest rank does as little as can be, within memory where the job limits it and
+    /// such a cut exists.
+    fn stages(&self, candidate: &Configuration, placement: &Placement) -> Result<Vec<Stage>, String> {
+        let stages = placement.stages_per_copy();
+        let mut cut = candidate.clone();
+        if cut.stage_layers.is_empty() {
+            let blocks = self.job.model.layers;
+            if stages > blocks as usize {
+                let model = self.job.model.name.clone();
+                return Err(LowerError::TooManyStages { model, stages, blocks }.to_string());
+            }
+            let (layers, held) = (self.layers(candidate)?, Held::of(candidate, placement));
+            let list = |of: &dyn Fn(&LayerTimes) -> f64| layers.iter().map(of).collect();
+            let costs = LayerCosts {
+                seconds: list(&|layer| layer.forward + layer.again + layer.fused),
+                fixed: list(&|layer| held.bytes(layer)),
+                activation: list(&|layer| layer.kept as f64),
             };
-            let times = &layers[place];
-            times.forward + times.again + times.fused
-        };
-        cut(&self.job.model, stages, weight).map_err(|error| error.to_string())
+            // Generators that keep a limit fit their order to the cut, so only fixed schedules bound it.
+            let order = find(&candidate.schedule).ok().filter(|schedule| schedule.fixed);
+            let order = order.and_then(|_| candidate.order(self.job).ok());
+            let within = self.job.memory_limit.zip(order).and_then(|(limit, order)| {
+                let limit = vec![limit as f64; placement.devices()];
+                partition(&costs, placement, &in_flight(&order), Some(&limit), Vocabulary::Ends).ok()
+            });
+            let nothing = vec![Vec::new(); placement.devices()];
+            cut.stage_layers = match within {
+                Some(sizes) => sizes,
+                None => partition(&costs, placement, &nothing, None, Vocabulary::Ends).map_err(|e| e.to_string())?,
+            };
+        }
+        cut.cut(self.job, stages).map_err(|error| error.to_string())
     }
 
     fn layers(&self, candidate: &Configuration) -> Result<Layers, String> {
@@ -190,7 +229,7 @@ impl Bound for LayerBound<'_> {
         }
         let layers = self.layers(candidate)?;
         let per_copy = placement.stages_per_copy();
-        let stages = self.stages(candidate, per_copy)?;
+        let stages = self.stages(candidate, &placement)?;
         let split = find(&candidate.schedule).is_ok_and(|schedule| schedule.split);
         // Sums over the layers of each stage of one copy.
         let mut next = 0;
@@ -216,13 +255,7 @@ impl Bound for LayerBound<'_> {
 
         let pp = candidate.pp as usize;
         let copies = placement.copies as usize;
-        let holders = u64::from(candidate.dp) * copies as u64;
-        let group = candidate.sharing.group_size.map_or(holders, u64::from);
-        let parts = |level: Level| level.parts(holders, group) as f64;
-        let shards = parts(candidate.states.optimizer);
-        // Parameters and gradients weigh the same.
-        let kept_of = |level: Level| 1.0 / parts(level) / 2.0;
-        let weights_held = kept_of(candidate.states.parameters) + kept_of(candidate.states.gradients);
+        let held = Held::of(candidate, &placement);
         let mut work = vec![0.0; pp];
         let mut arrival = vec![f64::INFINITY; pp];
         let mut bytes = vec![0u64; pp];
@@ -241,13 +274,14 @@ impl Bound for LayerBound<'_> {
                 let rank = placement.device_of_stage[copy * per_copy + stage] as usize;
                 // Schedules that split do so for some microbatches at least; both kinds of backward bound them.
                 let backward = if split { times.split.min(times.fused) } else { times.fused };
-                work[rank] += f64::from(passes) * (times.forward + times.again + backward) + times.optimizer / shards;
+                work[rank] +=
+                    f64::from(passes) * (times.forward + times.again + backward) + times.optimizer * held.moments;
                 if passes > 0 {
                     arrival[rank] = f64::min(arrival[rank], reached);
                     kept[rank] = kept[rank].max(times.kept);
                 }
                 reached += times.forward;
-                bytes[rank] += (times.weights as f64 * weights_held + times.moments as f64 / shards) as u64;
+                bytes[rank] += held.bytes(times) as u64;
             }
         }
         let mut load = vec![0.0; self.machine.devices as usize];

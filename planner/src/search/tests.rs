@@ -192,3 +192,24 @@ fn a_search_can_be_stopped_and_tells_how_far_it_is() {
     );
     assert!(seen[0].decided < plans.candidates);
 }
+
+#[test]
+fn no_single_layer_moved_makes_the_best_plan_shorter() {
+    let job = job("pp = 2\ndp = 1\nmicro_batch = 8\nschedule = ['1f1b', 'zb-h1', 'v-half']");
+    let plans = run(&job, 2).unwrap();
+    let bound = LayerBound::new(&job, MACHINE, &ByFlops);
+    let score = Simulation { job: &job, machine: MACHINE, costs: &ByFlops, cuts: &bound };
+    for plan in &plans.plans {
+        let sizes = &plan.configuration.stage_layers;
+        for (from, to) in (1..sizes.len()).flat_map(|right| [(right - 1, right), (right, right - 1)]) {
+            let mut moved = plan.configuration.clone();
+            if sizes[from] > 1 {
+                moved.stage_layers[from] -= 1;
+                moved.stage_layers[to] += 1;
+                let seconds = score.predict(&moved).unwrap().prediction.iteration_seconds;
+                assert!(seconds >= plan.prediction.iteration_seconds, "{moved}: {seconds}");
+            }
+        }
+    }
+    assert!(plans.gap >= 0.0);
+}
