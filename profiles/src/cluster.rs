@@ -8,7 +8,7 @@ pub use measured::{Change, MeasuredError};
 
 use crate::gpu::{Gpu, GpuError, find_gpu};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::LazyLock;
 use thiserror::Error;
 
@@ -40,6 +40,10 @@ pub struct Cluster {
     pub paced: bool,
     /// Where the figures come from.
     pub source: String,
+    /// Bandwidths that were measured, on this cluster or on one like it, by the names of their keys; the others are datasheets' or
+    /// assumed.
+    #[serde(default)]
+    pub measured: BTreeSet<String>,
     /// Parameters of predictions that were fitted to runs on this cluster, by name; the others are the shipped ones.
     #[serde(default)]
     pub physics: BTreeMap<String, f64>,
@@ -86,6 +90,8 @@ pub enum ClusterError {
 #[serde(deny_unknown_fields)]
 struct Entry {
     name: String,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    measured: BTreeSet<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     aliases: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -155,6 +161,11 @@ impl Entry {
             (None, Some(name)) => find_gpu(name).map_err(wrap)?.clone(),
             (None, None) => return Err(ClusterError::NoGpu { cluster }),
         };
+        let mut measured = self.measured;
+        // Those of the GPU hold with the GPU's own links.
+        if self.intra_gbps.is_none() && self.gather_gbps.is_none() && self.all_reduce_gbps.is_none() {
+            measured.extend(gpu.measured.iter().cloned());
+        }
         let intra_gbps = self.intra_gbps.unwrap_or_else(|| gpu.nvlink_gbps.unwrap_or(gpu.pcie_gbps));
         let (gather_gbps, all_reduce_gbps) = bus_bandwidths(&gpu, intra_gbps);
         let built = Cluster {
@@ -171,6 +182,7 @@ impl Entry {
             // Bandwidths measured over EFA say so (p5 in the shipped clusters).
             paced: self.paced.unwrap_or(self.fabric == Fabric::Efa),
             source: self.source,
+            measured,
             physics: BTreeMap::new(),
         };
         built.check()?;
@@ -234,6 +246,7 @@ impl Cluster {
         let entry = Entry {
             name: self.name.clone(),
             aliases: Vec::new(),
+            measured: self.measured.clone(),
             gpu: None,
             gpus_per_node: self.gpus_per_node,
             intra_gbps: Some(self.intra_gbps),
@@ -279,6 +292,7 @@ impl Cluster {
         self.gpu.nvlink_gbps = None;
         self.intra_gbps = self.gpu.pcie_gbps;
         (self.gather_gbps, self.all_reduce_gbps) = bus_bandwidths(&self.gpu, self.intra_gbps);
+        self.measured.clear();
         self
     }
 
@@ -306,6 +320,7 @@ impl Cluster {
             host_pace_us: 0.0,
             paced: false,
             source: "assumed: the usual network of this generation".into(),
+            measured: gpu.measured.iter().cloned().collect(),
             physics: BTreeMap::new(),
         }
     }

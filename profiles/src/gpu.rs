@@ -39,6 +39,9 @@ pub struct Gpu {
     pub all_reduce_gbps: Option<f64>,
     /// Where these two come from.
     pub collectives_source: Option<String>,
+    /// Names of those of them that were measured on this GPU.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub measured: Vec<String>,
     /// PCIe bandwidth.
     pub pcie_gbps: f64,
     /// GPUs that NVLink joins at most; 1 without.

@@ -65,6 +65,8 @@ pub fn predict(screen: &Screen, source: &JobSource, budget: &Budget) -> Result<(
         describe(&configuration)
     ))?;
     show(screen, &as_prediction(&prediction))?;
+    screen.line("")?;
+    show_compute(screen, &prediction)?;
     let ratios = OverlapRatios::of(&model, &layout, &cluster);
     screen.line("")?;
     show_ratios(screen, &ratios)?;
@@ -283,6 +285,22 @@ fn describe(c: &ClusterRequest) -> String {
         parts.push(format!("{kind} recomputation"));
     }
     parts.join(" ")
+}
+
+/// Compute by class of operator.
+fn show_compute(screen: &Screen, prediction: &ClusterPrediction) -> Result<(), Failure> {
+    let compute = &prediction.compute;
+    let parts = [
+        ("matrix products", compute.products),
+        ("attention", compute.attention),
+        ("memory-bound operators", compute.memory_bound),
+        ("waiting for launches", compute.launches),
+    ];
+    let mut table = Table::new(["compute on the slowest rank", "", "share"]);
+    for (name, seconds) in parts.into_iter().filter(|&(_, seconds)| seconds > 0.0) {
+        table.row([name.to_string(), show_seconds(seconds), show_percent(seconds / prediction.iteration_seconds)]);
+    }
+    table.print(screen)
 }
 
 fn show_ratios(screen: &Screen, ratios: &OverlapRatios) -> Result<(), Failure> {

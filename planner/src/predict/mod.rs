@@ -25,8 +25,10 @@ use paceline_profiles::{Cluster, Gpu};
 use paceline_sim::cluster::device::Device;
 use paceline_sim::cluster::memory::{self, RankParameters, states};
 use paceline_sim::cluster::network::Network;
-use paceline_sim::cluster::{Architecture, Compute, Layout, LayoutError, Partition, Physics, Recompute, activations};
-use paceline_sim::partition::Level;
+use paceline_sim::cluster::{
+    Architecture, Compute, ContextExchange, Layout, LayoutError, Partition, Physics, Recompute, activations,
+};
+use paceline_sim::partition::{Level, StatePartition};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -184,11 +186,11 @@ impl MemoryClasses {
 /// Shares of a time by where they come from.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Origin {
-    /// Measured on the cluster.
+    /// Communication over links whose bandwidth was measured.
     pub measured: f64,
-    /// From datasheets through fitted efficiencies.
+    /// Rates of datasheets through fitted efficiencies.
     pub fitted: f64,
-    /// From datasheets and vendors' tables as they are.
+    /// Communication over links whose bandwidth is a datasheet's or assumed.
     pub datasheet: f64,
 }
 
@@ -348,7 +350,6 @@ pub fn predict_cluster(
             2.0 * (model.layers * layout.seq * (query + model.attention.output_width())) as f64
         }
     };
-    let latencies = time.exposed_pp;
     Ok(ClusterPrediction {
         iteration_seconds: iteration,
         tokens_per_second_per_gpu: per_gpu,
@@ -358,8 +359,36 @@ pub fn predict_cluster(
         compute,
         memory,
         exchanges: ends.alone[ends.critical()],
-        provenance: Origin { measured: 0.0, fitted: 1.0 - latencies / iteration, datasheet: latencies / iteration },
+        provenance: origin(&time, &timer, cluster),
     })
+}
+
+/// Where an iteration's time comes from: communication that shows, over links whose bandwidth was measured or is a datasheet's;
+/// everything else from stated rates through fitted efficiencies.
+fn origin(time: &TimeParts, timer: &Timer<'_>, cluster: &Cluster) -> Origin {
+    let (layout, groups) = (timer.layout, &timer.groups);
+    let tensor = if layout.sp { "gather_gbps" } else { "all_reduce_gbps" };
+    let data = if layout.sharding == StatePartition::NONE { "all_reduce_gbps" } else { "gather_gbps" };
+    let context = if layout.context == ContextExchange::AllGather { "gather_gbps" } else { "intra_gbps" };
+    let parts = [
+        (time.exposed_tp, groups.tensor.nodes() > 1, tensor),
+        (time.exposed_dp, groups.data.nodes() > 1, data),
+        (time.exposed_cp, groups.context.nodes() > 1, context),
+        (time.exposed_ep, groups.experts.nodes() > 1, "intra_gbps"),
+        (time.exposed_pp, groups.pipeline_across, "intra_gbps"),
+    ];
+    let total = time.total();
+    let mut origin = Origin::default();
+    for (seconds, across, key) in parts {
+        let share = seconds / total;
+        if cluster.measured.contains(if across { "inter_gbps" } else { key }) {
+            origin.measured += share;
+        } else {
+            origin.datasheet += share;
+        }
+    }
+    origin.fitted = 1.0 - origin.measured - origin.datasheet;
+    origin
 }
 
 /// Totals of the replayed pipeline, the whole iteration's microbatches included.

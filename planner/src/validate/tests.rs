@@ -102,3 +102,80 @@ fn recomputation_is_assumed_only_where_nothing_is_said() {
     let validation = validate(load(&format!("{head}\n{}\n{}\n", run(""), run("none"))).unwrap(), &Physics::default());
     assert_eq!(validation.rows.iter().map(|r| r.predicted_oom).collect::<Vec<_>>(), [false, true]);
 }
+
+mod fuzz {
+    use super::*;
+    use proptest::prelude::*;
+    use proptest::sample::select;
+
+    fn one_of(words: &'static [&'static str]) -> impl Strategy<Value = String> {
+        select(words).prop_map(str::to_owned)
+    }
+
+    prop_compose! {
+        fn shape()(
+            model in one_of(&["", "GPT-3", "Mixtral-8x7B", "DeepSeek V3", "qwen3-30b-a3b", "Nemotron-4 15B", "llama3-8b"]),
+            layers in one_of(&["", "1", "7", "32", "61"]),
+            hidden in one_of(&["64", "2880", "16384", ""]),
+            heads in one_of(&["1", "8", "100"]),
+            experts in one_of(&["", "0", "8", "256"]),
+            topk in one_of(&["", "1", "8", "300"]),
+            seq in one_of(&["1", "512", "131072"]),
+            billions in one_of(&["", "0", "0.001", "7", "2000"]),
+        ) -> String {
+            format!("{model},{layers},{hidden},,{heads},,,{experts},{topk},{seq},{billions}")
+        }
+    }
+
+    prop_compose! {
+        fn machine()(
+            gpu in one_of(&["a100", "H100-SXM", "NVIDIA H100 80GB HBM3", "gb200", "B300", "V100", "L40S", "H800", "MI300X", "A100 PCIe"]),
+            gpus in one_of(&["1", "6", "8", "64", "4096"]),
+            node in one_of(&["", "1", "4", "8", "72"]),
+            links in one_of(&["", "PCIe", "EFA", "NVLink + RoCE 1600Gbps/node", "4x100 Gb/s Omni-Path"]),
+            precision in one_of(&["", "BF16", "fp16", "FP8-mx", "nvfp4", "fp32"]),
+        ) -> String {
+            format!("{gpu},{gpus},{node},{links},{precision}")
+        }
+    }
+
+    prop_compose! {
+        fn cut()(
+            tp in one_of(&["", "1", "2", "8"]),
+            sp in one_of(&["", "True", "false"]),
+            cp in one_of(&["", "2"]),
+            pp in one_of(&["", "1", "2", "8"]),
+            vpp in one_of(&["", "1", "2", "5"]),
+            ep in one_of(&["", "1", "8", "64"]),
+            states in one_of(&["", "ZeRO-3", "hsdp", "FSDP2", "distributed optimizer", "IIG", "whatever"]),
+            schedule in one_of(&["", "1F1B", "Interleaved 1F1B", "zb-v", "dualpipe", "v-half", "somehow"]),
+            batch in one_of(&["1,8", ",64", "3,4096", "2,", "1,4096"]),
+            recompute in one_of(&["", "full", "selective", "uniform 1", "core_attn+moe"]),
+            flash in one_of(&["", "True", "False"]),
+            framework in one_of(&["", "TorchTitan", "Megatron-Bridge 25.09", "DeepSpeed", "nanotron", "NeMo", "Composer FSDP", "InternEvo"]),
+        ) -> String {
+            format!("{tp},{sp},{cp},{pp},{vpp},,{ep},{states},{schedule},{batch},{recompute},{flash},{framework}")
+        }
+    }
+
+    const COLUMNS: &str = "id,source,model,layers,hidden,ffn_hidden,heads,kv_heads,vocab,experts,topk,seq,params_b,gpu,gpus,gpus_per_node,interconnect,precision,tp,sp,cp,pp,vpp,dp,ep,zero_stage_or_fsdp,schedule,mbs,gbs,recompute,flash_attn,framework,iter_time_s,notes";
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+
+        /// Whatever the words of a row, it is predicted with finite figures, or there is a reason why not.
+        #[test]
+        fn every_row_is_predicted_or_has_a_reason(
+            shape in shape(), machine in machine(), cut in cut(), notes in "[ -+\\--~]{0,30}",
+        ) {
+            let text = format!("{COLUMNS}\nx-1,x,{shape},{machine},{cut},1.5,\"{}\"\n", notes.replace('"', ""));
+            let validation = validate(load(&text).unwrap(), &Physics::default());
+            let reasons: usize = validation.sources.iter().map(|s| s.skipped.values().sum::<usize>()).sum();
+            prop_assert!(!validation.rows.is_empty() || reasons > 0, "neither predicted nor explained");
+            for row in &validation.rows {
+                prop_assert!(row.predicted_iteration_seconds.is_finite() && row.predicted_iteration_seconds > 0.0, "{row:?}");
+                prop_assert!(row.predicted_peak_gib.is_finite() && row.predicted_peak_gib > 0.0, "{row:?}");
+            }
+        }
+    }
+}

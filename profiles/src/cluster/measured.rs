@@ -87,6 +87,7 @@ impl Cluster {
         let share = if key == "inter_gbps" && test != Test::Message { (ranks / nodes).max(1) as f64 } else { 1.0 };
         let change = Change { run, key, before: *value, after: bus / share };
         *value = change.after;
+        self.measured.insert(key.to_owned());
         Ok(change)
     }
 }

@@ -77,11 +77,22 @@ impl Architecture {
         names
     }
 
-    /// A preset by name, or a `config.json` by path (a directory stands for the one in it).
+    /// A preset by name (case, separators and an organisation before a slash do not matter), or a `config.json` by path (a directory
+    /// stands for the one in it).
     ///
     /// # Errors
     /// When there is no such preset or file, or the file lacks a size.
     pub fn load(preset_or_path: &str) -> Result<Architecture, ZooError> {
+        let letters = |name: &str| -> String {
+            name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
+        };
+        let name = preset_or_path.rsplit('/').next().map(letters).unwrap_or_default();
+        let known = if Path::new(preset_or_path).exists() {
+            None
+        } else {
+            Architecture::preset_names().into_iter().find(|preset| letters(preset) == name)
+        };
+        let preset_or_path = known.as_deref().unwrap_or(preset_or_path);
         if let Some(row) = PRESETS.iter().find(|row| row.0 == preset_or_path) {
             return Ok(preset(row));
         }
@@ -214,7 +225,17 @@ mod tests {
             assert!((a / total - 1.0).abs() < 0.01 && (b / active - 1.0).abs() < 0.02, "{name}: {a} {b}");
         }
         assert_eq!(Architecture::load("mixtral-8x7b").unwrap().parameters(), 46_702_792_704);
+        // 56 blocks of attention (88,080,384), eight experts (2,415,919,104), router and norms (61,440); two matrices of the
+        // vocabulary and the last norm.
+        assert_eq!(
+            Architecture::load("mixtral-8x22b").unwrap().parameters(),
+            56 * (88_080_384 + 2_415_919_104 + 61_440) + 402_653_184 + 6_144
+        );
         assert_eq!(Architecture::load("llama-3-8b").unwrap().parameters(), 8_030_261_248);
+        for name in ["Mixtral-8x7B", "mistralai/Mixtral_8x7B", "MIXTRAL 8X7B"] {
+            assert_eq!(Architecture::load(name).unwrap().parameters(), 46_702_792_704);
+        }
+        assert_eq!(Architecture::load("Llama3-8B").unwrap().name, "llama-3-8b");
         let error = Architecture::load("no-such-model").unwrap_err().to_string();
         assert!(error.contains("no-such-model") && error.contains("deepseek-v3"), "{error}");
     }
