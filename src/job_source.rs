@@ -4,7 +4,7 @@ use crate::failure::Failure;
 use crate::flags::JobFlags;
 use clap::Args;
 use paceline_planner::job::{Job, JobError, LOCAL};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Where a job comes from.
 #[derive(Debug, Clone, Default, Args)]
@@ -39,6 +39,30 @@ impl JobSource {
         })?;
         table.extend(self.flags()?);
         Ok((table, path.display().to_string()))
+    }
+
+    /// All keys, unchecked, with the files that a job file names beside it at their whole paths; files of flags lie in the
+    /// working directory.
+    pub fn placed_table(&self) -> Result<toml::Table, Failure> {
+        let (mut table, _) = self.table()?;
+        let Some(folder) = self.job.as_deref().and_then(Path::parent) else { return Ok(table) };
+        let beside = |value: &mut toml::Value| {
+            if let toml::Value::String(name) = value
+                && let Ok(path) = folder.join(&*name).canonicalize()
+                && path.is_file()
+            {
+                *name = path.display().to_string();
+            }
+        };
+        for (key, flag) in [("model", &self.flags.model), ("cluster", &self.flags.cluster)] {
+            if let (Some(value), None) = (table.get_mut(key), flag) {
+                beside(value);
+            }
+        }
+        if let Some(data) = table.get_mut("train").and_then(|train| train.get_mut("data")) {
+            beside(data);
+        }
+        Ok(table)
     }
 
     /// The cluster that the job names; `None` for this machine.

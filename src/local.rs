@@ -11,8 +11,10 @@ use paceline_planner::lower::Form;
 use paceline_planner::search::candidates;
 use paceline_profiles::{KernelKey, KernelOp, Machine as Identity, Predictor, Profile, Source, Subject, Work};
 use paceline_sim::cost::kernels_of;
+use paceline_tui::question::LocalMachine;
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
@@ -36,6 +38,16 @@ impl Local {
         let device = CpuDevice::new();
         let found = profile_store::find(screen, profile, &identity(&device))?;
         Local::with(device, found.profile, found.origin)
+    }
+
+    /// The same as the terminal UI and the report take it.
+    pub fn for_views(self) -> LocalMachine {
+        LocalMachine {
+            predictor: Arc::new(self.predictor),
+            profile: Arc::new(self.profile),
+            machine: self.machine,
+            origin: self.origin,
+        }
     }
 
     /// The machine with a profile at hand.

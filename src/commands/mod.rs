@@ -7,6 +7,7 @@ pub mod demo;
 pub mod import;
 pub mod plan;
 pub mod predict;
+pub mod report;
 pub mod run;
 pub mod schedule;
 pub mod states;

@@ -7,7 +7,6 @@ use crate::local::Local;
 use crate::screen::Screen;
 use paceline_tui::app::{App, Notice};
 use paceline_tui::desk::Desk;
-use paceline_tui::question::LocalMachine;
 use paceline_tui::settings::Settings;
 use paceline_tui::terminal;
 use paceline_tui::theme::Palette;
@@ -15,9 +14,8 @@ use paceline_tui::visit::Visit;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::channel;
-use toml::{Table, Value};
+use toml::Table;
 
 /// Turn the knobs of a job and see at once what becomes of its memory and time.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -60,12 +58,7 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
             .hint("`paceline predict --json` with the same job prints the same figures, `paceline plan --json` the same plans"));
     }
     let local = Local::open(screen, arguments.profile.as_deref())?;
-    let local = LocalMachine {
-        predictor: Arc::new(local.predictor),
-        profile: Arc::new(local.profile),
-        machine: local.machine,
-        origin: local.origin,
-    };
+    let local = local.for_views();
     let (job, notice) = match job(&arguments.source) {
         Ok(job) => (job, None),
         // The view opens all the same, with something to turn the knobs of.
@@ -97,30 +90,7 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
 
 /// The keys of the job, those of the default where none is named.
 fn job(source: &JobSource) -> Result<Table, Failure> {
-    if source.is_empty()? {
-        return Ok(Settings::usual().table());
-    }
-    let (mut table, _) = source.table()?;
-    // Files named in a job file lie beside it; those of flags in the working directory.
-    if let Some(folder) = source.job.as_deref().and_then(Path::parent) {
-        let beside = |value: &mut Value| {
-            if let Value::String(name) = value
-                && let Ok(path) = folder.join(&*name).canonicalize()
-                && path.is_file()
-            {
-                *name = path.display().to_string();
-            }
-        };
-        for (key, flag) in [("model", &source.flags.model), ("cluster", &source.flags.cluster)] {
-            if let (Some(value), None) = (table.get_mut(key), flag) {
-                beside(value);
-            }
-        }
-        if let Some(data) = table.get_mut("train").and_then(|train| train.get_mut("data")) {
-            beside(data);
-        }
-    }
-    Ok(table)
+    if source.is_empty()? { Ok(Settings::usual().table()) } else { source.placed_table() }
 }
 
 fn palette(screen: &Screen, asked: Option<Theme>, last: Option<Palette>) -> Palette {

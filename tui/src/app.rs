@@ -5,6 +5,7 @@ use crate::event::{Effect, Event, News, OptionNews};
 use crate::question::Answer;
 use crate::settings::{KNOBS, Settings};
 use crate::theme::Palette;
+use crate::timeline::Timeline;
 use ratatui::crossterm::event::{
     KeyCode, KeyEvent, KeyEventKind, KeyModifiers, MouseButton, MouseEvent, MouseEventKind,
 };
@@ -18,16 +19,19 @@ pub enum View {
     /// Knobs, memory and time.
     #[default]
     Predict,
+    /// The schedule, pass by pass.
+    Timeline,
 }
 
 impl View {
     /// In the order of their tabs.
-    pub const ALL: [View; 1] = [View::Predict];
+    pub const ALL: [View; 2] = [View::Predict, View::Timeline];
 
     /// Its name.
     pub fn name(self) -> &'static str {
         match self {
             View::Predict => "Predict",
+            View::Timeline => "Timeline",
         }
     }
 }
@@ -41,6 +45,13 @@ pub enum Target {
     Knob(usize),
     /// The memory of the ranks.
     Ranks,
+    /// The timeline of a rank, from a column on.
+    Lane {
+        /// Which.
+        rank: usize,
+        /// Its first column on the screen.
+        left: u16,
+    },
 }
 
 /// A line that tells what happened.
@@ -79,6 +90,8 @@ pub struct App {
     pub waiting: bool,
     /// The first rank that is shown.
     pub first_rank: usize,
+    /// The timeline.
+    pub timeline: Timeline,
     /// Colours.
     pub palette: Palette,
     /// Whether keys are explained.
@@ -106,6 +119,7 @@ impl App {
             options_of: None,
             waiting: false,
             first_rank: 0,
+            timeline: Timeline::default(),
             palette,
             help: false,
             notice,
@@ -134,6 +148,15 @@ impl App {
 
     fn say(&mut self, text: impl Into<String>, bad: bool) {
         self.notice = Some(Notice { text: text.into(), bad });
+    }
+
+    /// Remembers what lies where.
+    pub fn drawn(&mut self, targets: Vec<(Rect, Target)>) {
+        let lane = targets.iter().find(|(_, target)| matches!(target, Target::Lane { .. }));
+        if let Some((area, _)) = lane {
+            self.timeline.columns = area.width;
+        }
+        self.targets = targets;
     }
 
     /// Takes an event.
@@ -169,7 +192,10 @@ impl App {
                 self.options = options;
                 self.options_of = Some(knob);
             }
-            News::Answer { .. } | News::Options { .. } => {}
+            News::Lanes { question, outcome } if question == self.question => {
+                self.timeline.tell(question, *outcome);
+            }
+            News::Answer { .. } | News::Options { .. } | News::Lanes { .. } => {}
         }
     }
 
@@ -195,7 +221,10 @@ impl App {
             KeyCode::F(n @ 2..) if usize::from(n) - 2 < View::ALL.len() => {
                 return self.show(View::ALL[usize::from(n) - 2]);
             }
-            _ => return self.predict_key(key),
+            _ => match self.view {
+                View::Predict => return self.predict_key(key),
+                View::Timeline => drop(self.timeline.key(key.code)),
+            },
         }
         Vec::new()
     }
@@ -208,6 +237,11 @@ impl App {
     /// Shows a view.
     pub fn show(&mut self, view: View) -> Vec<Effect> {
         self.view = view;
+        let outdated = self.timeline.question != self.question;
+        if view == View::Timeline && outdated {
+            self.timeline.predicted = None;
+            return vec![Effect::Simulate { question: self.question, settings: Box::new(self.settings.clone()) }];
+        }
         Vec::new()
     }
 
@@ -311,6 +345,11 @@ impl App {
             (Some(Target::Tab(view)), _) if pressed => return self.show(view),
             (Some(Target::Knob(knob)), _) if pressed && self.typed.is_none() => return self.focus(knob),
             (Some(Target::Knob(knob)), Some(up)) if self.typed.is_none() => return self.turn(knob, up),
+            (Some(Target::Lane { rank, left }), _) if pressed => self.timeline.point(mouse.column - left, rank),
+            (Some(Target::Lane { rank, left }), Some(up)) => {
+                self.timeline.point(mouse.column - left, rank);
+                self.timeline.zoom(if up { 0.5 } else { 2.0 }, self.timeline.cursor);
+            }
             (Some(Target::Ranks), Some(up)) => {
                 let code = if up { KeyCode::PageUp } else { KeyCode::PageDown };
                 return self.predict_key(KeyEvent::from(code));

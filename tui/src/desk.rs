@@ -1,7 +1,7 @@
 //! Where simulation happens: a thread of its own that answers the latest question and drops outdated ones.
 
 use crate::event::{Effect, Event, News, OptionNews};
-use crate::question::{Answer, LocalMachine, ask};
+use crate::question::{Answer, LocalMachine, ask, simulate};
 use crate::settings::Settings;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,7 +11,15 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 struct Asked {
     question: u64,
     settings: Box<Settings>,
-    knob: usize,
+    wanted: Wanted,
+}
+
+/// What is asked.
+enum Wanted {
+    /// The prediction, then what the values of a knob come to.
+    Prediction { knob: usize },
+    /// The timeline.
+    Lanes,
 }
 
 /// The way to the thread.
@@ -39,11 +47,21 @@ impl Desk {
 
     /// Does what the state machine wants.
     pub fn carry_out(&self, effect: Effect) {
-        if let Effect::Ask { question, settings, knob } = effect {
-            self.latest.store(question, Ordering::Release);
-            // The thread is gone only when the program ends.
-            drop(self.asked.send(Asked { question, settings, knob }));
+        match effect {
+            Effect::Ask { question, settings, knob } => {
+                self.latest.store(question, Ordering::Release);
+                self.ask(Asked { question, settings, wanted: Wanted::Prediction { knob } });
+            }
+            Effect::Simulate { question, settings } => {
+                self.ask(Asked { question, settings, wanted: Wanted::Lanes });
+            }
+            Effect::Quit => {}
         }
+    }
+
+    fn ask(&self, asked: Asked) {
+        // The thread is gone only when the program ends.
+        drop(self.asked.send(asked));
     }
 }
 
@@ -54,6 +72,16 @@ fn answer(local: &LocalMachine, questions: &Receiver<Asked>, news: &Sender<Event
         if outdated() {
             continue;
         }
+        let knob = match asked.wanted {
+            Wanted::Prediction { knob } => knob,
+            Wanted::Lanes => {
+                let outcome = Box::new(simulate(&asked.settings, local).map(Arc::new));
+                if news.send(Event::News(News::Lanes { question: asked.question, outcome })).is_err() {
+                    return;
+                }
+                continue;
+            }
+        };
         let outcome = match &known {
             Some((settings, outcome)) if *settings == *asked.settings => outcome.clone(),
             _ => ask(&asked.settings, local),
@@ -64,17 +92,15 @@ fn answer(local: &LocalMachine, questions: &Receiver<Asked>, news: &Sender<Event
             return;
         }
         let mut options = Vec::new();
-        for value in asked.settings.options(asked.knob) {
+        for value in asked.settings.options(knob) {
             if outdated() {
                 break;
             }
-            let outcome = ask(&asked.settings.with(asked.knob, &value), local);
+            let outcome = ask(&asked.settings.with(knob, &value), local);
             let outcome = outcome.map(|answer| (answer.figures.iteration_seconds, answer.figures.fits));
             options.push(OptionNews { value, outcome });
         }
-        if !outdated()
-            && news.send(Event::News(News::Options { question: asked.question, knob: asked.knob, options })).is_err()
-        {
+        if !outdated() && news.send(Event::News(News::Options { question: asked.question, knob, options })).is_err() {
             return;
         }
     }

@@ -1,8 +1,10 @@
 //! What happens to the state machine, and what it asks of the world. Neither knows a terminal.
 
+use crate::lanes::Lanes;
 use crate::question::Answer;
 use crate::settings::Settings;
 use ratatui::crossterm::event::{KeyEvent, MouseEvent};
+use std::sync::Arc;
 
 /// Something happened.
 #[derive(Debug)]
@@ -36,6 +38,13 @@ pub enum News {
         /// Value by value.
         options: Vec<OptionNews>,
     },
+    /// The timeline of the settings.
+    Lanes {
+        /// Of which question.
+        question: u64,
+        /// The timeline, or why there is none.
+        outcome: Box<Result<Arc<Lanes>, String>>,
+    },
 }
 
 /// What one value of a knob comes to.
@@ -58,6 +67,13 @@ pub enum Effect {
         settings: Box<Settings>,
         /// The knob.
         knob: usize,
+    },
+    /// Simulate every pass, for the timeline.
+    Simulate {
+        /// Names the question.
+        question: u64,
+        /// What to simulate.
+        settings: Box<Settings>,
     },
     /// Leave.
     Quit,

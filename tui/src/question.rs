@@ -1,13 +1,15 @@
 //! Questions that views ask of the simulator, answered as the command line answers them: the same job gives the same figures.
 
 use crate::figures::Figures;
+use crate::lanes::Lanes;
 use crate::settings::Settings;
 use paceline_planner::configuration::{Configuration, Machine};
 use paceline_planner::job::{Job, parse_bytes};
-use paceline_planner::predict::{ClusterRequest, OverlapRatios, TokenBudget, predict_cluster};
-use paceline_planner::prediction::predict;
-use paceline_profiles::{Predictor, Profile};
-use paceline_sim::cluster::Physics;
+use paceline_planner::predict::{ClusterRequest, OverlapRatios, TokenBudget, predict_cluster, schedule_cluster};
+use paceline_planner::prediction::{Prediction, predict};
+use paceline_profiles::{Cluster, Predictor, Profile};
+use paceline_sim::cluster::{Architecture, Layout, Physics};
+use paceline_sim::program::Program;
 use std::sync::Arc;
 use toml::{Table, Value};
 
@@ -86,11 +88,39 @@ fn budget(settings: &Settings, speed: f64, devices: u64) -> TokenBudget {
     TokenBudget::of(speed, devices, settings.budget("tokens").unwrap_or(1.0), price)
 }
 
-fn ask_cluster(settings: &Settings) -> Result<Answer, String> {
+/// A configuration on a cluster with what its prediction needs.
+///
+/// # Errors
+/// What is wrong, with what is allowed.
+pub fn on_cluster(settings: &Settings) -> Result<(Architecture, Layout, Cluster, Physics), String> {
     let requests = cluster_requests(settings.table())?;
     let Some(request) = requests.first() else { return Err("the job has no configuration".into()) };
     let (model, layout, cluster) = request.resolve().map_err(|error| error.to_string())?;
     let physics = Physics::of(&cluster).map_err(|error| error.to_string())?;
+    Ok((model, layout, cluster, physics))
+}
+
+/// Simulates every pass, for a timeline.
+///
+/// # Errors
+/// As [`ask`].
+pub fn simulate(settings: &Settings, local: &LocalMachine) -> Result<Lanes, String> {
+    if settings.is_local() {
+        let (job, configuration) = local_job(settings.table())?;
+        let machine = local.machine.for_job(&job);
+        let program = configuration.program(&job, machine).map_err(|error| error.to_string())?;
+        let predicted = predict(&program, &*local.predictor, machine, job.memory_limit);
+        let (_, trace) = predicted.map_err(|error| error.to_string())?;
+        return Ok(Lanes::of_trace(&trace));
+    }
+    let (model, layout, cluster, physics) = on_cluster(settings)?;
+    let prediction = predict_cluster(&model, &layout, &cluster, &physics).map_err(|error| error.to_string())?;
+    let schedule = schedule_cluster(&model, &layout, &cluster, &physics).map_err(|error| error.to_string())?;
+    Ok(Lanes::of_schedule(&schedule, prediction.iteration_seconds, &prediction.memory))
+}
+
+fn ask_cluster(settings: &Settings) -> Result<Answer, String> {
+    let (model, layout, cluster, physics) = on_cluster(settings)?;
     let prediction = predict_cluster(&model, &layout, &cluster, &physics).map_err(|error| error.to_string())?;
     let devices = layout.gpus();
     let nodes = devices.div_ceil(u64::from(cluster.gpus_per_node));
@@ -111,15 +141,27 @@ fn ask_local(settings: &Settings, local: &LocalMachine) -> Result<Answer, String
     let program = configuration.program(&job, machine).map_err(|error| error.to_string())?;
     let (prediction, _) =
         predict(&program, &*local.predictor, machine, job.memory_limit).map_err(|error| error.to_string())?;
+    Ok(ask_program(settings, &job, &program, machine, &prediction, local))
+}
+
+/// The answer of a program of this machine that is predicted already.
+pub fn ask_program(
+    settings: &Settings,
+    job: &Job,
+    program: &Program,
+    machine: Machine,
+    prediction: &Prediction,
+    local: &LocalMachine,
+) -> Answer {
     let devices = u64::from(machine.devices);
     let plural = if devices == 1 { "" } else { "s" };
-    Ok(Answer {
+    Answer {
         title: format!("{} on {devices} device{plural} of this machine", job.model.name),
         devices,
         microbatches: u64::from(program.microbatches),
         ratios: None,
         budget: budget(settings, prediction.tokens_per_second_per_gpu, devices),
-        figures: Figures::from(&prediction),
+        figures: Figures::from(prediction),
         source: local.origin.clone(),
-    })
+    }
 }

@@ -130,7 +130,7 @@ fn follow(
         }
         let mut targets = Vec::new();
         screen.terminal.draw(|frame| targets = draw(frame, app))?;
-        app.targets = targets;
+        app.drawn(targets);
         // One frame for all that has happened meanwhile.
         let mut next = loop {
             match events.recv_timeout(LOOK) {

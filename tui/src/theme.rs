@@ -4,6 +4,8 @@ use ratatui::style::{Color, Modifier, Style};
 use serde::{Deserialize, Serialize};
 
 use crate::figures::{CLASS_NAMES, CLASSES, PART_NAMES, PARTS};
+use crate::lanes::What;
+use paceline_sim::program::Pass;
 
 /// Which colours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -125,6 +127,28 @@ impl Theme {
     pub fn class(&self, class: usize) -> (char, Style) {
         let glyph = if self.is_mono() { CLASS_NAMES[class].1 } else { '█' };
         (glyph, Style::new().fg(self.classes[class]))
+    }
+
+    /// Style of work on a timeline. Neighbouring microbatches differ in lightness.
+    pub fn work(&self, what: What) -> Style {
+        if self.is_mono() {
+            return Style::new();
+        }
+        let code = match what {
+            What::Pass { pass, microbatch, .. } => {
+                let pair = match pass {
+                    Pass::F => [25, 67],
+                    Pass::B => [130, 173],
+                    Pass::W => [28, 71],
+                    Pass::BW => [124, 167],
+                    Pass::R => [238, 242],
+                };
+                pair[microbatch as usize % 2]
+            }
+            What::Communication => 30,
+            What::Optimizer => 96,
+        };
+        Style::new().bg(Color::Indexed(code)).fg(Color::Indexed(231))
     }
 
     /// Sign and style of a part of an iteration.

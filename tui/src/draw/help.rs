@@ -25,6 +25,16 @@ fn keys(view: View) -> &'static [(&'static str, &'static str)] {
             ("p", "pin: hold figures against this setting"),
             ("PgUp PgDn", "more ranks"),
         ],
+        View::Timeline => &[
+            ("Up Down, k j", "rank"),
+            ("Left Right, h l", "cursor"),
+            ("+ -, i o, wheel", "zoom around the cursor"),
+            ("PgUp PgDn, H L", "pan"),
+            ("0", "see all"),
+            ("c", "next pass on the critical path"),
+            ("n", "next gap of the rank"),
+            ("m", "predicted, measured, both"),
+        ],
     }
 }
 

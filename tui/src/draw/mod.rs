@@ -4,6 +4,7 @@ mod bars;
 mod help;
 mod predict;
 mod text;
+mod timeline;
 
 use crate::app::{App, Target, View};
 use crate::theme::Theme;
@@ -39,6 +40,7 @@ pub fn draw(frame: &mut Frame, app: &App) -> Targets {
     tabs(frame, app, &theme, head, &mut targets);
     match app.view {
         View::Predict => predict::draw(frame, app, &theme, body, &mut targets),
+        View::Timeline => timeline::draw(frame, app, &theme, body, &mut targets),
     }
     notice(frame, app, &theme, foot);
     if app.help {
@@ -77,6 +79,7 @@ fn notice(frame: &mut Frame, app: &App, theme: &Theme, area: Rect) {
         }
         None => match app.view {
             View::Predict => (predict::hint(app), theme.dim),
+            View::Timeline => (timeline::hint(app), theme.dim),
         },
     };
     frame.render_widget(Paragraph::new(Span::styled(text::cut(&line, width), style)), area);

@@ -2,4 +2,6 @@
 //! up here, so that pictures change only when drawing does.
 
 mod predict;
+mod report;
 mod stage;
+mod timeline;

@@ -1,12 +1,15 @@
 //! What the tests of views share: made-up figures, a terminal in memory, and keys by name.
 
 use paceline_planner::configuration::Machine;
-use paceline_planner::predict::{TimeParts, TokenBudget};
+use paceline_planner::predict::{ClusterSchedule, MemoryClasses, MemoryParts, TimeParts, TokenBudget};
+use paceline_planner::replay::{StageMemory, StageTimes, memory_curve, replay};
+use paceline_planner::schedules::{Request, build};
 use paceline_profiles::{Predictor, Profile, Shares};
 use paceline_tui::app::App;
 use paceline_tui::draw::draw;
 use paceline_tui::event::{Effect, Event, News};
 use paceline_tui::figures::Figures;
+use paceline_tui::lanes::Lanes;
 use paceline_tui::question::{Answer, LocalMachine};
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
@@ -87,7 +90,7 @@ pub fn picture(app: &mut App, (width, height): (u16, u16)) -> String {
     let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
     let mut targets = Vec::new();
     terminal.draw(|frame| targets = draw(frame, app)).unwrap();
-    app.targets = targets;
+    app.drawn(targets);
     let buffer = terminal.backend().buffer();
     let rows = buffer.content.chunks(usize::from(width));
     let line = |row: &[ratatui::buffer::Cell]| {
@@ -132,4 +135,23 @@ pub fn press(app: &mut App, keys: &str) -> Vec<Effect> {
         effects.extend(app.on(Event::Key(key)));
     }
     effects
+}
+
+/// The timeline of a schedule in which every pass takes a second (both backwards together two), with some memory.
+pub fn lanes(schedule: &str, ranks: u32, microbatches: u32) -> Lanes {
+    let order = build(schedule, &Request::new(ranks, microbatches)).unwrap();
+    let stages = order.placement.stages();
+    let times = StageTimes::uniform(stages, 1.0, 1.0, 1.0, 0.0);
+    let memory = StageMemory { until_b: vec![GIB; stages], until_w: vec![GIB; stages], checkpoint: vec![0.0; stages] };
+    let timing = replay(&order, &times).unwrap();
+    let activations = memory_curve(&order, &memory);
+    let classes = |held: &Vec<f64>| MemoryClasses {
+        parameters: 2.0 * GIB,
+        activations: held.iter().copied().fold(0.0, f64::max),
+        ..MemoryClasses::default()
+    };
+    let memory = MemoryParts { by_class: activations.iter().map(classes).collect(), ..MemoryParts::default() };
+    let end = timing.makespan() + 2.0;
+    let after = vec![(1.0, 0.5); ranks as usize];
+    Lanes::of_schedule(&ClusterSchedule { order, timing, passes: Vec::new(), activations, after }, end, &memory)
 }
