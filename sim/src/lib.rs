@@ -7,8 +7,10 @@
 //! - [`cost`]: what an op costs, asked by the engine.
 //! - [`engine`]: the discrete-event interpreter of a program.
 //! - [`memory`]: what every rank holds at every op, exactly.
+//! - [`arena`]: where every buffer of a rank lies, in one allocation.
 //! - [`trace`]: the timeline and the memory curve, predicted or measured, in one schema.
 
+pub mod arena;
 pub mod cluster;
 pub mod compare;
 pub mod cost;
