@@ -4,6 +4,7 @@ use crate::bind::{Bound, Meeting};
 use crate::collectives::{Member, Parts, Step, perform, rounds};
 use crate::crew::Clock;
 use crate::data::Sampler;
+use crate::device_exchange::DeviceExchange;
 use crate::error::ExecError;
 use crate::fabric::{Effects, HostRange, Span};
 use crate::interpreter::Hands;
@@ -30,15 +31,17 @@ struct Exchange {
     parts: Parts,
 }
 
-/// Communication by copies and sums in shared memory.
-pub(crate) struct HostEffects {
+/// Communication by copies and sums in memory that all ranks share: the host's, or that of one device.
+pub(crate) struct HostEffects<'d> {
     clock: Clock,
+    /// Does the work where the host cannot.
+    far: Option<DeviceExchange<'d>>,
     meetings: Vec<Exchange>,
     transfers: Vec<u64>,
 }
 
-impl HostEffects {
-    pub fn new(bound: &Bound, clock: Clock) -> HostEffects {
+impl<'d> HostEffects<'d> {
+    pub fn new(bound: &Bound, clock: Clock, device: &'d dyn Device) -> HostEffects<'d> {
         let exchange = |meeting: &Meeting| {
             let dtype = if meeting.payload == Payload::GradientNorm { DType::F64 } else { DType::F32 };
             let (width, members) = (dtype.bytes() as u64, meeting.members.len() as u32);
@@ -48,9 +51,15 @@ impl HostEffects {
         };
         HostEffects {
             clock,
+            far: (!device.is_host()).then(|| DeviceExchange::new(device)),
             meetings: bound.meetings.iter().map(exchange).collect(),
             transfers: bound.transfers.iter().map(|t| t.bytes).collect(),
         }
+    }
+
+    /// What went wrong in communication since this was asked last.
+    pub fn take_failure(&self) -> Option<KernelError> {
+        self.far.as_ref().and_then(DeviceExchange::take_failure)
     }
 
     fn timed(&self, work: impl FnOnce()) -> Span {
@@ -61,7 +70,7 @@ impl HostEffects {
     }
 }
 
-impl Effects for HostEffects {
+impl Effects for HostEffects<'_> {
     fn at(&self, _: u64) -> u64 {
         self.clock.now()
     }
@@ -78,6 +87,9 @@ impl Effects for HostEffects {
         debug_assert!(from.bytes == to.bytes && from.bytes == self.transfers[transfer]);
         // SAFETY: the caller's promise; buffers of different ranks are different blocks.
         let copy = || unsafe {
+            if let Some(far) = &self.far {
+                return far.copy(from, to);
+            }
             std::ptr::copy_nonoverlapping(from.address as *const u8, to.address as *mut u8, to.bytes as usize);
         };
         self.timed(copy)
@@ -95,6 +107,9 @@ impl Effects for HostEffects {
         let &Exchange { steps, dtype, parts } = &self.meetings[meeting];
         // SAFETY: the caller's promise; blocks are aligned to 64 bytes and the elements have the meeting's type.
         self.timed(|| unsafe {
+            if let Some(far) = &self.far {
+                return far.perform(steps[round], ranges, parts, member, dtype);
+            }
             match dtype {
                 DType::F64 => perform(steps[round], &members::<f64>(ranges), parts, member),
                 _ => perform(steps[round], &members::<f32>(ranges), parts, member),
@@ -125,6 +140,8 @@ pub(crate) struct StepOrders {
     /// Steps done before.
     pub step: u64,
     pub capture_gradients: bool,
+    /// Count the time of every kernel. Where calls run behind the host's back it then waits for each, which costs time.
+    pub time_kernels: bool,
 }
 
 /// A rank that computes.
@@ -169,7 +186,11 @@ impl<'a> CpuHands<'a> {
         };
         let mut hands = CpuHands {
             parameters: shares.keys().map(decays).collect(),
-            memory: RankMemory::new(job.device, rank.buffers.len(), job.poison),
+            memory: RankMemory::planned(job.device, rank, job.poison).map_err(|source| ExecError::Kernel {
+                rank: id,
+                op: OpId(0),
+                source,
+            })?,
             curve: Vec::with_capacity(2 * rank.ops.len()),
             kernels: KernelTally::default(),
             orders: StepOrders::default(),
@@ -383,7 +404,13 @@ impl Hands for CpuHands<'_> {
             OpKind::Optimizer { stage, unit } => Some(self.update_of(this, stage, unit)?),
             _ => None,
         };
-        let launch = Launcher { job, id: self.id, op: OpId(op), tally: RefCell::new(&mut self.kernels) };
+        let launch = Launcher {
+            job,
+            timed: self.orders.time_kernels,
+            id: self.id,
+            op: OpId(op),
+            tally: RefCell::new(&mut self.kernels),
+        };
         match this.kind {
             OpKind::Compute { .. } => job.passes.run(&this.kind, &launch, &operands)?,
             OpKind::GradientNorm => {
@@ -453,6 +480,7 @@ impl Hands for CpuHands<'_> {
             }
             OpKind::Join | OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } => {}
         }
+        job.device.complete().map_err(|source| ExecError::Kernel { rank: self.id, op: OpId(op), source })?;
         Ok(job.clock.now())
     }
 
@@ -515,6 +543,8 @@ impl Operands for OpOperands<'_> {
 
 struct Launcher<'a> {
     job: &'a Job<'a>,
+    /// Waits for every call and counts its time.
+    timed: bool,
     id: RankId,
     op: OpId,
     tally: RefCell<&'a mut KernelTally>,
@@ -530,7 +560,10 @@ impl Launch for Launcher<'_> {
             op: self.op,
             source,
         })?;
-        self.tally.borrow_mut().add(&call, self.job.clock.now() - start);
+        if self.timed {
+            self.job.device.complete().map_err(|source| ExecError::Kernel { rank: self.id, op: self.op, source })?;
+            self.tally.borrow_mut().add(&call, self.job.clock.now() - start);
+        }
         Ok(())
     }
 }

@@ -13,6 +13,7 @@ mod collectives;
 mod cpu;
 mod crew;
 mod data;
+mod device_exchange;
 mod error;
 mod evaluate;
 mod fabric;

@@ -1,12 +1,12 @@
 //! The buffers of one rank: allocated when the program says so, counted as they are.
 //!
-//! The counts are measurements: they come from the blocks that the device gave, not from the sizes that the program
-//! states, so that predicted and measured peaks are two numbers. Freed blocks are kept for the next buffer of the same size,
-//! because a step that asks the system for memory pays for fresh pages inside its kernels; kept blocks are not live, and
-//! are reported beside the peak.
+//! The rank of a program has one block, its arena, in which every buffer has its place from the begin ([`arena`]); a step
+//! asks for no memory. What has no plan (evaluation) gets blocks of its own, which are kept for the next buffer of the same size.
+//! The counts are of what lives: the whole of what is held from the device is reported beside the peak.
 
 use paceline_kernels::{Block, DType, Device, KernelError};
-use paceline_sim::program::MemoryClass;
+use paceline_sim::arena;
+use paceline_sim::program::{MemoryClass, RankProgram};
 use std::collections::{BTreeMap, HashMap};
 
 /// Number of memory classes.
@@ -19,7 +19,7 @@ pub struct MemoryReport {
     pub peak_bytes: u64,
     /// Live bytes by class at the first moment of the peak.
     pub peak_by_class: BTreeMap<MemoryClass, u64>,
-    /// Most bytes held from the system, kept blocks included.
+    /// Most bytes held from the device: the arena, or all blocks.
     pub reserved_bytes: u64,
 }
 
@@ -56,11 +56,37 @@ struct Held {
     block: Box<dyn Block>,
 }
 
+/// A buffer's place in an arena.
+struct Place {
+    address: u64,
+    bytes: usize,
+}
+
+impl Block for Place {
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// An arena with its plan.
+struct Planned {
+    block: Box<dyn Block>,
+    offsets: Vec<Option<u64>>,
+}
+
+/// Buffers of an arena begin at multiples of this: what the widest copies of any device ask for.
+pub const ALIGNMENT: u64 = 256;
+
 /// The memory of one rank. Buffers are numbered as in its program.
 pub struct RankMemory<'d> {
     device: &'d dyn Device,
     held: Vec<Option<Held>>,
     kept: HashMap<usize, Vec<Box<dyn Block>>>,
+    arena: Option<Planned>,
     meter: Meter,
     reserved: u64,
     most_reserved: u64,
@@ -75,6 +101,7 @@ impl<'d> RankMemory<'d> {
             device,
             held: std::iter::repeat_with(|| None).take(buffers).collect(),
             kept: HashMap::new(),
+            arena: None,
             meter: Meter { live: [0; CLASSES], total: 0, peak: 0, peak_by_class: [0; CLASSES] },
             reserved: 0,
             most_reserved: 0,
@@ -82,20 +109,34 @@ impl<'d> RankMemory<'d> {
         }
     }
 
+    /// The arena of a rank, none of its buffers alive.
+    pub fn planned(device: &'d dyn Device, rank: &RankProgram, poison: bool) -> Result<RankMemory<'d>, KernelError> {
+        let plan = arena::plan(rank, ALIGNMENT);
+        let bytes = usize::try_from(plan.bytes)
+            .map_err(|_| KernelError::OutOfMemory { device: device.name(), bytes: usize::MAX })?;
+        let mut memory = RankMemory::new(device, rank.buffers.len(), poison);
+        memory.arena = Some(Planned { block: device.allocate(bytes)?, offsets: plan.offsets });
+        (memory.reserved, memory.most_reserved) = (plan.bytes, plan.bytes);
+        Ok(memory)
+    }
+
     /// Starts the life of a buffer. Panics when it already lives: the program's check excludes that.
     pub fn allocate(&mut self, buffer: usize, class: MemoryClass, bytes: u64) -> Result<(), KernelError> {
         assert!(self.held[buffer].is_none(), "buffer b{buffer} is allocated twice");
         let wanted = usize::try_from(bytes)
             .map_err(|_| KernelError::OutOfMemory { device: self.device.name(), bytes: usize::MAX })?;
-        let block = match self.kept.get_mut(&wanted).and_then(Vec::pop) {
-            Some(block) => block,
-            None => {
-                let block = self.device.allocate(wanted)?;
-                self.reserved += block.bytes() as u64;
-                self.most_reserved = self.most_reserved.max(self.reserved);
-                block
-            }
-        };
+        let planned = self.arena.as_ref().and_then(|arena| arena.offsets[buffer].map(|at| arena.block.address() + at));
+        let kept = || self.kept.get_mut(&wanted).and_then(Vec::pop);
+        let block =
+            match planned.map(|address| Box::new(Place { address, bytes: wanted }) as Box<dyn Block>).or_else(kept) {
+                Some(block) => block,
+                None => {
+                    let block = self.device.allocate(wanted)?;
+                    self.reserved += block.bytes() as u64;
+                    self.most_reserved = self.most_reserved.max(self.reserved);
+                    block
+                }
+            };
         if self.poison {
             let nan = f32::NAN.to_ne_bytes().repeat(block.bytes() / 4);
             let view = block.view(0, block.bytes() / 4, DType::F32);
@@ -112,7 +153,9 @@ impl<'d> RankMemory<'d> {
         let Some(held) = self.held[buffer].take() else { panic!("buffer b{buffer} is freed twice") };
         let bytes = held.block.bytes();
         self.meter.shrink(held.class, bytes as u64);
-        self.kept.entry(bytes).or_default().push(held.block);
+        if self.arena.is_none() {
+            self.kept.entry(bytes).or_default().push(held.block);
+        }
     }
 
     /// The block of a living buffer.

@@ -26,6 +26,8 @@ use std::sync::atomic::Ordering;
 
 /// Steps whose timelines are kept, to choose the median one from.
 const KEPT_STEPS: usize = 64;
+/// Kernels of a device that runs behind the host's back are timed in one of so many steps, and in the last.
+const TIMED_EVERY: u64 = 8;
 /// How often a thread looks for work before it sleeps, where each device has a core: some tens of microseconds.
 pub(crate) const SPINS: u32 = 2000;
 
@@ -87,7 +89,7 @@ pub fn run_passes(
     let roomy = program.devices.len() <= cores;
     let spins = if roomy { SPINS } else { 0 };
     let pin = settings.pin.unwrap_or(roomy && program.ranks.len() > program.devices.len());
-    let fabric = Fabric::new(&bound, HostEffects::new(&bound, clock), spins);
+    let fabric = Fabric::new(&bound, HostEffects::new(&bound, clock, device), spins);
     let training = Training { settings, seed, data: data.name(), holders: &holders, fabric: &fabric };
     with_crew(&fabric, clock, &hands, pin, |lead| training.train(done, lead, observer))
 }
@@ -110,14 +112,14 @@ struct Training<'t, 'p, 'a> {
     seed: u64,
     data: &'t str,
     holders: &'t Holders<'t, 'a>,
-    fabric: &'t Fabric<'p, HostEffects>,
+    fabric: &'t Fabric<'p, HostEffects<'a>>,
 }
 
 impl Training<'_, '_, '_> {
     fn train(
         &self,
         done: u64,
-        lead: &crate::crew::Lead<HostEffects>,
+        lead: &crate::crew::Lead<HostEffects<'_>>,
         observer: &mut dyn Observer,
     ) -> Result<RunReport, ExecError> {
         let (settings, program) = (self.settings, self.holders.job.program);
@@ -125,9 +127,14 @@ impl Training<'_, '_, '_> {
         let mut so_far = SoFar::default();
         self.evaluate(done, &mut so_far, observer)?;
         for step in done..settings.steps {
-            let orders = StepOrders { step, capture_gradients: settings.capture_gradients };
+            let time_kernels =
+                self.holders.job.device.is_host() || step + 1 == settings.steps || step % TIMED_EVERY == 1;
+            let orders = StepOrders { step, capture_gradients: settings.capture_gradients, time_kernels };
             self.each(|hands| hands.prepare(orders))?;
             let times = lead.step()?;
+            if let Some(source) = self.fabric.effects.take_failure() {
+                return Err(ExecError::Kernel { rank: RankId(0), op: OpId(0), source });
+            }
             self.each(|hands| hands.conclude())?;
             let (loss, gradient_norm) = self.results();
             let report = StepReport {
@@ -156,7 +163,9 @@ impl Training<'_, '_, '_> {
                     Ok(())
                 })?;
             } else {
-                so_far.busy += record.busy(program);
+                if time_kernels {
+                    so_far.busy += record.busy(program);
+                }
                 so_far.records.push_back((step + 1, record));
                 if so_far.records.len() > KEPT_STEPS {
                     so_far.records.pop_front();

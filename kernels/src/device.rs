@@ -33,6 +33,11 @@ pub struct View {
 }
 
 impl View {
+    /// `len` elements from a device address on, which must lie within one live block wherever the view is used.
+    pub fn at(address: u64, len: usize, dtype: DType) -> View {
+        View { address, len, dtype }
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.len
@@ -96,6 +101,12 @@ impl dyn Block {
 pub trait Device: Send + Sync {
     /// For people and profiles.
     fn name(&self) -> String;
+
+    /// Whether blocks are memory of this process, that anybody may read and write by address, and calls have ended when
+    /// [`Device::run`] returns.
+    fn is_host(&self) -> bool {
+        true
+    }
 
     /// Exactly `bytes` bytes, contents unspecified, aligned to 64.
     fn allocate(&self, bytes: usize) -> Result<Box<dyn Block>, KernelError>;

@@ -76,7 +76,7 @@ impl Summary {
 fn steps(phase: &mut Phase, program: &Program, nanoseconds: u64, share: Duration) -> Result<Summary, MeasureError> {
     let clock = Clock::start();
     let bound = Bound::new(program)?;
-    let fabric = Fabric::new(&bound, HostEffects::new(&bound, clock), SPINS);
+    let fabric = Fabric::new(&bound, HostEffects::new(&bound, clock, phase.device), SPINS);
     let message = |_| phase.device.allocate(MESSAGE_BYTES as usize).map_err(MeasureError::Memory);
     let blocks: Vec<Box<dyn Block>> = (0..2 * program.ranks.len()).map(message).collect::<Result<_, _>>()?;
     let hands: Vec<Mutex<Idle>> = program

@@ -72,6 +72,10 @@ impl<M: Machine> Device for Gpu<M> {
         self.machine.name()
     }
 
+    fn is_host(&self) -> bool {
+        false
+    }
+
     fn allocate(&self, bytes: usize) -> Result<Box<dyn Block>, KernelError> {
         self.machine.allocate(bytes)
     }
