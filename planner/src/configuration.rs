@@ -1,6 +1,10 @@
 //! One point of a job's space: every axis fixed. It is lowered to the same program each time, because it also says how the
 //! layers are cut.
 
+mod measured;
+
+pub use measured::{MeasureError, Measured};
+
 use crate::job::{Job, LOCAL};
 use crate::lower::{
     Blueprint, Form, LowerError, Sharing, States, Substance, cut, forward_flops, lower, lower_unchecked,
@@ -61,6 +65,9 @@ pub struct Configuration {
     /// Layers of each stage of one copy of the model, embedding and head counted; cut by FLOPs when empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stage_layers: Vec<u32>,
+    /// What passes take and hold, for schedules that are computed from it; equal passes when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<Measured>,
 }
 
 fn is_usual(sharing: &Sharing) -> bool {
@@ -156,6 +163,7 @@ impl Configuration {
             schedule,
             sharing: job.sharing,
             stage_layers: Vec::new(),
+            measured: None,
         };
         configuration.microbatches(job)?;
         Ok(configuration)
@@ -184,6 +192,10 @@ impl Configuration {
     /// When the schedule does not permit these numbers.
     pub fn order(&self, job: &Job) -> Result<ComputeOrder, ConfigurationError> {
         let request = Request { chunks: Some(self.chunks), ..Request::new(self.pp, self.microbatches(job)?) };
+        let request = match &self.measured {
+            Some(measured) => measured.lay_into(request),
+            None => request,
+        };
         Ok(schedules::build(&self.schedule, &request)?)
     }
 

@@ -52,6 +52,7 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     let configuration = Configuration::of_job(&job).map_err(Failure::bad_input)?;
     let local = Local::open(screen, arguments.profile.as_deref())?;
     let machine = local.machine.for_job(&job);
+    let configuration = configuration.measured(&job, machine, &local.predictor).map_err(Failure::bad_input)?;
     let program = configuration.program(&job, machine).map_err(Failure::bad_input)?;
     let (prediction, trace) =
         predict(&program, &local.predictor, machine, job.memory_limit).map_err(Failure::internal)?;

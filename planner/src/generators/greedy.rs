@@ -9,8 +9,8 @@
 //! lives are in flight together. And F of a stage leaves room for one activation of each later stage of its device, so an F
 //! that waits for room always gets it: what later stages hold comes back without needing room.
 //!
-//! Decisions without a clear winner are settings; all of them are built and the shortest order is kept. It and the hand-made ZB-V, where
-//! that fits, are rearranged at their ends for the real times.
+//! Decisions without a clear winner are settings; all of them are tried on a few microbatches. The best one or the hand-made ZB-V, where
+//! that fits, whichever is shorter, is rearranged at its ends for the real times.
 
 use super::Problem;
 use crate::blocks::{Goal, justify};
@@ -32,6 +32,8 @@ struct Settings {
     weights_in_short_waits: bool,
 }
 
+/// Microbatches, in multiples of the devices, by which the settings are compared.
+const SHORT: u32 = 3;
 /// Tolerance for sums of times and sizes.
 const CLOSE: f64 = 1e-9;
 
@@ -43,36 +45,35 @@ const CLOSE: f64 = 1e-9;
 /// When an order cannot be replayed with the times.
 pub(crate) fn greedy(problem: &Problem) -> Result<ComputeOrder, OrderError> {
     let mut replayer = Replayer::default();
-    let mut least = (f64::INFINITY, f64::INFINITY);
-    let mut best: Option<Vec<Vec<Action>>> = None;
+    let devices = problem.limit.len() as u32;
+    let mut measured =
+        |order: &ComputeOrder| replayer.run(order, &problem.times).map(|totals| (totals.longest_span, totals.makespan));
+    // A few rounds of microbatches tell the settings apart.
+    let short = Problem { microbatches: problem.microbatches.min(SHORT * devices), ..problem.clone() };
+    let mut chosen: Option<((f64, f64), Settings)> = None;
     for number in 0..8 {
         let settings = Settings {
             in_turn: number & 1 == 0,
             early_first: number & 4 == 0,
             weights_in_short_waits: number & 2 == 0,
         };
-        let Some(lists) = Draft::new(problem, settings).build() else { continue };
-        let totals = replayer.run_lists(&problem.placement, problem.microbatches, &lists, &problem.times)?;
-        let key = (totals.longest_span, totals.makespan);
-        if key < least {
-            least = key;
-            best = Some(lists);
+        let Some(order) = Draft::new(&short, settings).build().map(|lists| short.with_lists(lists)) else { continue };
+        let key = measured(&order)?;
+        if chosen.is_none_or(|(least, _)| key < least) {
+            chosen = Some((key, settings));
         }
     }
-    let drafted = best.map_or_else(|| problem.serial(), |actions| ComputeOrder { actions, ..problem.serial() });
-    let by_hand = (problem.placement == v_shape(problem.limit.len() as u32))
-        .then(|| zb_v(problem.limit.len() as u32, problem.microbatches))
-        .filter(|order| problem.fits(order));
-    let mut shortest: Option<((f64, f64), ComputeOrder)> = None;
-    for order in [Some(drafted), by_hand].into_iter().flatten() {
-        let order = justify(&order, &problem.times, &problem.memory, &problem.limit, Goal::Span)?;
-        let totals = replayer.run(&order, &problem.times)?;
-        let key = (totals.longest_span, totals.makespan);
-        if shortest.as_ref().is_none_or(|(least, _)| key < *least) {
-            shortest = Some((key, order));
+    let drafted = chosen.and_then(|(_, settings)| Draft::new(problem, settings).build());
+    let drafted = drafted.map_or_else(|| problem.serial(), |lists| problem.with_lists(lists));
+    let mut best = (measured(&drafted)?, drafted);
+    if problem.placement == v_shape(devices) {
+        let by_hand = zb_v(devices, problem.microbatches);
+        let key = measured(&by_hand)?;
+        if key < best.0 && problem.fits(&by_hand) {
+            best = (key, by_hand);
         }
     }
-    Ok(shortest.map_or_else(|| problem.serial(), |(_, order)| order))
+    justify(&best.1, &problem.times, &problem.memory, &problem.limit, Goal::Span)
 }
 
 #[derive(Debug, Clone, Default)]

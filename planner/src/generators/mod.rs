@@ -52,6 +52,16 @@ impl Problem {
         check_limit(schedule, &self.placement, &self.memory, &self.limit)
     }
 
+    /// The order with these lists.
+    fn with_lists(&self, actions: Vec<Vec<Action>>) -> ComputeOrder {
+        ComputeOrder {
+            name: String::new(),
+            microbatches: self.microbatches,
+            placement: self.placement.clone(),
+            actions,
+        }
+    }
+
     /// One microbatch after the other: the order that needs the least memory.
     pub(crate) fn serial(&self) -> ComputeOrder {
         let per_copy = self.placement.stages_per_copy() as u32;
@@ -69,12 +79,7 @@ impl Problem {
                 push(Pass::W, stage);
             });
         }
-        ComputeOrder {
-            name: String::new(),
-            microbatches: self.microbatches,
-            placement: self.placement.clone(),
-            actions,
-        }
+        self.with_lists(actions)
     }
 }
 

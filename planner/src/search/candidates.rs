@@ -50,6 +50,7 @@ pub fn of_job(job: &Job, machine: Machine) -> Vec<Configuration> {
                                 states,
                                 sharing: job.sharing,
                                 stage_layers: Vec::new(),
+                                measured: None,
                             });
                         }
                     }

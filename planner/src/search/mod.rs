@@ -219,6 +219,7 @@ fn recut(plans: &mut Plans, score: &dyn Score, memory: Option<u64>) {
                     let mut moved = plan.configuration.clone();
                     moved.stage_layers[from] -= 1;
                     moved.stage_layers[to] += 1;
+                    moved.measured = None;
                     score.predict(&moved).ok().filter(&fits)
                 })
                 .min_by(|a, b| a.prediction.iteration_seconds.total_cmp(&b.prediction.iteration_seconds));

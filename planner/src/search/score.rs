@@ -23,12 +23,13 @@ pub struct Simulation<'a> {
 }
 
 impl Simulation<'_> {
-    /// The candidate with its layers cut, and its program.
+    /// The candidate with its layers cut and its passes measured, and its program.
     fn lowered(&self, candidate: &Configuration) -> Result<(Configuration, Program), String> {
         let mut candidate = candidate.clone();
         if candidate.stage_layers.is_empty() {
             candidate.stage_layers = self.cuts.cut(&candidate)?;
         }
+        let candidate = candidate.measured(self.job, self.machine, self.costs).map_err(|error| error.to_string())?;
         let program = candidate.program_unchecked(self.job, self.machine, Form::Full);
         Ok((candidate, program.map_err(|error| error.to_string())?))
     }

@@ -213,3 +213,24 @@ fn no_single_layer_moved_makes_the_best_plan_shorter() {
     }
     assert!(plans.gap >= 0.0);
 }
+
+#[test]
+fn computed_schedules_know_what_passes_take() {
+    let job = job("pp = 2\ndp = 1\nmicro_batch = 1\nschedule = ['zb-1p', 'zb-v-timed', 'adaptive-v', 'optimised']");
+    let plans = run(&job, 8).unwrap();
+    assert!(plans.plans.len() >= 4, "{:?}", plans.losers);
+    for plan in &plans.plans {
+        let configuration = &plan.configuration;
+        let measured = configuration.measured.as_ref().unwrap();
+        // The cut is uneven, and ByFlops counts each op's microsecond.
+        assert!(measured.forward_nanos.iter().chain(&measured.input_nanos).all(|nanos| *nanos > 1000));
+        assert!(measured.until_b_bytes.iter().zip(&measured.until_w_bytes).all(|(b, w)| b >= w && *b > 0));
+        assert!(measured.message_nanos > 0);
+        // A plan file brings the same order about.
+        let text = serde_json::to_string(configuration).unwrap();
+        let again: Configuration = serde_json::from_str(&text).unwrap();
+        assert_eq!(again.order(&job), configuration.order(&job));
+        let unaware = Configuration { measured: None, ..again };
+        assert_eq!(unaware.order(&job).unwrap().placement, configuration.order(&job).unwrap().placement);
+    }
+}

@@ -25,6 +25,7 @@ fn configuration(
         states,
         sharing: Sharing::default(),
         stage_layers: Vec::new(),
+        measured: None,
     }
 }
 

@@ -124,6 +124,9 @@ struct Comparison {
     schedules: Vec<Document>,
 }
 
+/// The schedule that holds less than a microbatch's activations.
+const RECOMPUTING: &str = "1f1b-r";
+
 /// A schedule that has been replayed.
 struct Studied {
     order: ComputeOrder,
@@ -168,7 +171,7 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     }
     if studied.document.fits == Some(false) {
         screen.warn(format!(
-            "{} needs more than --memory-limit allows; adaptive-v and optimised keep a limit",
+            "{} needs more than --memory-limit allows; zb-1p, zb-v-timed, adaptive-v and optimised keep a limit",
             studied.document.name
         ));
     }
@@ -207,6 +210,15 @@ fn study_named(arguments: &Arguments, name: &str, per: Per) -> Result<Studied, F
     let times = times::stage_times(arguments, &placement, per)?;
     let memory = times::stage_memory(arguments, &placement)?;
     let limit = times::limit(arguments)?;
+    if let (Some(limit), false) = (limit, name == RECOMPUTING) {
+        // A schedule over a limit that others keep is shown as such; a limit that nothing can keep is a mistake.
+        let least = bounds::least_peaks(&placement, &memory).into_iter().fold(0.0, f64::max);
+        if limit < least * (1.0 - 1e-9) {
+            return Err(Failure::bad_input(format!(
+                "--memory-limit {limit}: below the least possible peak of {name}, which is {least} microbatch-stages (one microbatch at a time)"
+            )));
+        }
+    }
     let request = Request {
         times: Some(times.clone()),
         memory: Some(memory),
