@@ -81,6 +81,10 @@ pub struct JobFlags {
     #[arg(long, value_name = "BOOL")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_gathered: Option<bool>,
+    /// Steps between barriers of a pipeline: with more than 1 the optimizer goes ahead of the gradient norm (post-validation).
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub barrier_every: Option<u32>,
     /// Pipeline schedule.
     #[arg(long, value_name = "NAME")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -21,7 +21,7 @@ use paceline_sim::program::{
 use paceline_sim::units::{MicrobatchId, OpId, RankId, StageId};
 use smallvec::SmallVec;
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 /// A collective as the ranks do it.
@@ -132,16 +132,45 @@ pub(crate) struct Job<'a> {
     pub sampler: &'a Sampler<'a>,
     pub optimizer: OptimizerSettings,
     pub poison: bool,
+    /// Steps of the program.
+    pub steps: u32,
 }
 
-/// What changes from step to step.
+impl Job<'_> {
+    /// The update of a step, `step` done before.
+    fn adamw(&self, step: u64, decay: bool) -> AdamW {
+        let settings = &self.optimizer;
+        AdamW {
+            lr: settings.learning_rate.at(step) as f32,
+            beta1: settings.beta1,
+            beta2: settings.beta2,
+            epsilon: settings.epsilon,
+            weight_decay: if decay { settings.weight_decay } else { 0.0 },
+            step: step as u32 + 1,
+            clip: settings.clip,
+        }
+    }
+}
+
+/// What changes from one run of the program to the next.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct StepOrders {
     /// Steps done before.
     pub step: u64,
+    /// Steps to do, at most those of the program.
+    pub steps: u32,
     pub capture_gradients: bool,
     /// Count the time of every kernel. Where calls run behind the host's back it then waits for each, which costs time.
     pub time_kernels: bool,
+}
+
+/// What a rank knows of a step that has ended.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct StepResult {
+    /// Of the microbatches whose loss it computes.
+    pub losses: Vec<f32>,
+    /// Squared global gradient norm.
+    pub squared_norm: Option<f64>,
 }
 
 /// A rank that computes.
@@ -157,11 +186,13 @@ pub(crate) struct CpuHands<'a> {
     shares: BTreeMap<(StageId, u16), Shares>,
     /// By stage and unit: its parameters in order, and whether weight decay applies to them.
     parameters: BTreeMap<(StageId, u16), Vec<DecayRun>>,
-    /// Losses of the microbatches whose loss it computes, of the last step.
-    pub losses: Vec<f32>,
+    /// By step of the program.
+    pub results: Vec<StepResult>,
     loss_microbatches: Vec<MicrobatchId>,
-    /// Squared global gradient norm of the last step.
-    pub squared_norm: Option<f64>,
+    /// By buffer that holds a result: the step of the program.
+    result_steps: HashMap<usize, usize>,
+    /// The steps done when the rank ends the program before its end.
+    leaving: Option<u32>,
     /// Its shares of the gradients of the last step, if asked for.
     pub gradients: BTreeMap<(StageId, u16), (Range<usize>, Vec<f32>)>,
     batch: Vec<u32>,
@@ -195,9 +226,10 @@ impl<'a> CpuHands<'a> {
             kernels: KernelTally::default(),
             orders: StepOrders::default(),
             shares,
-            losses: Vec::new(),
+            results: Vec::new(),
             loss_microbatches: losses.collect(),
-            squared_norm: None,
+            result_steps: result_steps(job.program, rank),
+            leaving: None,
             gradients: BTreeMap::new(),
             batch: Vec::new(),
             job,
@@ -264,11 +296,11 @@ impl<'a> CpuHands<'a> {
         }
     }
 
-    /// Prepares a step.
+    /// Prepares a run of the program.
     pub fn prepare(&mut self, orders: StepOrders) -> Result<(), KernelError> {
         self.orders = orders;
-        self.losses.clear();
-        self.squared_norm = None;
+        self.results = vec![StepResult::default(); self.job.steps as usize];
+        self.leaving = None;
         self.gradients.clear();
         for &buffer in &self.rank.persistent {
             if matches!(self.rank.buffers[buffer.index()].tensor, Tensor::Losses | Tensor::GradientNorm) {
@@ -279,12 +311,26 @@ impl<'a> CpuHands<'a> {
         Ok(())
     }
 
-    /// Reads what a finished step leaves in persistent buffers.
+    /// Reads what a finished step leaves in persistent buffers, and drops what it has left behind where it was abandoned.
     pub fn conclude(&mut self) -> Result<(), KernelError> {
         for &buffer in &self.rank.persistent {
             self.note_result(buffer.index())?;
         }
+        if self.leaving.is_some() {
+            let passing = |buffer: &usize| !self.rank.persistent.iter().any(|kept| kept.index() == *buffer);
+            for buffer in (0..self.rank.buffers.len()).filter(passing) {
+                if self.memory.block(buffer).is_some() {
+                    self.memory.free(buffer);
+                }
+            }
+            self.memory.settle();
+        }
         Ok(())
+    }
+
+    /// Steps that the program has done since it was prepared.
+    pub fn done(&self) -> u32 {
+        self.leaving.unwrap_or(self.job.steps)
     }
 
     /// Keeps the contents of a buffer that holds a result of the step.
@@ -296,11 +342,15 @@ impl<'a> CpuHands<'a> {
         let mut bytes = vec![0; view.bytes()];
         // SAFETY: the op that frees the buffer, or the step, has ended: nobody writes to it.
         unsafe { self.job.device.download(view, &mut bytes) }?;
+        let step = self.result_steps.get(&buffer).copied().unwrap_or(0);
+        let result = &mut self.results[step];
         if tensor == Tensor::Losses {
             let all = bytes.as_chunks::<4>().0;
-            self.losses = self.loss_microbatches.iter().map(|m| f32::from_ne_bytes(all[m.index()])).collect();
+            let places = self.loss_microbatches.iter().map(|&m| place_in_step(self.job.program, m));
+            let own = places.filter(|place| place.0 == step);
+            result.losses = own.map(|(_, place)| f32::from_ne_bytes(all[place])).collect();
         } else {
-            self.squared_norm = bytes.first_chunk().map(|&b| f64::from_ne_bytes(b));
+            result.squared_norm = bytes.first_chunk().map(|&b| f64::from_ne_bytes(b));
         }
         Ok(())
     }
@@ -311,9 +361,10 @@ impl<'a> CpuHands<'a> {
         self.batch.resize(2 * sequences * seq, 0);
         let (tokens, following) = self.batch.split_at_mut(sequences * seq);
         let replica = u64::from(self.rank.coordinates.data);
-        let first = (replica * u64::from(self.job.program.microbatches) + u64::from(microbatch.0)) * sequences as u64;
+        let (step, place) = place_in_step(self.job.program, microbatch);
+        let first = (replica * u64::from(self.job.program.microbatches) + place as u64) * sequences as u64;
         for (n, (x, y)) in (0..).zip(tokens.chunks_mut(seq).zip(following.chunks_mut(seq))) {
-            self.job.sampler.train(self.orders.step, first + n, x, y)?;
+            self.job.sampler.train(self.orders.step + step as u64, first + n, x, y)?;
         }
         let wanted = if targets { following } else { tokens };
         let bytes: Vec<u8> = wanted.iter().flat_map(|token| token.to_ne_bytes()).collect();
@@ -401,7 +452,10 @@ impl Hands for CpuHands<'_> {
         let this = &rank.ops[op as usize];
         let operands = OpOperands { rank, id: self.id, op: OpId(op), this, memory: &self.memory };
         let update = match this.kind {
-            OpKind::Optimizer { stage, unit } => Some(self.update_of(this, stage, unit)?),
+            OpKind::Optimizer { stage, unit } => Some((self.update_of(this, stage, unit)?, job.steps - 1)),
+            OpKind::OptimizerAhead { stage, unit, step } | OpKind::Validate { stage, unit, step } => {
+                Some((self.update_of(this, stage, unit)?, step))
+            }
             _ => None,
         };
         let launch = Launcher {
@@ -424,8 +478,28 @@ impl Hands for CpuHands<'_> {
                     }
                 }
             }
-            OpKind::Optimizer { stage, unit } => {
-                let Some(update) = update else { return Ok(job.clock.now()) };
+            OpKind::OptimizerAhead { stage, unit, .. } => {
+                let Some((update, step)) = update else { return Ok(job.clock.now()) };
+                let Some(guessed) = &update.kept else { return Ok(job.clock.now()) };
+                let kept = operands.view(update.parameters.tensor)?;
+                let parameters = operands.view(guessed.tensor)?;
+                let gradients = operands.view(update.gradients.tensor)?;
+                let moments = operands.view(Tensor::Moments { stage, unit })?;
+                let all = self.parameters[&(stage, unit)].iter().cloned();
+                for (run, decay) in decay_runs(all, update.range.clone()) {
+                    let (place, len) = (run.start - update.range.start, run.len());
+                    launch.launch(Call::AdamWAhead {
+                        parameters: parameters.slice(guessed.place(&run).start, len),
+                        kept: kept.slice(update.parameters.place(&run).start, len),
+                        gradients: gradients.slice(update.gradients.place(&run).start, len),
+                        first: moments.slice(place, len),
+                        second: moments.slice(update.range.len() + place, len),
+                        with: job.adamw(self.orders.step + u64::from(step), decay),
+                    })?;
+                }
+            }
+            OpKind::Optimizer { stage, unit } | OpKind::Validate { stage, unit, .. } => {
+                let Some((update, step)) = update else { return Ok(job.clock.now()) };
                 let parameters = operands.view(update.parameters.tensor)?;
                 let gradients = operands.view(update.gradients.tensor)?;
                 let moments = operands.view(Tensor::Moments { stage, unit })?;
@@ -444,7 +518,6 @@ impl Hands for CpuHands<'_> {
                     let values = bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_ne_bytes(b)).collect();
                     self.gradients.insert((stage, unit), (own.clone(), values));
                 }
-                let settings = &job.optimizer;
                 let all = self.parameters[&(stage, unit)].iter().cloned();
                 for (run, decay) in decay_runs(all, own.clone()) {
                     let (place, len) = (run.start - own.start, run.len());
@@ -454,15 +527,7 @@ impl Hands for CpuHands<'_> {
                         first: moments.slice(place, len),
                         second: moments.slice(own.len() + place, len),
                         norm,
-                        with: AdamW {
-                            lr: settings.learning_rate.at(self.orders.step) as f32,
-                            beta1: settings.beta1,
-                            beta2: settings.beta2,
-                            epsilon: settings.epsilon,
-                            weight_decay: if decay { settings.weight_decay } else { 0.0 },
-                            step: self.orders.step as u32 + 1,
-                            clip: settings.clip,
-                        },
+                        with: job.adamw(self.orders.step + u64::from(step), decay),
                     })?;
                 }
                 // AdamW zeroes the gradients that it used; what the reduction left elsewhere is zeroed here.
@@ -472,7 +537,23 @@ impl Hands for CpuHands<'_> {
                     let place = accumulated.place(part);
                     launch.launch(Call::Zero { x: whole.slice(place.start, place.len()) })?;
                 }
-                if let Some(kept) = &update.kept {
+                let mut stays = false;
+                if let OpKind::Validate { .. } = this.kind {
+                    let mut bytes = [0; 8];
+                    // SAFETY: the sum of the norm has ended (the op waits for it).
+                    unsafe { job.device.download(norm, &mut bytes) }.map_err(|source| ExecError::Kernel {
+                        rank: self.id,
+                        op: OpId(op),
+                        source,
+                    })?;
+                    // All ranks see the same norm, so they decide alike.
+                    stays = job.adamw(0, false).clip_coefficient(f64::from_ne_bytes(bytes)) == 1.0;
+                    if !stays || step + 1 == self.orders.steps {
+                        self.leaving = Some(step + 1);
+                    }
+                }
+                // A guess that was right has the same bits.
+                if let Some(kept) = update.kept.as_ref().filter(|_| !stays) {
                     let place = update.parameters.place(&kept.holds);
                     let from = parameters.slice(place.start, place.len());
                     launch.launch(Call::Copy { from, to: operands.view(kept.tensor)? })?;
@@ -493,6 +574,42 @@ impl Hands for CpuHands<'_> {
         }
         self.curve.push((at, self.memory.settle()));
     }
+
+    fn leaves(&self, op: u32) -> bool {
+        let follows = self.rank.ops.get(op as usize + 1);
+        self.leaving.is_some() && follows.is_none_or(|op| !matches!(op.kind, OpKind::Validate { .. }))
+    }
+}
+
+/// The step of a program that a microbatch belongs to, and its number in it.
+fn place_in_step(program: &Program, microbatch: MicrobatchId) -> (usize, usize) {
+    let each = program.microbatches.max(1) as usize;
+    (microbatch.index() / each, microbatch.index() % each)
+}
+
+/// By buffer that holds losses or a norm: the step of the program that they are of.
+fn result_steps(program: &Program, rank: &RankProgram) -> HashMap<usize, usize> {
+    let mut steps = HashMap::new();
+    let mut norms = 0;
+    for op in &rank.ops {
+        let step = match op.kind {
+            OpKind::Compute { microbatch, .. } => place_in_step(program, microbatch).0,
+            OpKind::GradientNorm => {
+                norms += 1;
+                norms - 1
+            }
+            _ => continue,
+        };
+        let results = op
+            .uses
+            .iter()
+            .map(|buffer| buffer.index())
+            .filter(|&buffer| matches!(rank.buffers[buffer].tensor, Tensor::Losses | Tensor::GradientNorm));
+        for buffer in results {
+            steps.entry(buffer).or_insert(step);
+        }
+    }
+    steps
 }
 
 /// Whether a tensor holds weights, or a part of them.

@@ -80,7 +80,12 @@ impl<E: Effects> Lead<'_, '_, E> {
         }
         match self.fabric.take_error() {
             Some(error) => Err(error),
-            None => Ok(StepTimes { begin: began, end: end.load(Ordering::Relaxed) }),
+            None => {
+                if self.fabric.is_abandoned() {
+                    self.fabric.reset();
+                }
+                Ok(StepTimes { begin: began, end: end.load(Ordering::Relaxed) })
+            }
         }
     }
 }

@@ -227,6 +227,10 @@ pub(crate) struct Fabric<'p, E> {
     /// The present step, from 1.
     epoch: AtomicU32,
     aborted: AtomicBool,
+    /// Ranks that have left the present step before its end.
+    left: AtomicU32,
+    /// All have: what is still under way is for nobody.
+    abandoned: AtomicBool,
     error: Mutex<Option<ExecError>>,
     /// Ops ended so far: tells a slow step from one that stands still.
     progress: AtomicU64,
@@ -260,6 +264,8 @@ impl<'p, E: Effects> Fabric<'p, E> {
             devices: devices.collect(),
             epoch: AtomicU32::new(0),
             aborted: AtomicBool::new(false),
+            left: AtomicU32::new(0),
+            abandoned: AtomicBool::new(false),
             error: Mutex::new(None),
             progress: AtomicU64::new(0),
             spins,
@@ -342,7 +348,9 @@ impl<'p, E: Effects> Fabric<'p, E> {
             if self.aborted() {
                 return Err(Aborted);
             }
-            if let Some(work) = slot.take() {
+            if !self.is_abandoned()
+                && let Some(work) = slot.take()
+            {
                 self.perform(device, work);
                 continue;
             }
@@ -366,6 +374,37 @@ impl<'p, E: Effects> Fabric<'p, E> {
                 awake.fetch_add(1, Ordering::Relaxed);
             }
         }
+    }
+
+    /// A rank ends its program here, and all others end theirs at the same place. Waits for them, and works for them
+    /// meanwhile. What nobody takes any more is dropped by [`Fabric::reset`].
+    pub fn leave(&self, rank: u32) -> Result<(), Aborted> {
+        if self.left.fetch_add(1, Ordering::AcqRel) + 1 == self.ranks.len() as u32 {
+            self.abandoned.store(true, Ordering::Release);
+            self.wake_all();
+        }
+        self.drive(rank, || self.is_abandoned())
+    }
+
+    /// Whether all ranks have left the present step.
+    pub fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Acquire)
+    }
+
+    /// Drops what an abandoned step has left under way. All threads must be between steps.
+    pub fn reset(&self) {
+        for rank in &self.ranks {
+            for stream in rank.streams.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
+                stream.queue.clear();
+                stream.arrived = false;
+            }
+            rank.outstanding.store(0, Ordering::Relaxed);
+        }
+        self.transfers.iter().for_each(|transfer| transfer.arrived.store(0, Ordering::Relaxed));
+        self.meetings.iter().for_each(|meeting| meeting.arrived.store(0, Ordering::Relaxed));
+        self.devices.iter().for_each(|device| device.slot.clear());
+        self.left.store(0, Ordering::Relaxed);
+        self.abandoned.store(false, Ordering::Release);
     }
 
     /// How many ops have ended, and whether every thread sleeps. Where all sleep and nothing has ended for long, nobody is

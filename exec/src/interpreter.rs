@@ -19,6 +19,12 @@ pub(crate) trait Hands {
 
     /// Ends the life of the buffers that an op frees.
     fn free(&mut self, op: u32, at: u64);
+
+    /// Whether the rank, and every other one at the same op of its own program, ends the program here: the rest
+    /// is void.
+    fn leaves(&self, _op: u32) -> bool {
+        false
+    }
 }
 
 /// Runs the present step of a rank, on its thread, from time `begin` on.
@@ -80,6 +86,9 @@ pub(crate) fn run_step<E: Effects>(
         }
         if !op.free.is_empty() {
             hands.free(index, clock);
+        }
+        if hands.leaves(index) {
+            return fabric.leave(rank);
         }
     }
     fabric.drive(rank, || fabric.is_quiet(rank))?;

@@ -25,7 +25,7 @@ use std::time::Duration;
 /// What a rehearsal showed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rehearsal {
-    /// Seconds of each step, from its begin to the end of the last rank.
+    /// Seconds of each step, from its begin to the end of the last rank; where several steps run without a barrier, their mean.
     pub iteration_seconds: Vec<f64>,
     /// The step with the median time.
     pub trace: Trace,
@@ -33,7 +33,7 @@ pub struct Rehearsal {
     pub memory: Vec<MemoryReport>,
 }
 
-/// Runs `steps` steps of a program at the pace of `costs`. Ends early, after a whole step, when `stop` becomes true.
+/// Runs a program `steps` times at the pace of `costs`. Ends early, after a whole run, when `stop` becomes true.
 ///
 /// # Errors
 /// When the program cannot run, or `steps` is zero.
@@ -65,7 +65,8 @@ pub fn rehearse(
         Ok(())
     })?;
     let memory: Vec<MemoryReport> = hands.iter().map(|hands| lock(hands).memory.report()).collect();
-    let iteration_seconds = records.iter().map(|record| record.times.seconds()).collect();
+    let each = f64::from(program.steps());
+    let iteration_seconds = records.iter().map(|record| record.times.seconds() / each).collect();
     records.sort_by_key(|record| record.times.end - record.times.begin);
     let trace = records[records.len() / 2].trace(program, &memory);
     Ok(Rehearsal { iteration_seconds, trace, memory })

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 pub struct StepReport {
     /// Steps done, this one included.
     pub step: u64,
-    /// From the begin of the step to the end of the last rank.
+    /// From the begin of the step to the end of the last rank; where several steps run without a barrier, their mean.
     pub seconds: f64,
     /// Mean over the tokens of the global batch, before the update.
     pub loss: f64,
@@ -54,9 +54,10 @@ pub struct RunReport {
     pub held_out: Vec<(u64, f64)>,
     /// Tokens of a global batch.
     pub tokens_per_step: u64,
-    /// The step with the median time (the first is left out where there are more).
+    /// The step with the median time (the first is left out where there are more); where several steps run without a barrier,
+    /// all of them.
     pub trace: Trace,
-    /// Its number.
+    /// Its number, or that of the first.
     pub trace_step: u64,
     /// Measured memory by rank.
     pub memory: Vec<MemoryReport>,

@@ -68,6 +68,7 @@ pub fn run_passes(
         sampler: &sampler,
         optimizer: settings.optimizer,
         poison: settings.poison,
+        steps: program.steps(),
     };
     let hands: Vec<Mutex<CpuHands>> = (0..program.ranks.len())
         .map(|rank| CpuHands::new(&job, RankId(rank as u32)).map(Mutex::new))
@@ -99,8 +100,8 @@ pub fn run_passes(
 struct SoFar {
     steps: Vec<StepReport>,
     held_out: Vec<(u64, f64)>,
-    /// The latest steps, by number.
-    records: VecDeque<(u64, StepRecord)>,
+    /// The latest runs of the program, by the number of their first step, and whether they came to their end.
+    records: VecDeque<(u64, StepRecord, bool)>,
     /// Nanoseconds of compute ops over the steps whose kernels are counted.
     busy: u64,
     checkpoint: Option<PathBuf>,
@@ -126,37 +127,49 @@ impl Training<'_, '_, '_> {
         let tokens_per_step = self.tokens_per_step();
         let mut so_far = SoFar::default();
         self.evaluate(done, &mut so_far, observer)?;
-        for step in done..settings.steps {
-            let time_kernels =
-                self.holders.job.device.is_host() || step + 1 == settings.steps || step % TIMED_EVERY == 1;
-            let orders = StepOrders { step, capture_gradients: settings.capture_gradients, time_kernels };
+        let mut step = done;
+        while step < settings.steps && !so_far.stopped {
+            let wanted = self.steps_to_do(step, done);
+            let next = step + u64::from(wanted);
+            let time_kernels = self.holders.job.device.is_host()
+                || next == settings.steps
+                || (step..next).any(|step| step % TIMED_EVERY == 1);
+            let capture_gradients = settings.capture_gradients;
+            let orders = StepOrders { step, steps: wanted, capture_gradients, time_kernels };
             self.each(|hands| hands.prepare(orders))?;
             let times = lead.step()?;
             if let Some(source) = self.fabric.effects.take_failure() {
                 return Err(ExecError::Kernel { rank: RankId(0), op: OpId(0), source });
             }
             self.each(|hands| hands.conclude())?;
-            let (loss, gradient_norm) = self.results();
-            let report = StepReport {
-                step: step + 1,
-                seconds: times.seconds(),
-                loss,
-                gradient_norm,
-                learning_rate: settings.optimizer.learning_rate.at(step),
-                tokens_per_second: tokens_per_step as f64 / times.seconds(),
-            };
-            observer.step(&report);
-            so_far.steps.push(report);
-            for (what, value) in [("the loss", loss), ("the gradient norm", gradient_norm)] {
-                if !value.is_finite() {
-                    return Err(ExecError::Diverged { step: step + 1, what, value });
+            let ended = self.holders.lock(0).done();
+            let seconds = times.seconds() / f64::from(ended);
+            for n in 0..ended {
+                let (loss, gradient_norm) = self.results(n as usize);
+                let number = step + u64::from(n);
+                let report = StepReport {
+                    step: number + 1,
+                    seconds,
+                    loss,
+                    gradient_norm,
+                    learning_rate: settings.optimizer.learning_rate.at(number),
+                    tokens_per_second: tokens_per_step as f64 / seconds,
+                };
+                observer.step(&report);
+                so_far.steps.push(report);
+                for (what, value) in [("the loss", loss), ("the gradient norm", gradient_norm)] {
+                    if !value.is_finite() {
+                        return Err(ExecError::Diverged { step: number + 1, what, value });
+                    }
                 }
             }
             so_far.stopped = settings.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
-            let last = step + 1 == settings.steps || so_far.stopped;
+            let first = step + 1;
+            step += u64::from(ended);
+            let last = step == settings.steps || so_far.stopped;
             let curves = (0..program.ranks.len()).map(|rank| std::mem::take(&mut self.holders.lock(rank).curve));
             let record = StepRecord::take(self.fabric, times, curves.collect());
-            if step == done && !last {
+            if first == done + 1 && !last {
                 // The first step pays for fresh memory: it is not representative.
                 self.each(|hands| {
                     hands.kernels.clear();
@@ -166,27 +179,37 @@ impl Training<'_, '_, '_> {
                 if time_kernels {
                     so_far.busy += record.busy(program);
                 }
-                so_far.records.push_back((step + 1, record));
+                so_far.records.push_back((first, record, ended == self.holders.job.steps));
                 if so_far.records.len() > KEPT_STEPS {
                     so_far.records.pop_front();
                 }
             }
-            let due = |every: Option<u64>| last || every.is_some_and(|every| every > 0 && (step + 1) % every == 0);
+            let due = |every: Option<u64>| last || every.is_some_and(|every| every > 0 && step.is_multiple_of(every));
             if due(settings.evaluation.map(|evaluation| evaluation.every)) {
-                self.evaluate(step + 1, &mut so_far, observer)?;
+                self.evaluate(step, &mut so_far, observer)?;
             }
             if let Some(place) = settings.checkpoint.as_ref().filter(|place| due(place.every)) {
                 let (seed, digest) = (self.seed, self.holders.job.passes.digest());
-                let progress = Progress { step: step + 1, seed, digest, data: self.data.into() };
+                let progress = Progress { step, seed, digest, data: self.data.into() };
                 let path = checkpoint::save(&place.directory, &progress, &self.holders.gather()?)?;
                 observer.saved(&path);
                 so_far.checkpoint = Some(path);
             }
-            if last {
-                break;
-            }
         }
         self.report(so_far, tokens_per_step)
+    }
+
+    /// How many steps of the program to do before something has to be done between two steps. The first step goes alone.
+    fn steps_to_do(&self, step: u64, done: u64) -> u32 {
+        let settings = self.settings;
+        let due = [
+            settings.evaluation.map(|evaluation| evaluation.every),
+            settings.checkpoint.as_ref().and_then(|place| place.every),
+        ];
+        let until = |every: u64| every - step % every;
+        let pauses = due.into_iter().flatten().filter(|&every| every > 0).map(until);
+        let most = if step == done { 1 } else { u64::from(self.holders.job.steps) };
+        pauses.chain([settings.steps - step]).fold(most, u64::min) as u32
     }
 
     fn evaluate(&self, step: u64, so_far: &mut SoFar, observer: &mut dyn Observer) -> Result<(), ExecError> {
@@ -205,8 +228,11 @@ impl Training<'_, '_, '_> {
         let kernels = KernelTally::merge(hands.iter().map(|hands| &hands.kernels));
         drop(hands);
         let mut records = Vec::from(so_far.records);
-        records.sort_by_key(|(_, record)| record.times.end - record.times.begin);
-        let (trace_step, record) = &records[records.len() / 2];
+        if records.iter().any(|(_, _, whole)| *whole) {
+            records.retain(|(_, _, whole)| *whole);
+        }
+        records.sort_by_key(|(_, record, _)| record.times.end - record.times.begin);
+        let (trace_step, record, _) = &records[records.len() / 2];
         let (mut gradients, mut parameters) = (BTreeMap::new(), BTreeMap::new());
         if self.settings.capture_gradients {
             gradients = self.holders.gradients()?;
@@ -237,14 +263,15 @@ impl Training<'_, '_, '_> {
             * u64::from(job.passes.seq())
     }
 
-    /// Mean loss and gradient norm of the step that has ended.
-    fn results(&self) -> (f64, f64) {
+    /// Mean loss and gradient norm of a step of the program that has ended.
+    fn results(&self, step: usize) -> (f64, f64) {
         let (mut sum, mut count, mut squared) = (0.0, 0u32, None);
         for rank in 0..self.holders.hands.len() {
             let hands = self.holders.lock(rank);
-            sum += hands.losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
-            count += hands.losses.len() as u32;
-            squared = squared.or(hands.squared_norm);
+            let result = &hands.results[step];
+            sum += result.losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+            count += result.losses.len() as u32;
+            squared = squared.or(result.squared_norm);
         }
         (sum / f64::from(count), squared.unwrap_or(f64::NAN).sqrt())
     }

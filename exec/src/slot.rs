@@ -119,6 +119,14 @@ impl<W> Slot<W> {
         Some(work)
     }
 
+    /// Drops all work that waits. Nobody may hold the slot or queue for it.
+    pub fn clear(&self) {
+        let mut state = self.lock();
+        debug_assert!(!state.held, "a slot is cleared between steps");
+        state.queue.clear();
+        self.note(&state);
+    }
+
     /// Gives the slot up to the next in line.
     pub fn release(&self) -> Next {
         let mut state = self.lock();

@@ -42,7 +42,11 @@ impl StepRecord {
     /// Copies what the fabric recorded of the step that has just ended.
     pub fn take<E: Effects>(fabric: &Fabric<E>, times: StepTimes, memory: Vec<Vec<(u64, u64)>>) -> StepRecord {
         let ranks = 0..fabric.bound.program.ranks.len() as u32;
-        let ops = ranks.map(|rank| fabric.records(rank).iter().map(OpTimes::of).collect()).collect();
+        // What an abandoned step did not come to takes no time.
+        let never = OpTimes { ready: times.end, start: times.end, end: times.end, wait: None };
+        let of = |rank, (op, record)| if fabric.has_ended(rank, op) { OpTimes::of(record) } else { never };
+        let all = |rank| (0..).zip(fabric.records(rank)).map(|op| of(rank, op)).collect();
+        let ops = ranks.map(all).collect();
         StepRecord { times, ops, memory }
     }
 
@@ -54,8 +58,14 @@ impl StepRecord {
         for (rank, times) in program.ranks.iter().zip(&self.ops) {
             let alone = alone(rank.device);
             for (op, t) in rank.ops.iter().zip(times) {
-                use OpKind::{Compute, GradientNorm, Join, Optimizer};
-                if let Compute { .. } | GradientNorm | Optimizer { .. } | Join = op.kind {
+                use OpKind::{Compute, GradientNorm, Join, Optimizer, OptimizerAhead, Validate};
+                if let Compute { .. }
+                | GradientNorm
+                | Optimizer { .. }
+                | OptimizerAhead { .. }
+                | Validate { .. }
+                | Join = op.kind
+                {
                     sum += t.end - if alone && t.wait.is_none() { t.ready } else { t.start };
                 }
             }

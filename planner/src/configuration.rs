@@ -7,13 +7,13 @@ pub use measured::{MeasureError, Measured};
 
 use crate::job::{Job, LOCAL};
 use crate::lower::{
-    Blueprint, Form, LowerError, Sharing, States, Substance, cut, forward_flops, lower, lower_unchecked,
+    Blueprint, Form, LowerError, Sharing, States, Substance, cut, forward_flops, lower, lower_unchecked, unroll,
 };
 use crate::order::ComputeOrder;
 use crate::schedules::{self, Request, ScheduleError};
 use paceline_sim::model::Layer;
 use paceline_sim::partition::StatePartition;
-use paceline_sim::program::{Device, Program, Recompute, Stage, TransformerWorkload, Unit};
+use paceline_sim::program::{Device, Program, Recompute, Stage, TransformerWorkload, Unit, check};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use thiserror::Error;
@@ -261,6 +261,15 @@ impl Configuration {
             devices: machine.for_job(job).list(),
             form,
         };
+        // Ranks that do not wait for others' passes have nothing to gain.
+        let steps = if self.pp > 1 { job.barrier_every } else { 1 };
+        if steps > 1 {
+            let program = unroll(lower_unchecked(&blueprint)?, steps)?;
+            if checked {
+                check(&program).map_err(LowerError::from)?;
+            }
+            return Ok(program);
+        }
         Ok(if checked { lower(&blueprint)? } else { lower_unchecked(&blueprint)? })
     }
 }

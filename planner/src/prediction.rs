@@ -23,7 +23,7 @@ pub const PREDICTION_FORMAT: &str = "paceline.prediction/1";
 pub struct Prediction {
     /// [`PREDICTION_FORMAT`].
     pub format: String,
-    /// From the begin of a step to the end of its last op.
+    /// From the begin of a step to the end of its last op; where several steps run without a barrier, their mean.
     pub iteration_seconds: f64,
     /// Tokens per second and device.
     pub tokens_per_second_per_gpu: f64,
@@ -147,8 +147,9 @@ pub fn predict(
 ) -> Result<(Prediction, Trace), PredictionError> {
     let (model, provenance) = costs.of(program)?;
     let trace = simulate(program, &*model)?;
-    let iteration_seconds = trace.makespan.seconds();
-    let (time, work) = parts(program, &trace);
+    let steps = f64::from(program.steps());
+    let iteration_seconds = trace.makespan.seconds() / steps;
+    let (time, work) = parts(program, &trace, steps);
     let memory = memory(program, limit_bytes);
     let mut prediction = Prediction {
         format: PREDICTION_FORMAT.into(),
@@ -173,7 +174,7 @@ pub fn predict(
             let per_token = model_flops_per_token(&workload.model, workload.seq);
             let share = |flops: f64| Some(flops / iteration_seconds / devices / rate);
             prediction.mfu = share(per_token * tokens);
-            prediction.hfu = share(executed_flops(program, workload));
+            prediction.hfu = share(executed_flops(program, workload) / steps);
         }
     }
     Ok((prediction, trace))
@@ -220,7 +221,7 @@ enum Doing {
 
 /// Where the time of the devices goes, as a mean over them, and the mean seconds of compute work among it. Communication
 /// counts where its device computes nothing meanwhile; what is left is bubble.
-fn parts(program: &Program, trace: &Trace) -> (TimeParts, f64) {
+fn parts(program: &Program, trace: &Trace, steps: f64) -> (TimeParts, f64) {
     let mut totals = [0u64; 6];
     for device in 0..program.devices.len() {
         // Begins and ends of everything on this device, in order of time.
@@ -233,7 +234,11 @@ fn parts(program: &Program, trace: &Trace) -> (TimeParts, f64) {
                 let doing = match event.kind {
                     OpKind::Compute { pass: Pass::R, .. } => Doing::Recompute,
                     OpKind::Compute { .. } => Doing::Compute,
-                    OpKind::GradientNorm | OpKind::Optimizer { .. } | OpKind::Join => Doing::Optimizer,
+                    OpKind::GradientNorm
+                    | OpKind::Optimizer { .. }
+                    | OpKind::OptimizerAhead { .. }
+                    | OpKind::Validate { .. }
+                    | OpKind::Join => Doing::Optimizer,
                     OpKind::Collective { .. } => Doing::Reduce,
                     OpKind::Send { .. } | OpKind::Recv { .. } => Doing::Message,
                 };
@@ -255,7 +260,7 @@ fn parts(program: &Program, trace: &Trace) -> (TimeParts, f64) {
         totals[Doing::Nothing as usize] += trace.makespan.0.saturating_sub(clock);
     }
     let devices = program.devices.len().max(1) as f64;
-    let seconds = |doing: Doing| totals[doing as usize] as f64 * 1e-9 / devices;
+    let seconds = |doing: Doing| totals[doing as usize] as f64 * 1e-9 / devices / steps;
     let time = TimeParts {
         compute: seconds(Doing::Compute),
         exposed_dp: seconds(Doing::Reduce),

@@ -104,6 +104,8 @@ pub fn op_class(kind: &OpKind) -> String {
         }
         OpKind::GradientNorm => "gradient norm".into(),
         OpKind::Optimizer { .. } => "optimizer".into(),
+        OpKind::OptimizerAhead { .. } => "optimizer ahead".into(),
+        OpKind::Validate { .. } => "validate".into(),
         OpKind::Join => "join".into(),
     }
 }

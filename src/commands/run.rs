@@ -297,15 +297,16 @@ fn pace(
     let (costs, _) = local.predictor.of(program).map_err(Failure::internal)?;
     let rehearsal = rehearse(program, &*costs, steps, Some(&stop)).map_err(training::failure)?;
     trace_file::write_if_asked(screen, &rehearsal.trace, arguments.trace.as_deref(), arguments.perfetto.as_deref())?;
+    let predicted_seconds = predicted.makespan.seconds() / f64::from(program.steps());
     let fastest = rehearsal.iteration_seconds.iter().copied().fold(f64::INFINITY, f64::min);
     let predicted_peak_bytes: Vec<u64> = predicted.ranks.iter().map(|rank| rank.peak_bytes).collect();
     let measured_peak_bytes: Vec<u64> = rehearsal.memory.iter().map(|memory| memory.peak_bytes).collect();
     let document = Rehearsed {
         format: "paceline.rehearsal/1",
         device: "paced",
-        predicted_seconds: predicted.makespan.seconds(),
+        predicted_seconds,
         fastest_seconds: fastest,
-        error: predicted.makespan.seconds() / fastest - 1.0,
+        error: predicted_seconds / fastest - 1.0,
         step_seconds: rehearsal.iteration_seconds,
         peak_bytes_equal: predicted_peak_bytes == measured_peak_bytes,
         predicted_peak_bytes,

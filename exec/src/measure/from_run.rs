@@ -55,14 +55,16 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
 
     let in_kernels: f64 = report.kernels.iter().map(|times| times.total_seconds).sum::<f64>() * typical;
     let calls: u64 = report.kernels.iter().map(|times| times.count).sum();
-    let steps = report.steps.len() - usize::from(report.steps.len() > 1);
+    let counted = report.steps.len() - usize::from(report.steps.len() > 1);
+    // Runs of the program that these steps make.
+    let runs = counted as f64 / f64::from(program.steps());
     let outside = report.outside_kernels / (1.0 - report.outside_kernels).max(f64::EPSILON) * in_kernels;
     // (ops, of which on shared devices)
     let mut ops = [0u64; 2];
     for rank in &program.ranks {
         let shared = program.ranks.iter().filter(|other| other.device == rank.device).count() > 1;
-        let own = rank.ops.iter().filter(|op| op.stream == Stream::COMPUTE).count() * steps;
-        ops[usize::from(shared)] += own as u64;
+        let own = rank.ops.iter().filter(|op| op.stream == Stream::COMPUTE).count();
+        ops[usize::from(shared)] += (own as f64 * runs).round() as u64;
     }
     let under = Conditions { busy: busy_devices, context };
     let cost = |overhead| measured.map_or(0.0, |m| m.overhead(overhead, under).seconds);

@@ -58,6 +58,8 @@ pub struct Job {
     pub states: Vec<StatePartition>,
     /// In which groups states are cut, and when parameters are gathered and dropped.
     pub sharing: Sharing,
+    /// Steps that run without a barrier between them, where there is a pipeline.
+    pub barrier_every: u32,
     /// Where it runs.
     pub cluster: String,
     /// Nodes of the cluster.
@@ -125,6 +127,7 @@ impl Job {
             recompute: fields.choices("recompute", &RECOMPUTE)?,
             states: fields.parsed("states", STATES)?,
             sharing: sharing(&fields)?,
+            barrier_every: fields.optional_count("barrier_every")?.unwrap_or(1),
             nodes: fields.optional_count("nodes")?,
             gpus_per_node: fields.optional_count("gpus_per_node")?,
             memory_limit: fields.bytes("memory_limit")?,
@@ -201,6 +204,10 @@ impl Job {
             }
             _ => Ok(()),
         };
+        if self.barrier_every > MOST_STEPS || (self.barrier_every > 1 && self.cluster != LOCAL) {
+            let allowed = format!("1 to {MOST_STEPS} on this machine, 1 on a cluster");
+            return refuse("barrier_every", self.barrier_every.to_string(), allowed);
+        }
         divides("micro_batch", &self.micro_batch)?;
         divides("dp", &self.dp)?;
         let fewest = |values: &[u32]| values.iter().copied().min().unwrap_or(1);
@@ -214,6 +221,9 @@ impl Job {
         Ok(())
     }
 }
+
+/// Most steps without a barrier: a program lists the ops of all of them.
+const MOST_STEPS: u32 = 64;
 
 /// Every key of a job file.
 pub(crate) const KEYS: &[&str] = &[
@@ -235,6 +245,7 @@ pub(crate) const KEYS: &[&str] = &[
     "group_size",
     "prefetch",
     "keep_gathered",
+    "barrier_every",
     "schedule",
     "recompute",
     "precision",

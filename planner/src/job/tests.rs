@@ -47,6 +47,8 @@ fn wrong_jobs_are_told_what_is_wrong_and_what_is_allowed() {
         ("recompute = true", &["recompute = true", "none, selective, full"]),
         ("states = 'zero9'", &["states = \"zero9\"", "zero1"]),
         ("group_size = 0", &["group_size = 0"]),
+        ("barrier_every = 0", &["barrier_every = 0"]),
+        ("barrier_every = 65", &["barrier_every = 65", "1 to 64"]),
         ("keep_gathered = 1", &["keep_gathered = 1", "true or false"]),
         ("tp = 2", &["tp = 2", "local", "allowed there: 1"]),
         ("precision = 'bf16'", &["precision = \"bf16\"", "f32"]),

@@ -22,10 +22,12 @@ mod recompute;
 mod sizes;
 mod state;
 mod states;
+mod unroll;
 
 pub use cut::{cut, forward_flops};
 pub use sizes::{AbstractStage, Substance};
 pub use states::{Sharing, States};
+pub use unroll::unroll;
 
 use crate::order::ComputeOrder;
 use crate::replay::OrderError;
@@ -117,6 +119,11 @@ pub enum LowerError {
     /// One tensor with two sizes.
     #[error("{tensor:?} has {first} bytes in one op and {second} in another")]
     Size { tensor: Tensor, first: u64, second: u64 },
+    /// A step without a barrier where parts of parameters are gathered after an update.
+    #[error(
+        "barrier_every = {steps} lets {steps} steps run without a barrier, but the ranks gather updated parameters, which a step taken back would have to do again; take states = none, or barrier_every = 1"
+    )]
+    Barrier { steps: u32 },
     /// The lowered program does not run: a defect of the lowering, or an order that no bounded channel can carry.
     #[error("the lowered program fails its check: {0}")]
     Check(#[from] CheckError),

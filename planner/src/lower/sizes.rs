@@ -225,6 +225,7 @@ fn renamed(tensor: Tensor, microbatch: MicrobatchId) -> Tensor {
         | Tensor::GradientShard { .. }
         | Tensor::SyncedGradients { .. }
         | Tensor::Master { .. }
+        | Tensor::Kept { .. }
         | Tensor::Losses
         | Tensor::GradientNorm
         | Tensor::Workspace { .. } => tensor,

@@ -288,7 +288,9 @@ impl Bound for LayerBound<'_> {
         for rank in 0..candidate.ranks() as usize {
             load[rank % self.machine.devices as usize] += work[rank % pp];
         }
-        let alone = work.iter().zip(&arrival).filter(|(_, at)| at.is_finite()).map(|(work, at)| work + at);
+        // The way of the first microbatch is paid once per barrier.
+        let steps = f64::from(self.job.barrier_every);
+        let alone = work.iter().zip(&arrival).filter(|(_, at)| at.is_finite()).map(|(work, at)| work + at / steps);
         let seconds = load.into_iter().chain(alone).fold(0.0, f64::max);
         let bytes = bytes.iter().zip(&kept).map(|(held, kept)| held + kept).max().unwrap_or(0);
         Ok(AtLeast { seconds, bytes })

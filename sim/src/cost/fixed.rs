@@ -25,7 +25,7 @@ pub struct FixedTimes {
     pub transfer: Nanos,
     /// Every collective.
     pub collective: Nanos,
-    /// Every unit's optimizer step.
+    /// Every unit's optimizer step, and as much again to validate one that was taken ahead.
     pub optimizer: Nanos,
 }
 
@@ -54,7 +54,7 @@ impl CostModel for FixedTimes {
                 let until = |unit: u16| (u128::from(whole.0) * u128::from(unit).min(units) / units) as u64;
                 Nanos(until(end.max(first)) - until(first))
             }
-            OpKind::Optimizer { .. } => self.optimizer,
+            OpKind::Optimizer { .. } | OpKind::OptimizerAhead { .. } | OpKind::Validate { .. } => self.optimizer,
             _ => Nanos::ZERO,
         }
     }

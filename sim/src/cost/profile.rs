@@ -14,6 +14,7 @@ use paceline_profiles::{
 };
 use smallvec::{SmallVec, smallvec};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ops::Range;
 use thiserror::Error;
 
 /// Costs of the ops of one program on devices like those of a profile.
@@ -60,6 +61,8 @@ struct PassKey {
 struct StateCosts {
     norm: Parts,
     optimizer: BTreeMap<(StageId, u16), Parts>,
+    ahead: BTreeMap<(StageId, u16), Parts>,
+    validation: BTreeMap<(StageId, u16), Parts>,
 }
 
 /// Why a profile cannot tell the costs of a program.
@@ -111,6 +114,12 @@ impl ProfileCost {
                         costs.passes.entry(PassKey { pass, stage, first, end }).or_insert_with(cost);
                     }
                     OpKind::GradientNorm => state.norm = lookup.sum(calls.of(op)),
+                    OpKind::OptimizerAhead { stage, unit, .. } => {
+                        state.ahead.insert((stage, unit), lookup.sum(calls.of(op)));
+                    }
+                    OpKind::Validate { stage, unit, .. } => {
+                        state.validation.insert((stage, unit), lookup.sum(calls.of(op)));
+                    }
                     OpKind::Optimizer { stage, unit } => {
                         state.optimizer.insert((stage, unit), lookup.sum(calls.of(op)));
                     }
@@ -164,6 +173,8 @@ impl ProfileCost {
             OpKind::Compute { pass, stage, first, end, .. } => self.passes.get(&PassKey { pass, stage, first, end }),
             OpKind::GradientNorm => state.map(|costs| &costs.norm),
             OpKind::Optimizer { stage, unit } => state.and_then(|costs| costs.optimizer.get(&(stage, unit))),
+            OpKind::OptimizerAhead { stage, unit, .. } => state.and_then(|costs| costs.ahead.get(&(stage, unit))),
+            OpKind::Validate { stage, unit, .. } => state.and_then(|costs| costs.validation.get(&(stage, unit))),
             OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } | OpKind::Join => None,
         };
         let mut parts = known.copied().unwrap_or_default();
@@ -298,14 +309,23 @@ impl Calls<'_> {
                 let parts = gradient_sources(self.rank, op).flat_map(counted);
                 parts.map(|part| elements(KernelOp::SumSquares, part.len())).collect()
             }
-            OpKind::Optimizer { stage, unit } => match update(self.rank, op) {
+            OpKind::OptimizerAhead { stage, unit, .. } => match update(self.rank, op) {
                 None => Vec::new(),
                 Some(update) => {
-                    let specs = unit_layout(self.workload, stages, stage, unit).into_iter();
-                    let runs = decay_runs(specs.map(|spec| (spec.range, spec.decay)), update.range);
-                    let updated = runs.into_iter().map(|(run, _)| elements(KernelOp::AdamW, run.len()));
+                    let runs = self.runs(stage, unit, update.range);
+                    runs.map(|run| elements(KernelOp::AdamWAhead, run.len())).collect()
+                }
+            },
+            OpKind::Optimizer { stage, unit } | OpKind::Validate { stage, unit, .. } => match update(self.rank, op) {
+                None => Vec::new(),
+                Some(update) => {
+                    let runs = self.runs(stage, unit, update.range);
+                    let updated = runs.map(|run| elements(KernelOp::AdamW, run.len()));
                     let zeroed = update.leftovers.1.into_iter().map(|part| elements(KernelOp::Zero, part.len()));
-                    let kept = update.kept.map(|piece| elements(KernelOp::Copy, piece.holds.len()));
+                    // A guess that proves right is not replaced.
+                    let guessed = matches!(op.kind, OpKind::Validate { .. });
+                    let kept =
+                        update.kept.filter(|_| !guessed).map(|piece| elements(KernelOp::Copy, piece.holds.len()));
                     updated.chain(zeroed).chain(kept).collect()
                 }
             },
@@ -314,6 +334,12 @@ impl Calls<'_> {
         // A shard can be empty: its call is made, and does nothing.
         calls.retain(|key| key.dims.iter().all(|&dim| dim > 0));
         calls
+    }
+
+    /// Elements that a unit's optimizer updates in one call each.
+    fn runs(&self, stage: StageId, unit: u16, updated: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let specs = unit_layout(self.workload, &self.program.stages, stage, unit).into_iter();
+        decay_runs(specs.map(|spec| (spec.range, spec.decay)), updated).into_iter().map(|(run, _)| run)
     }
 }
 

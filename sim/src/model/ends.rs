@@ -41,7 +41,7 @@ pub(crate) fn head_forward(b: &mut Builder, spot: &Spot) {
     let normed = b.piece(spot, Piece::Normed, false);
     let (stats, lse) = (b.piece(spot, Piece::Stats, false), b.piece(spot, Piece::LogSumExp, false));
     b.norm(spot, FINAL_NORM, &x, &normed, &stats);
-    let place = b.microbatch.index();
+    let place = b.loss;
     let loss = part(&Slice { tensor: Tensor::Losses, range: 0..place + 1 }, place..place + 1);
     let weight = b.weight(spot, Role::Logits, false);
     let scratch = logits(b);

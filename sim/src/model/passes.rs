@@ -48,6 +48,7 @@ impl ModelPass {
             stages,
             shape: Shape::of(workload),
             microbatch,
+            loss: microbatch.0.checked_rem(microbatches).unwrap_or(0) as usize,
             spots: &all,
             steps: Vec::new(),
             workspace: Workspace::default(),
@@ -135,6 +136,8 @@ pub(crate) struct Builder<'a> {
     pub stages: &'a [Stage],
     pub shape: Shape,
     pub microbatch: MicrobatchId,
+    /// Its number within its step: the place of its loss.
+    pub loss: usize,
     /// All layers of the stage.
     pub spots: &'a [Spot],
     pub steps: Vec<Step>,
@@ -354,7 +357,9 @@ impl Builder<'_> {
             Tensor::Gradients { stage, unit }
             | Tensor::GradientShard { stage, unit }
             | Tensor::SyncedGradients { stage, unit } => (MemoryClass::Gradient, whole(stage, unit)),
-            Tensor::Master { stage, unit } => (MemoryClass::OptimizerState, whole(stage, unit)),
+            Tensor::Master { stage, unit } | Tensor::Kept { stage, unit } => {
+                (MemoryClass::OptimizerState, whole(stage, unit))
+            }
             Tensor::Moments { stage, unit } => (MemoryClass::OptimizerState, 2 * whole(stage, unit)),
             Tensor::Tokens { .. } | Tensor::Targets { .. } => (MemoryClass::Activation, self.shape.rows),
             Tensor::StageInput { .. }

@@ -167,7 +167,12 @@ impl Partners {
                         }
                         found.members[member] = this;
                     }
-                    OpKind::Compute { .. } | OpKind::GradientNorm | OpKind::Optimizer { .. } | OpKind::Join => {}
+                    OpKind::Compute { .. }
+                    | OpKind::GradientNorm
+                    | OpKind::Optimizer { .. }
+                    | OpKind::OptimizerAhead { .. }
+                    | OpKind::Validate { .. }
+                    | OpKind::Join => {}
                 }
             }
         }

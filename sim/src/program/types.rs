@@ -9,7 +9,7 @@ use std::fmt;
 /// The format written into every serialised program.
 pub const PROGRAM_FORMAT: &str = "paceline.program/1";
 
-/// One training step of every rank.
+/// One training step of every rank, or several without a barrier between them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Program {
     /// [`PROGRAM_FORMAT`].
@@ -26,6 +26,25 @@ pub struct Program {
     pub stages: Vec<Stage>,
     /// Ranks, by [`RankId`].
     pub ranks: Vec<RankProgram>,
+}
+
+impl Program {
+    /// Training steps in the program: all but the last end with an [`OpKind::Validate`] per unit. Microbatches are numbered on
+    /// through the steps.
+    pub fn steps(&self) -> u32 {
+        self.ranks.iter().map(RankProgram::steps).max().unwrap_or(1)
+    }
+}
+
+impl RankProgram {
+    /// Training steps of this rank: see [`Program::steps`].
+    pub fn steps(&self) -> u32 {
+        let validated = self.ops.iter().filter_map(|op| match op.kind {
+            OpKind::Validate { step, .. } => Some(step + 1),
+            _ => None,
+        });
+        1 + validated.max().unwrap_or(0)
+    }
 }
 
 /// What the passes of a program compute.
@@ -238,6 +257,8 @@ pub enum Tensor {
     SyncedGradients { stage: StageId, unit: u16 },
     /// The weights that the optimizer updates, where it is cut more coarsely than the weights that passes keep.
     Master { stage: StageId, unit: u16 },
+    /// The weights of a unit before [`OpKind::OptimizerAhead`]; [`OpKind::Validate`] turns them into the true ones.
+    Kept { stage: StageId, unit: u16 },
 }
 
 /// A stream of a rank: ops on one stream run in issue order.
@@ -306,6 +327,14 @@ pub enum OpKind {
     Optimizer { stage: StageId, unit: u16 },
     /// Nothing: a place to wait and to free.
     Join,
+    /// Updates a unit without knowing the global norm, as if nothing were clipped, and keeps the weights as they were
+    /// in [`Tensor::Kept`]. The step is numbered within the program.
+    OptimizerAhead { stage: StageId, unit: u16, step: u32 },
+    /// Makes the true update of a unit from [`Tensor::Kept`], now that the global norm of the step is known, and zeroes its
+    /// gradients. Where nothing was clipped it equals what [`OpKind::OptimizerAhead`] guessed. Where the guess was wrong it
+    /// replaces the weights, and what has been computed with the wrong ones is computed again (Qi et al. 2024, Zero Bubble
+    /// Pipeline Parallelism, arXiv 2401.10241, section 4: post-validation).
+    Validate { stage: StageId, unit: u16, step: u32 },
 }
 
 /// A pass of the pipeline. `BW` is the fused backward; PyTorch and DualPipe call it B.

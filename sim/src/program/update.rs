@@ -34,7 +34,7 @@ pub struct Update {
     pub gradients: Piece,
     /// Gradients that hold leftovers after the reduction and are zeroed too: elements of the array.
     pub leftovers: (Piece, SmallVec<[Range<usize>; 2]>),
-    /// Weights that passes keep, copied from the updated ones.
+    /// Weights that passes keep, copied from the updated ones; of a step taken ahead, the weights that it guesses.
     pub kept: Option<Piece>,
 }
 
@@ -47,13 +47,12 @@ pub fn update(rank: &RankProgram, op: &Op) -> Option<Update> {
         })?;
     let range = moments.0..moments.0 + moments.1;
     let of = |is: fn(&Tensor) -> bool| pieces(rank, op).find(|piece| is(&piece.tensor));
-    let master = of(|tensor| matches!(tensor, Tensor::Master { .. }));
-    let shard = of(|tensor| matches!(tensor, Tensor::ParameterShard { .. }));
-    let whole = of(|tensor| matches!(tensor, Tensor::Parameters { .. }));
-    let (parameters, kept) = match (master, shard) {
-        (Some(master), shard) => (master, shard),
-        (None, Some(shard)) => (shard, None),
-        (None, None) => (whole?, None),
+    let master = of(|tensor| matches!(tensor, Tensor::Master { .. } | Tensor::Kept { .. }));
+    let stored = of(|tensor| matches!(tensor, Tensor::ParameterShard { .. }))
+        .or_else(|| of(|tensor| matches!(tensor, Tensor::Parameters { .. })));
+    let (parameters, kept) = match master {
+        Some(master) => (master, stored),
+        None => (stored?, None),
     };
     let synced = of(|tensor| matches!(tensor, Tensor::SyncedGradients { .. }));
     let accumulated = of(|tensor| matches!(tensor, Tensor::GradientShard { .. }))

@@ -87,6 +87,8 @@ fn name(kind: &OpKind) -> String {
         OpKind::Send { peer, message, .. } => format!("send {} to {peer}", message.microbatch),
         OpKind::Recv { peer, message, .. } => format!("receive {} from {peer}", message.microbatch),
         OpKind::Optimizer { stage, unit } => format!("optimizer {stage} u{unit}"),
+        OpKind::OptimizerAhead { stage, unit, .. } => format!("optimizer ahead {stage} u{unit}"),
+        OpKind::Validate { stage, unit, .. } => format!("validate {stage} u{unit}"),
         _ => op_class(kind),
     }
 }

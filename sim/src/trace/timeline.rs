@@ -93,7 +93,10 @@ impl Trace {
                 OpKind::Compute { pass, stage, microbatch, .. } => {
                     Moment::Compute { pass, microbatch: microbatch.0, stage: u32::from(stage.0) }
                 }
-                OpKind::GradientNorm | OpKind::Optimizer { .. } => Moment::Optimizer,
+                OpKind::GradientNorm
+                | OpKind::Optimizer { .. }
+                | OpKind::OptimizerAhead { .. }
+                | OpKind::Validate { .. } => Moment::Optimizer,
                 OpKind::Join | OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } => Moment::Waiting,
             };
             let idle = match event.wait {
