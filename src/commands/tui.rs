@@ -69,16 +69,21 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     };
     let path = if arguments.fresh || notice.is_some() { None } else { state_path(arguments.source.job.as_deref()) };
     let visit = path.as_deref().and_then(Visit::read);
+    let notice_free = notice.is_none();
     let settings = visit.as_ref().map_or_else(|| Settings::from_table(&job), |visit| visit.settings(&job));
     let palette = palette(screen, arguments.theme, visit.as_ref().and_then(|visit| visit.palette));
     let (mut app, mut effects) = App::new(settings, palette, notice);
+    // Without a job nothing is fixed.
+    if notice_free && !arguments.source.is_empty()? {
+        app.job = job.clone();
+    }
     if let Some(visit) = &visit {
         effects = visit.restore(&mut app);
     }
     let stop = interrupt::flag()?;
     let (sender, events) = channel();
-    let desk = Desk::open(local, sender.clone());
-    terminal::show(&mut app, effects, &desk, (sender, events), &stop)
+    let mut desk = Desk::open(local, sender.clone());
+    terminal::show(&mut app, effects, &mut desk, (sender, events), &stop)
         .map_err(|error| Failure::internal(format!("the terminal cannot be used: {error}")))?;
     if let Some(path) = path
         && let Err(error) = Visit::of(&app, &job).write(&path)

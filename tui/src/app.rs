@@ -2,8 +2,10 @@
 //! with keys and hand it answers.
 
 use crate::event::{Effect, Event, News, OptionNews};
+use crate::plans::{Plans, Wish, job_to_search};
 use crate::question::Answer;
-use crate::settings::{KNOBS, Settings};
+use crate::search::SearchProgress;
+use crate::settings::{KNOBS, Settings, place_of};
 use crate::theme::Palette;
 use crate::timeline::Timeline;
 use ratatui::crossterm::event::{
@@ -11,6 +13,7 @@ use ratatui::crossterm::event::{
 };
 use ratatui::layout::{Position, Rect};
 use serde::{Deserialize, Serialize};
+use toml::Table;
 
 /// The views.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -21,17 +24,20 @@ pub enum View {
     Predict,
     /// The schedule, pass by pass.
     Timeline,
+    /// The search.
+    Plan,
 }
 
 impl View {
     /// In the order of their tabs.
-    pub const ALL: [View; 2] = [View::Predict, View::Timeline];
+    pub const ALL: [View; 3] = [View::Predict, View::Timeline, View::Plan];
 
     /// Its name.
     pub fn name(self) -> &'static str {
         match self {
             View::Predict => "Predict",
             View::Timeline => "Timeline",
+            View::Plan => "Plan",
         }
     }
 }
@@ -45,6 +51,8 @@ pub enum Target {
     Knob(usize),
     /// The memory of the ranks.
     Ranks,
+    /// A plan, by its place among those that are shown.
+    Plan(usize),
     /// The timeline of a rank, from a column on.
     Lane {
         /// Which.
@@ -92,6 +100,10 @@ pub struct App {
     pub first_rank: usize,
     /// The timeline.
     pub timeline: Timeline,
+    /// The plans.
+    pub plans: Plans,
+    /// The keys of the job that was opened: the axes that it fixes stay fixed in a search.
+    pub job: Table,
     /// Colours.
     pub palette: Palette,
     /// Whether keys are explained.
@@ -120,6 +132,8 @@ impl App {
             waiting: false,
             first_rank: 0,
             timeline: Timeline::default(),
+            plans: Plans::default(),
+            job: Table::new(),
             palette,
             help: false,
             notice,
@@ -195,7 +209,20 @@ impl App {
             News::Lanes { question, outcome } if question == self.question => {
                 self.timeline.tell(question, *outcome);
             }
-            News::Answer { .. } | News::Options { .. } | News::Lanes { .. } => {}
+            News::Searching { search, progress } if search == self.plans.search => self.plans.progress = progress,
+            News::Found { search, outcome } if search == self.plans.search => {
+                self.plans.running = false;
+                self.plans.at = 0;
+                self.plans.found = Some(*outcome);
+            }
+            News::Cell { search, cell, last } if search == self.plans.search => {
+                self.plans.running &= !last;
+                self.plans.cells.push(*cell);
+            }
+            News::Written(Ok(path)) => self.say(format!("written to {path}"), false),
+            News::Written(Err(why)) => self.say(why, true),
+            // Answers to what is not asked any more.
+            _ => {}
         }
     }
 
@@ -208,10 +235,13 @@ impl App {
             self.help = false;
             return Vec::new();
         }
-        if self.typed.is_some() {
+        if self.typed.is_some() && self.view == View::Predict {
             return self.type_key(key);
         }
         self.notice = None;
+        if self.view == View::Plan && self.plans.typing {
+            return self.plan_key(key);
+        }
         match key.code {
             KeyCode::Char('q') => return vec![Effect::Quit],
             KeyCode::Char('?') | KeyCode::F(1) => self.help = true,
@@ -224,6 +254,7 @@ impl App {
             _ => match self.view {
                 View::Predict => return self.predict_key(key),
                 View::Timeline => drop(self.timeline.key(key.code)),
+                View::Plan => return self.plan_key(key),
             },
         }
         Vec::new()
@@ -275,6 +306,44 @@ impl App {
             _ => {}
         }
         Vec::new()
+    }
+
+    fn plan_key(&mut self, key: KeyEvent) -> Vec<Effect> {
+        let Some(wish) = self.plans.key(key) else { return Vec::new() };
+        match wish {
+            Wish::Stop => vec![Effect::StopSearch],
+            Wish::Write(row) => vec![Effect::Write(row)],
+            Wish::Search => {
+                self.begin_search();
+                let job = Box::new(job_to_search(&self.settings, &self.job));
+                vec![Effect::Search { search: self.plans.search, job }]
+            }
+            Wish::Map => {
+                self.begin_search();
+                self.plans.cells.clear();
+                let job = Box::new(job_to_search(&self.settings, &self.job));
+                vec![Effect::Map { search: self.plans.search, job }]
+            }
+            Wish::Open(row) => {
+                let budgets = ["tokens", "price"].map(|key| (place_of(key), self.settings.get(key).map(str::to_owned)));
+                self.settings = Settings::from_table(&row.job);
+                for (place, value) in budgets {
+                    if let (Some(place), Some(value)) = (place, value) {
+                        self.settings = self.settings.with(place, &value);
+                    }
+                }
+                self.view = View::Predict;
+                self.first_rank = 0;
+                self.say(format!("opened: {}", row.configuration), false);
+                vec![self.ask()]
+            }
+        }
+    }
+
+    fn begin_search(&mut self) {
+        self.plans.search += 1;
+        self.plans.running = true;
+        self.plans.progress = SearchProgress::default();
     }
 
     fn type_key(&mut self, key: KeyEvent) -> Vec<Effect> {
@@ -349,6 +418,11 @@ impl App {
             (Some(Target::Lane { rank, left }), Some(up)) => {
                 self.timeline.point(mouse.column - left, rank);
                 self.timeline.zoom(if up { 0.5 } else { 2.0 }, self.timeline.cursor);
+            }
+            (Some(Target::Plan(row)), _) if pressed => self.plans.at = row,
+            (Some(Target::Plan(_)), Some(up)) => {
+                let code = if up { KeyCode::Up } else { KeyCode::Down };
+                return self.plan_key(KeyEvent::from(code));
             }
             (Some(Target::Ranks), Some(up)) => {
                 let code = if up { KeyCode::PageUp } else { KeyCode::PageDown };

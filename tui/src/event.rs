@@ -1,10 +1,13 @@
 //! What happens to the state machine, and what it asks of the world. Neither knows a terminal.
 
 use crate::lanes::Lanes;
+use crate::plans::Cell;
 use crate::question::Answer;
+use crate::search::{Found, Row, SearchProgress};
 use crate::settings::Settings;
 use ratatui::crossterm::event::{KeyEvent, MouseEvent};
 use std::sync::Arc;
+use toml::Table;
 
 /// Something happened.
 #[derive(Debug)]
@@ -38,6 +41,31 @@ pub enum News {
         /// Value by value.
         options: Vec<OptionNews>,
     },
+    /// How far a search is.
+    Searching {
+        /// Which search.
+        search: u64,
+        /// How far.
+        progress: SearchProgress,
+    },
+    /// A search ended.
+    Found {
+        /// Which search.
+        search: u64,
+        /// What it found.
+        outcome: Box<Result<Found, String>>,
+    },
+    /// A cell of the map; the last ends it.
+    Cell {
+        /// Which search.
+        search: u64,
+        /// The cell.
+        cell: Box<Cell>,
+        /// Whether it is the last.
+        last: bool,
+    },
+    /// A file was written, or why not.
+    Written(Result<String, String>),
     /// The timeline of the settings.
     Lanes {
         /// Of which question.
@@ -75,6 +103,24 @@ pub enum Effect {
         /// What to simulate.
         settings: Box<Settings>,
     },
+    /// Search the open axes of a job; the search before it stops.
+    Search {
+        /// Names the search.
+        search: u64,
+        /// The job.
+        job: Box<Table>,
+    },
+    /// Search the best plan for every model and number of nodes; the search before it stops.
+    Map {
+        /// Names the search.
+        search: u64,
+        /// The job; its model and nodes are replaced.
+        job: Box<Table>,
+    },
+    /// Stop the search with what it has found.
+    StopSearch,
+    /// Write a plan to a file of its own.
+    Write(Box<Row>),
     /// Leave.
     Quit,
 }

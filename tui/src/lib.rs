@@ -14,6 +14,7 @@ pub mod draw;
 pub mod event;
 pub mod figures;
 pub mod lanes;
+pub mod plans;
 pub mod question;
 pub mod report;
 pub mod search;

@@ -97,7 +97,7 @@ fn read_keys(events: Sender<Event>, end: Arc<AtomicBool>) -> JoinHandle<()> {
 pub fn show(
     app: &mut App,
     first: Vec<Effect>,
-    desk: &Desk,
+    desk: &mut Desk,
     (sender, events): (Sender<Event>, Receiver<Event>),
     stop: &AtomicBool,
 ) -> io::Result<()> {
@@ -115,7 +115,7 @@ pub fn show(
 fn follow(
     app: &mut App,
     first: Vec<Effect>,
-    desk: &Desk,
+    desk: &mut Desk,
     events: &Receiver<Event>,
     stop: &AtomicBool,
     screen: &mut Screen,

@@ -35,6 +35,16 @@ fn keys(view: View) -> &'static [(&'static str, &'static str)] {
             ("n", "next gap of the rank"),
             ("m", "predicted, measured, both"),
         ],
+        View::Plan => &[
+            ("s, Esc", "search the open axes; stop"),
+            ("Up Down, k j", "plan; in the map also left and right"),
+            ("o", "order: time, memory, bubble, name"),
+            ("/", "filter by words"),
+            ("v", "table, memory against speed, map"),
+            ("m", "compute the map of models and nodes"),
+            ("Enter", "open the plan in Predict"),
+            ("w", "write it: a plan to run, or a job"),
+        ],
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod bars;
 mod help;
+mod plans;
 mod predict;
 mod text;
 mod timeline;
@@ -41,6 +42,7 @@ pub fn draw(frame: &mut Frame, app: &App) -> Targets {
     match app.view {
         View::Predict => predict::draw(frame, app, &theme, body, &mut targets),
         View::Timeline => timeline::draw(frame, app, &theme, body, &mut targets),
+        View::Plan => plans::draw(frame, app, &theme, body, &mut targets),
     }
     notice(frame, app, &theme, foot);
     if app.help {
@@ -80,6 +82,7 @@ fn notice(frame: &mut Frame, app: &App, theme: &Theme, area: Rect) {
         None => match app.view {
             View::Predict => (predict::hint(app), theme.dim),
             View::Timeline => (timeline::hint(app), theme.dim),
+            View::Plan => (plans::hint(app), theme.dim),
         },
     };
     frame.render_widget(Paragraph::new(Span::styled(text::cut(&line, width), style)), area);

@@ -123,7 +123,7 @@ fn timelines_follow_the_settings() {
 #[test]
 fn the_desk_answers() {
     let (sender, events) = channel();
-    let desk = Desk::open(machine(), sender);
+    let mut desk = Desk::open(machine(), sender);
     let local = "model = 'demo-1m'\nseq = 64\nglobal_batch = 4\npp = 2".parse().unwrap();
     for settings in [Settings::usual(), Settings::from_table(&local)] {
         let (mut app, effects) = App::new(settings, Palette::Dark, None);
