@@ -129,3 +129,50 @@ fn lists_of(block: &Block, microbatches: u32, lists: &mut Vec<Vec<Action>>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replay::{StageMemory, StageTimes, replay};
+    use crate::schedules::v_shape;
+
+    /// The least bubble of the longest device span in chunk slots with `k` chunk activations per device (the lower envelope of the paper's
+    /// adaptive search in unit time).
+    fn bubble_slots(p: i64, k: i64) -> i64 {
+        (6 * p - 1 - 3 * k).max(4 * p - 3 * k + 2 * ((k + 1) / 2))
+    }
+
+    #[test]
+    fn unit_time_reaches_the_frontier_at_every_memory() {
+        for p in [4u32, 8, 16] {
+            for m in [2 * p, 3 * p] {
+                for chunks in 2 * ((p + 4) / 3)..=2 * p {
+                    let placement = v_shape(p);
+                    let problem = Problem {
+                        times: StageTimes::unit(2 * p as usize),
+                        memory: StageMemory::microbatch_stages(&placement, p as usize, 0.0),
+                        limit: vec![f64::from(chunks) / 2.0; p as usize],
+                        microbatches: m,
+                        placement,
+                    };
+                    let span = ranked(&problem, REARRANGED)
+                        .unwrap()
+                        .into_iter()
+                        .map(|order| {
+                            let order =
+                                justify(&order, &problem.times, &problem.memory, &problem.limit, Goal::Span).unwrap();
+                            assert!(problem.fits(&order));
+                            replay(&order, &problem.times).unwrap().totals.longest_span
+                        })
+                        .fold(f64::INFINITY, f64::min);
+                    let least = bubble_slots(i64::from(p), i64::from(chunks)) as f64;
+                    assert!(span - f64::from(6 * m) <= least, "p={p} m={m} k={chunks}: {span}, {least}");
+                    // No device but the first can start at once.
+                    let found = adaptive_v(&problem).unwrap();
+                    let makespan = replay(&found, &problem.times).unwrap().makespan() - f64::from(6 * m);
+                    assert!(makespan <= least + f64::from(p - 1), "p={p} m={m} k={chunks}: {makespan}, {least}");
+                }
+            }
+        }
+    }
+}
