@@ -345,6 +345,12 @@ pub fn predict_cluster(
     let again = match layout.recompute {
         Recompute::None => 0.0,
         Recompute::Full => (whole - head) / 3.0,
+        // Keys, output projection, and half of gate and up or the second matrix of the MLP.
+        Recompute::Operators => {
+            let (_, key, _) = model.attention.widths();
+            let width = key + model.attention.output_width() + model.ffn;
+            2.0 * (model.layers * model.hidden * width) as f64
+        }
         Recompute::Selective => {
             let (query, _, _) = model.attention.widths();
             2.0 * (model.layers * layout.seq * (query + model.attention.output_width())) as f64

@@ -75,7 +75,7 @@ pub struct ClusterRequest {
     /// A schedule's name; `1f1b` by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub schedule: Option<String>,
-    /// `none`, `selective`, `full`; `none` by default.
+    /// `none`, `selective` (the attention core), `operators` (every second product and what is elementwise), `full`; `none` by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recompute: Option<String>,
     /// A recipe, see [`PRECISIONS`]; `bf16` by default.
@@ -118,8 +118,12 @@ const OVERLAPS: [(&str, Overlap); 4] = [
     ("parameters", overlap(false, true)),
     ("none", overlap(false, false)),
 ];
-const RECOMPUTES: [(&str, Recompute); 3] =
-    [("none", Recompute::None), ("selective", Recompute::Selective), ("full", Recompute::Full)];
+const RECOMPUTES: [(&str, Recompute); 4] = [
+    ("none", Recompute::None),
+    ("selective", Recompute::Selective),
+    ("operators", Recompute::Operators),
+    ("full", Recompute::Full),
+];
 
 /// A request that names no configuration.
 #[derive(Debug, Error)]

@@ -3,7 +3,7 @@
 use paceline_sim::cluster::device::{Device, Passing};
 use paceline_sim::cluster::memory::RankParameters;
 use paceline_sim::cluster::network::{Network, Span};
-use paceline_sim::cluster::work::{self, Work};
+use paceline_sim::cluster::work::{self, Product, Work};
 use paceline_sim::cluster::{Architecture, AttentionKernel, ContextExchange, Layout, Partition, Physics, Recompute};
 use paceline_sim::partition::exchange::Exchange;
 use std::ops::Range;
@@ -341,10 +341,10 @@ impl Timer<'_> {
     fn recompute(&self, work: &Work, forward: Passing, communication: f64) -> f64 {
         match self.layout.recompute {
             Recompute::None => 0.0,
-            Recompute::Full => {
-                // The state of the random numbers is kept, replaced and brought back.
-                let calls = 2.0 * work::CHECKPOINT_CALLS * self.device.launch_seconds();
-                Passing { host: forward.host + calls, ..forward }.seconds() + communication
+            Recompute::Full => forward.seconds() + communication,
+            Recompute::Operators => {
+                let again = Work { core: None, products: self.dropped(work), ..work.clone() };
+                self.device.forward(&again, self.layout.numerics.activation).seconds() + communication
             }
             Recompute::Selective => match self.layout.attention {
                 // Scores, softmax and the weighted sum again.
@@ -362,6 +362,28 @@ impl Timer<'_> {
                 }
             },
         }
+    }
+
+    /// The products whose results are not kept where every second one is: keys and the output projection; of a dense gated MLP half
+    /// of gate and up, of a plain one the second matrix; all of routed experts.
+    fn dropped(&self, work: &Work) -> Vec<Product> {
+        let (query, key, value) = self.model.attention.widths();
+        let keys = key as f64 / (query + key + value) as f64;
+        let mut products = work.products.clone();
+        let count = self.model.attention.matrices(self.model.hidden).len();
+        let routed = products.len() > count + 2;
+        for (n, product) in products.iter_mut().enumerate() {
+            let dense = n >= count && !routed;
+            product.n *= match (n, self.model.gated) {
+                (0, _) => keys,
+                (n, true) if dense && n == count => 0.5,
+                (n, false) if dense && n == count => 0.0,
+                (n, true) if dense && n == count + 1 => 0.0,
+                _ => 1.0,
+            };
+        }
+        products.retain(|p| p.n > 0.0);
+        products
     }
 
     /// A collective over the ranks that share the states of these dense and routed parameters, with `element` bytes each, in

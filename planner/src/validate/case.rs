@@ -293,7 +293,11 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
     let recompute = match row.text("recompute").to_ascii_lowercase().as_str() {
         t if t.starts_with("full") => Recompute::Full,
         t if any(t, &["uniform", "block", "layer"]) && !t.contains("norm") => Recompute::Full,
-        t if t.starts_with("sel") || any(t, &["attn", "core", "partial", "sac"]) => Recompute::Selective,
+        // torchtitan's selection is by operator, Megatron's the attention core.
+        t if any(t, &["operator", "op-", "sac"]) || (t.starts_with("sel") && recipe.by_operator) => {
+            Recompute::Operators
+        }
+        t if t.starts_with("sel") || any(t, &["attn", "core", "partial"]) => Recompute::Selective,
         _ => Recompute::None,
     };
     let flash = match row.text("flash_attn").to_ascii_lowercase().as_str() {

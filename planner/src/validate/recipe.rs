@@ -36,6 +36,8 @@ pub struct Recipe {
     pub fused_kernels: bool,
     /// Sequence parallelism when nothing is stated.
     pub sequence_parallel: bool,
+    /// Selective recomputation is by operator.
+    pub by_operator: bool,
     /// How kernels reach the GPU.
     pub launches: Launches,
     /// How context-parallel ranks exchange.
@@ -74,6 +76,7 @@ pub fn recipe(row: &Row) -> Recipe {
         scatters: true,
         sharding: StatePartition::ZERO1,
         sequence_parallel: false,
+        by_operator: false,
         launches: Launches::Eager,
         context: ContextExchange::ZigZag,
     };
@@ -98,7 +101,17 @@ pub fn recipe(row: &Row) -> Recipe {
         // torchtitan compiles its blocks and gathers keys and values.
         let (launches, context) =
             if has("titan") { (Launches::Fused, ContextExchange::AllGather) } else { (base.launches, base.context) };
-        Recipe { numerics: Numerics::GATHERED_16_BIT, overlap: DATA, loss, attention, launches, context, ..base }
+        let by_operator = has("titan");
+        Recipe {
+            numerics: Numerics::GATHERED_16_BIT,
+            overlap: DATA,
+            loss,
+            attention,
+            launches,
+            context,
+            by_operator,
+            ..base
+        }
     } else if has("deepspeed") {
         // 16-bit gradients, reduced in 16 bits; no FlashAttention in the Megatron-DeepSpeed of its time.
         let summed = row.noted("fp32 grad") || row.noted("fp32 accumul");

@@ -105,8 +105,25 @@ pub fn kept_by_block(model: &Architecture, layout: &Layout, layer: u64) -> f64 {
     match layout.recompute {
         Recompute::None => block(model, layout, layer).iter().map(|k| k.bytes).sum(),
         Recompute::Selective => block(model, layout, layer).iter().filter(|k| !k.core).map(|k| k.bytes).sum(),
+        Recompute::Operators => kept_products(model, layout, layer),
         Recompute::Full => layout.numerics.activation * layout.tokens() * model.hidden as f64 / layout.sequence_cut(),
     }
+}
+
+/// Every second product's result, that of attention, and the input of the block. Grouped products of experts are not among
+/// those that are kept.
+fn kept_products(model: &Architecture, layout: &Layout, layer: u64) -> f64 {
+    let (tp, rows) = (layout.tp as f64, layout.numerics.activation * layout.tokens());
+    let (query, _, value) = model.attention.widths();
+    let attention = (query + value + model.attention.output_width()) as f64 / tp;
+    let scale = 4.0 * layout.tokens() * model.attention.heads() as f64 / tp;
+    let width = match model.experts {
+        Some(experts) if model.routed(layer) => experts.shared_ffn,
+        _ => model.ffn,
+    } as f64;
+    // The last product of a gated block is an odd one, its seventh; of a plain one the sixth.
+    let outer = if model.gated { 2.0 } else { 1.0 };
+    rows * (outer * model.hidden as f64 / layout.sequence_cut() + attention + width / tp) + scale
 }
 
 /// What exists beside the kept tensors while one block runs backward: what is recomputed, and the gradients of its widest
@@ -116,6 +133,9 @@ pub fn working_set(model: &Architecture, layout: &Layout, layer: u64) -> f64 {
     let recomputed: f64 = match layout.recompute {
         Recompute::None => 0.0,
         Recompute::Selective => all.iter().filter(|k| k.core).map(|k| k.bytes).sum(),
+        Recompute::Operators => {
+            (all.iter().map(|k| k.bytes).sum::<f64>() - kept_products(model, layout, layer)).max(0.0)
+        }
         Recompute::Full => all.iter().map(|k| k.bytes).sum(),
     };
     let tokens = layout.tokens();
@@ -219,6 +239,16 @@ mod tests {
             let bytes = kept_by_block(&model, &layout(tp, sp, Naive, recompute), 0);
             assert!((bytes / (sbh * factor) - 1.0).abs() < 1e-12, "tp {tp} sp {sp} {recompute:?}: {}", bytes / sbh);
         }
+    }
+
+    /// Llama 3 8B, in rows of the hidden width: input and output, queries and the result of attention of one each, values of a quarter,
+    /// the gate of 3.5.
+    #[test]
+    fn every_second_product_is_kept() {
+        let model = Architecture::load("llama-3-8b").unwrap();
+        let layout = layout(1, false, AttentionKernel::Flash2, Recompute::Operators);
+        let row = 2.0 * 2.0 * 2048.0 * 4096.0;
+        assert_eq!(kept_by_block(&model, &layout, 0), 7.75 * row + 4.0 * 32.0 * 4096.0);
     }
 
     #[test]

@@ -201,11 +201,6 @@ impl Device {
         }
     }
 
-    /// Time of the host for one launch.
-    pub fn launch_seconds(&self) -> f64 {
-        self.launch
-    }
-
     /// Memory-bound work by its bytes.
     pub fn traffic(&self, bytes: f64) -> f64 {
         bytes / self.memory

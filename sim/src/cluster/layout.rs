@@ -155,6 +155,9 @@ pub enum Recompute {
     None,
     /// The attention core (Korthikanti et al., arXiv 2205.05198, section 5).
     Selective,
+    /// Every second matrix product and all that is elementwise (selective checkpointing by operator of PyTorch, as torchtitan sets
+    /// it): queries, values, the result of attention, one of gate and up, and the block's output stay.
+    Operators,
     /// Whole blocks; only their inputs are kept.
     Full,
 }

@@ -84,19 +84,19 @@ impl Default for Physics {
     /// Fitted to the public runs of `docs/accuracy.md`.
     fn default() -> Physics {
         Physics {
-            matmul_ampere: 0.812,
-            matmul_hopper: 0.672,
-            blackwell: 0.976,
-            attention: 0.824,
-            memory: 0.725,
-            fill: 4.79e-6,
-            launch: 1.91e-5,
-            intra: 0.841,
-            inter: 0.859,
-            contention: 0.382,
-            jitter: 3.03e-3,
-            fragmentation: 0.045,
-            context: 2.05e9,
+            matmul_ampere: 0.813,
+            matmul_hopper: 0.682,
+            blackwell: 0.955,
+            attention: 0.819,
+            memory: 0.716,
+            fill: 4.46e-6,
+            launch: 2.54e-5,
+            intra: 0.839,
+            inter: 0.862,
+            contention: 0.375,
+            jitter: 3.15e-3,
+            fragmentation: 0.046,
+            context: 2.33e9,
         }
     }
 }

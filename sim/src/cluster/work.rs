@@ -1,7 +1,7 @@
 //! What a rank computes in one layer for one microbatch: matrix products by shape, attention, traffic of memory-bound
 //! operators, kernel launches, and the messages between ranks of the same layer.
 
-use super::{Architecture, Attention, AttentionKernel, ContextExchange, Launches, Layout, Recompute};
+use super::{Architecture, Attention, AttentionKernel, ContextExchange, Launches, Layout};
 
 /// A matrix product `m x k` by `k x n`, `count` of them.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -73,10 +73,9 @@ const FUSED_KERNELS: f64 = 14.0;
 /// Kernels more where rotary embedding and gate are written as separate operators: casts, halves, products, sums and joins of queries
 /// and keys.
 const APART_KERNELS: f64 = 12.0;
-/// Calls of the host that store the state of the random numbers for a recomputed block, and bring it back.
-pub const CHECKPOINT_CALLS: f64 = 6.0;
-/// Launches of one collective: the kernel, copies into and out of contiguous buffers, and the events that order it.
-const KERNELS_PER_COLLECTIVE: f64 = 5.0;
+/// Launches of one gather or reduce-scatter: the kernel, copies into and out of contiguous buffers, and the events that order it. An
+/// all-reduce in place is one.
+const KERNELS_PER_GATHER: f64 = 5.0;
 
 fn product(m: f64, n: f64, k: f64) -> Product {
     Product { m, n, k, count: 1.0 }
@@ -120,9 +119,6 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Work {
     if !layout.fused_kernels {
         work.kernels += APART_KERNELS;
     }
-    if layout.recompute == Recompute::Full {
-        work.kernels += CHECKPOINT_CALLS;
-    }
     if let Attention::Latent { .. } = model.attention {
         // Plain and rotary parts of queries and keys are split and joined again, the shared rotary part repeated for every head.
         work.traffic += 4.0 * element * tokens * (query + key) as f64 / tp;
@@ -153,7 +149,8 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Work {
             _ => element * tokens * (key + value) as f64 / kv_cut,
         };
     }
-    work.kernels += work.products.len() as f64 + work.messages.tensor_calls * KERNELS_PER_COLLECTIVE;
+    let per_call = if layout.sp { KERNELS_PER_GATHER } else { 1.0 };
+    work.kernels += work.products.len() as f64 + work.messages.tensor_calls * per_call;
     work
 }
 
