@@ -482,3 +482,19 @@ fn the_27_state_partitions_of_a_job() {
     let published = folder.json("states --published --json");
     assert_eq!((published["gains"].as_array().unwrap().len(), published["gathers"].as_array().unwrap().len()), (8, 4));
 }
+
+#[test]
+fn a_gpu_that_is_not_there_is_one_clear_error() {
+    let folder = Folder::new("no-gpu");
+    folder.json(&format!("plan {SMALL} --json -o plan.json"));
+    let output = folder.run("run plan.json --device cuda --steps 1 --no-checkpoint");
+    // On a machine with a GPU the run is what is asked for.
+    if !output.status.success() {
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{errors}");
+        says(&errors, &["cuda"]);
+        if !errors.contains("GPU") {
+            says(&errors, &["libcuda.so", "/usr/local/cuda/lib64", "PACELINE_CUDA_LIBS", "--device cpu"]);
+        }
+    }
+}

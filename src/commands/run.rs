@@ -3,13 +3,14 @@
 use crate::commands::compare;
 use crate::failure::Failure;
 use crate::interrupt;
-use crate::local::{Local, identity};
+use crate::local::Local;
 use crate::screen::{Screen, Style};
 use crate::table::{show_percent, show_seconds};
 use crate::trace_file;
 use crate::training::{self, Follow};
-use paceline_exec::measure::{DISTURBED_RUN, disturbance, rows_of_run};
+use paceline_exec::measure::{DISTURBED_RUN, disturbance, rows_of_run, this_machine};
 use paceline_exec::{CheckpointSettings, RunReport, rehearse};
+use paceline_kernels::{CudaDevice, Device, EmulatedGpu};
 use paceline_planner::plan::Plan;
 use paceline_planner::prediction::{Costs, predict};
 use paceline_sim::compare::{Comparison, compare};
@@ -75,6 +76,10 @@ pub struct Arguments {
 enum RunDevice {
     /// The cores of this machine.
     Cpu,
+    /// The first NVIDIA GPU that the driver shows; all devices of the plan share it.
+    Cuda,
+    /// The kernels of the GPU, run by the CPU thread for thread: very slow, to try the GPU's way without one.
+    EmulatedGpu,
     /// No device: threads that wait as long as was predicted.
     Paced,
 }
@@ -128,6 +133,8 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
         plan.job.train.data = Some(data.clone());
     }
     let program = plan.program().map_err(Failure::bad_input)?;
+    // First of all, as it may not be there.
+    let gpu = gpu(arguments.device)?;
     let local = Local::open(screen, arguments.profile.as_deref())?;
     let (prediction, predicted) =
         predict(&program, &local.predictor, plan.machine, plan.job.memory_limit).map_err(Failure::internal)?;
@@ -137,10 +144,26 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
         plan.configuration,
         show_seconds(prediction.iteration_seconds)
     ));
-    match arguments.device {
-        RunDevice::Cpu => train(screen, arguments, &plan, &program, &local, &predicted),
-        RunDevice::Paced => pace(screen, arguments, &program, &local, &predicted),
+    if arguments.device == RunDevice::Paced {
+        return pace(screen, arguments, &program, &local, &predicted);
     }
+    if let Some(other) = gpu.as_ref().and_then(|gpu| local.profile.made_elsewhere(&this_machine(&**gpu))) {
+        screen.warn(format!("{other}: the predicted times are those of that device"));
+    }
+    let device = gpu.as_deref().unwrap_or(&local.device);
+    train(screen, arguments, &plan, &program, &local, device, &predicted)
+}
+
+/// The GPU that was asked for, if one was.
+fn gpu(device: RunDevice) -> Result<Option<Box<dyn Device>>, Failure> {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
+    let cache = base.unwrap_or_else(std::env::temp_dir).join("paceline").join("kernels");
+    Ok(match device {
+        RunDevice::Cuda => Some(Box::new(CudaDevice::open(0, &cache).map_err(Failure::bad_input)?)),
+        RunDevice::EmulatedGpu => Some(Box::new(EmulatedGpu::open(&cache).map_err(Failure::bad_input)?)),
+        RunDevice::Cpu | RunDevice::Paced => None,
+    })
 }
 
 fn train(
@@ -149,6 +172,7 @@ fn train(
     plan: &Plan,
     program: &Program,
     local: &Local,
+    device: &dyn Device,
     predicted: &Trace,
 ) -> Result<(), Failure> {
     let steps = arguments.steps.unwrap_or(plan.job.train.steps);
@@ -163,11 +187,11 @@ fn train(
     }
     let report = {
         let mut follow = Follow::new(screen, "train", steps);
-        paceline_exec::run(program, &local.device, &settings, &data, &mut follow).map_err(training::failure)?
+        paceline_exec::run(program, device, &settings, &data, &mut follow).map_err(training::failure)?
     };
     trace_file::write_if_asked(screen, &report.trace, arguments.trace.as_deref(), arguments.perfetto.as_deref())?;
     if let Some(path) = &arguments.trace {
-        keep_kernel_times(screen, path, program, &report, local)?;
+        keep_kernel_times(screen, path, program, &report, local, device)?;
     }
     let comparison = compare(predicted, &report.trace).map_err(Failure::internal)?;
     let document = document(program, &report, &comparison, local, arguments.trace.clone());
@@ -195,6 +219,7 @@ fn keep_kernel_times(
     program: &Program,
     report: &RunReport,
     local: &Local,
+    device: &dyn Device,
 ) -> Result<(), Failure> {
     let disturbed = disturbance(report);
     if disturbed > DISTURBED_RUN {
@@ -204,7 +229,7 @@ fn keep_kernel_times(
         return Ok(());
     }
     let rows = rows_of_run(program, report, Some(&local.predictor));
-    trace_file::write_kernels(trace, identity(&local.device), rows)?;
+    trace_file::write_kernels(trace, this_machine(device), rows)?;
     screen.say(format!("kernel times written to {}", trace_file::kernels_path(trace).display()));
     Ok(())
 }
