@@ -85,6 +85,18 @@ pub struct JobFlags {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub barrier_every: Option<u32>,
+    /// How collectives over several fast groups are done on this machine: two-level, ring or direct.
+    #[arg(long, value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub collectives: Option<String>,
+    /// Bytes per second of the link between fast groups of this machine's ranks, to rehearse a slow network (for example 100MB).
+    #[arg(long, value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub link_bandwidth: Option<String>,
+    /// Seconds that a message takes on that link beside its bytes.
+    #[arg(long, value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub link_latency: Option<f64>,
     /// Pipeline schedule.
     #[arg(long, value_name = "NAME")]
     #[serde(skip_serializing_if = "Option::is_none")]

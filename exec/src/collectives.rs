@@ -1,34 +1,15 @@
-//! Collectives between ranks that share memory: the direct algorithm.
+//! Collectives between ranks that share memory, round by round ([`Step`]).
 //!
-//! Member `i` of `n` owns part `i` of the array ([`Parts`]). In the reduce round each member adds up its own part from all
-//! members, in the order of the group; in the gather round it copies the other parts from their owners. All members wait for
-//! each other before, between and after the rounds. Every element is summed once, by one member, in one order: the result
-//! has the same bits on all members, and does not depend on timing. Each member moves `(n - 1) / n` of the array per
-//! round, the least that any algorithm can.
+//! Member `i` of `n` owns part `i` of the array ([`Parts`]). All members wait for each other before, between and after the
+//! rounds. Every element is summed once per level, by one member, in one order: the result has the same bits on all members, and
+//! does not depend on timing.
 //!
-//! A member's part may lie apart from its array (its shard): then the reduce round adds the sum to what is there, and the
-//! gather round takes the part from there.
+//! A member's part may lie apart from its array (its shard): then the last round of a reduction adds the sum to what is
+//! there, and the first round of a gather takes the part from there.
 
-use paceline_sim::program::Collective;
+use paceline_sim::program::Step;
+use smallvec::SmallVec;
 use std::ops::{AddAssign, Range};
-
-/// A round of a collective.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// Each member sums its own part.
-    Reduce,
-    /// Each member copies the other parts.
-    Gather,
-}
-
-/// The rounds of a collective, in order.
-pub fn rounds(collective: Collective) -> &'static [Step] {
-    match collective {
-        Collective::AllReduce => &[Step::Reduce, Step::Gather],
-        Collective::ReduceScatter => &[Step::Reduce],
-        Collective::AllGather => &[Step::Gather],
-    }
-}
 
 /// How an array is cut: member `i` has `part` elements from `i * part` on, the last ones fewer or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +33,133 @@ impl Parts {
     }
 }
 
+/// How members lie over fast groups: member `k` of `members` in group `k mod groups`.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    /// Members of the collective.
+    pub members: usize,
+    /// Fast groups.
+    pub groups: usize,
+}
+
+/// Where elements lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// From this element of a member's array on.
+    Array { member: usize, element: usize },
+    /// From the begin of a member's shard on.
+    Shard { member: usize },
+}
+
+/// A piece of the work of one member in one round.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Move {
+    /// Sums `part` over the arrays of members, in this order, and writes it or adds it to what is there.
+    Sum { addends: SmallVec<[usize; 8]>, part: Range<usize>, to: Place, adds: bool },
+    /// Copies elements to another place.
+    Copy { from: Place, to: Place, len: usize },
+}
+
+impl Shape {
+    /// The members at the place of one, in the order of groups.
+    fn peers_across(self, member: usize) -> Range<usize> {
+        let first = member - member % self.groups;
+        first..first + self.groups
+    }
+
+    /// The members of the group of one, in the order of places.
+    fn peers_within(self, member: usize) -> impl Iterator<Item = usize> {
+        (member % self.groups..self.members).step_by(self.groups)
+    }
+
+    /// The member at a position of the ring, which goes through one group after the other.
+    fn on_ring(self, position: usize) -> usize {
+        let (places, position) = (self.members / self.groups, position % self.members);
+        (position % places) * self.groups + position / places
+    }
+
+    /// Position on the ring.
+    fn position(self, member: usize) -> usize {
+        (member % self.groups) * (self.members / self.groups) + member / self.groups
+    }
+
+    /// What `member` does in a round. `apart` tells whose part lies apart. In no round does a member read elements that another
+    /// one writes:
+    /// - the direct rounds and those across write, in each array, parts that no other member reads: a reduction its own part, a
+    ///   gather the parts of others, which are read from their owners;
+    /// - on the ring, a member reads the part that its predecessor finished in the turn before, and the predecessor writes
+    ///   another;
+    /// - a reduction within a group writes the parts of its place, which the others of the group do not read; a gather within
+    ///   reads the parts of the owner's place, which the owner does not write.
+    pub fn moves(self, step: Step, parts: Parts, member: usize, apart: impl Fn(usize) -> bool) -> Vec<Move> {
+        let count = self.members;
+        let place = |member: usize, element: usize| Place::Array { member, element };
+        let finish = |addends: SmallVec<[usize; 8]>| {
+            let part = parts.of(member);
+            match apart(member) {
+                true => Move::Sum { addends, part, to: Place::Shard { member }, adds: true },
+                false => Move::Sum { addends, to: place(member, part.start), part, adds: false },
+            }
+        };
+        // Part `owner`, from the array of its owner or another member that has it.
+        let copy = |owner: usize, from: usize| {
+            let part = parts.of(owner);
+            let source = match owner == from && apart(from) {
+                true => Place::Shard { member: from },
+                false if from == member => return None,
+                false => place(from, part.start),
+            };
+            Some(Move::Copy { from: source, to: place(member, part.start), len: part.len() })
+        };
+        let of_place = |peer: usize| {
+            let peers = self.peers_across(peer);
+            parts.of(peers.start).start..parts.of(peers.end - 1).end
+        };
+        match step {
+            Step::Reduce => vec![finish((0..count).collect())],
+            Step::Gather => (0..count).filter_map(|owner| copy(owner, owner)).collect(),
+            Step::RingReduce { turn } => {
+                let position = self.position(member) + count;
+                let before = self.on_ring(position - 1);
+                let owner = self.on_ring(position + count - turn as usize - 2);
+                if owner == member {
+                    return vec![finish(SmallVec::from_slice(&[before, member]))];
+                }
+                let part = parts.of(owner);
+                let to = place(member, part.start);
+                vec![Move::Sum { addends: SmallVec::from_slice(&[before, member]), part, to, adds: false }]
+            }
+            Step::RingGather { turn } => {
+                let position = self.position(member) + count;
+                let before = self.on_ring(position - 1);
+                let owner = self.on_ring(position + count - turn as usize - 1);
+                let own = if turn == 0 { copy(member, member) } else { None };
+                // After the first turn the owner's part comes out of the array of the member before.
+                let part = parts.of(owner);
+                let passed =
+                    Move::Copy { from: place(before, part.start), to: place(member, part.start), len: part.len() };
+                let other = if turn == 0 { copy(owner, before) } else { Some(passed) };
+                own.into_iter().chain(other).collect()
+            }
+            Step::ReduceWithin => {
+                let part = of_place(member);
+                let to = place(member, part.start);
+                vec![Move::Sum { addends: self.peers_within(member).collect(), part, to, adds: false }]
+            }
+            Step::ReduceAcross => vec![finish(self.peers_across(member).collect())],
+            Step::GatherAcross => self.peers_across(member).filter_map(|owner| copy(owner, owner)).collect(),
+            Step::GatherWithin => {
+                let others = self.peers_within(member).filter(|&peer| peer != member);
+                let copies = others.map(|peer| {
+                    let part = of_place(peer);
+                    Move::Copy { from: place(peer, part.start), to: place(member, part.start), len: part.len() }
+                });
+                copies.collect()
+            }
+        }
+    }
+}
+
 /// What a member brings.
 #[derive(Debug, Clone, Copy)]
 pub struct Member<T> {
@@ -61,37 +169,32 @@ pub struct Member<T> {
     pub shard: Option<*mut T>,
 }
 
-/// Does the part of `member` in one round.
+/// Does the part of `member` in one round, on members that lie evenly over `groups` fast groups.
 ///
 /// # Safety
 /// Each array leads to `parts.len` live, aligned, initialised elements, each shard to as many as the member's part has; no two
 /// overlap, every member has entered the round, and no one but the members' own calls for this round touches them meanwhile.
-pub unsafe fn perform<T: Copy + AddAssign + Default>(step: Step, members: &[Member<T>], parts: Parts, member: usize) {
-    match step {
-        Step::Reduce => {
-            let part = parts.of(member);
-            // SAFETY: in this round part `member` of every array, and the shard of `member`, are touched by this call only.
-            unsafe {
-                match members[member].shard {
-                    Some(shard) => sum(members, part, shard, true),
-                    None => sum(members, part.clone(), members[member].array.add(part.start), false),
-                }
+pub unsafe fn perform<T: Copy + AddAssign + Default>(
+    step: Step,
+    members: &[Member<T>],
+    groups: usize,
+    parts: Parts,
+    member: usize,
+) {
+    let shape = Shape { members: members.len(), groups };
+    // SAFETY: the element lies within the array; a place in a shard is asked for only where there is one.
+    let at = |place: Place| match place {
+        Place::Array { member, element } => unsafe { members[member].array.add(element) },
+        Place::Shard { member } => members[member].shard.unwrap_or(members[member].array),
+    };
+    for work in shape.moves(step, parts, member, |member| members[member].shard.is_some()) {
+        // SAFETY: the caller's promise, and no member reads what another one writes.
+        match work {
+            Move::Sum { addends, part, to, adds } => {
+                let addends: SmallVec<[Member<T>; 8]> = addends.iter().map(|&addend| members[addend]).collect();
+                unsafe { sum(&addends, part, at(to), adds) };
             }
-        }
-        Step::Gather => {
-            for (owner, held) in members.iter().enumerate() {
-                let part = parts.of(owner);
-                // SAFETY: in this round shards are read, and part `owner` is written in every array but its owner's, or in
-                // that too, by its member, when the owner's part is read from its shard.
-                unsafe {
-                    let from = match held.shard {
-                        Some(shard) => shard,
-                        None if owner == member => continue,
-                        None => held.array.add(part.start),
-                    };
-                    std::ptr::copy_nonoverlapping(from, members[member].array.add(part.start), part.len());
-                }
-            }
+            Move::Copy { from, to, len } => unsafe { std::ptr::copy_nonoverlapping(at(from), at(to), len) },
         }
     }
 }
@@ -131,20 +234,35 @@ unsafe fn sum<T: Copy + AddAssign + Default>(members: &[Member<T>], part: Range<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use paceline_sim::program::{Algorithm, Collective, rounds};
     use proptest::prelude::*;
 
     /// All members' parts of all rounds, in an order of members that the algorithm must not depend on.
-    fn run<T: Copy + AddAssign + Default>(collective: Collective, arrays: &mut [Vec<T>], reversed: bool) {
+    fn run_over<T: Copy + AddAssign + Default>(
+        (collective, algorithm): (Collective, Algorithm),
+        groups: usize,
+        arrays: &mut [Vec<T>],
+        shards: Option<&mut [Vec<T>]>,
+        reversed: bool,
+    ) {
         let len = arrays[0].len();
+        let mut apart: Vec<Option<*mut T>> = vec![None; arrays.len()];
+        if let Some(shards) = shards {
+            apart = shards.iter_mut().map(|shard| Some(shard.as_mut_ptr())).collect();
+        }
         let members: Vec<Member<T>> =
-            arrays.iter_mut().map(|a| Member { array: a.as_mut_ptr(), shard: None }).collect();
-        for &step in rounds(collective) {
-            for n in 0..arrays.len() {
-                let member = if reversed { arrays.len() - 1 - n } else { n };
+            arrays.iter_mut().zip(apart).map(|(array, shard)| Member { array: array.as_mut_ptr(), shard }).collect();
+        for step in rounds(collective, algorithm, members.len() as u32, groups as u32) {
+            for n in 0..members.len() {
+                let member = if reversed { members.len() - 1 - n } else { n };
                 // SAFETY: the arrays live, have one length, and only this thread touches them.
-                unsafe { perform(step, &members, Parts::even(len, members.len()), member) };
+                unsafe { perform(step, &members, groups, Parts::even(len, members.len()), member) };
             }
         }
+    }
+
+    fn run<T: Copy + AddAssign + Default>(collective: Collective, arrays: &mut [Vec<T>], reversed: bool) {
+        run_over((collective, Algorithm::Direct), 1, arrays, None, reversed);
     }
 
     #[test]
@@ -156,31 +274,65 @@ mod tests {
         assert_eq!(Parts::even(0, 3).of(2), 0..0);
     }
 
-    proptest! {
-        #[test]
-        fn equals_the_naive_result(members in 1usize..=8, len in 0usize..3000, seed: u32, reversed: bool) {
-            // Integers up to 2^20 in f32: sums of eight are exact, so the expected value does not depend on order.
-            let value = |m: usize, k: usize| {
-                (crate::data::mix(u64::from(seed) + (m * 10_000 + k) as u64) >> 44) as f32
-            };
-            let arrays: Vec<Vec<f32>> = (0..members).map(|m| (0..len).map(|k| value(m, k)).collect()).collect();
-            let total: Vec<f32> = (0..len).map(|k| (0..members).map(|m| value(m, k)).sum()).collect();
+    /// Integers up to 2^20 in f32: sums of sixteen are exact, so the expected value does not depend on order.
+    fn value(seed: u32, member: usize, element: usize) -> f32 {
+        (crate::data::mix(u64::from(seed) + (member * 10_000 + element) as u64) >> 44) as f32
+    }
 
-            let mut reduced = arrays.clone();
-            run(Collective::AllReduce, &mut reduced, reversed);
-            prop_assert!(reduced.iter().all(|array| *array == total));
+    /// Every algorithm over every number of groups, against sums and copies of whole arrays.
+    fn check(members: usize, len: usize, seed: u32, reversed: bool) {
+        let arrays: Vec<Vec<f32>> = (0..members).map(|m| (0..len).map(|k| value(seed, m, k)).collect()).collect();
+        let total: Vec<f32> = (0..len).map(|k| (0..members).map(|m| value(seed, m, k)).sum()).collect();
+        let parts = Parts::even(len, members);
+        for groups in (1..=members).filter(|groups| members.is_multiple_of(*groups)) {
+            for algorithm in [Algorithm::Direct, Algorithm::Ring, Algorithm::TwoLevel] {
+                let what = format!("{algorithm:?} of {members} in {groups} groups, {len} elements");
+                let run = |collective, arrays: &mut [Vec<f32>], shards: Option<&mut [Vec<f32>]>| {
+                    run_over((collective, algorithm), groups, arrays, shards, reversed);
+                };
+                let mut reduced = arrays.clone();
+                run(Collective::AllReduce, &mut reduced, None);
+                assert!(reduced.iter().all(|array| *array == total), "{what}");
 
-            let mut scattered = arrays.clone();
-            run(Collective::ReduceScatter, &mut scattered, reversed);
-            for (member, array) in scattered.iter().enumerate() {
-                let own = Parts::even(len, members).of(member);
-                prop_assert_eq!(&array[own.clone()], &total[own]);
+                let mut scattered = arrays.clone();
+                run(Collective::ReduceScatter, &mut scattered, None);
+                for (member, array) in scattered.iter().enumerate() {
+                    assert_eq!(array[parts.of(member)], total[parts.of(member)], "{what}");
+                }
+                let gathered_all: Vec<f32> = (0..members).flat_map(|m| arrays[m][parts.of(m)].to_vec()).collect();
+                let mut gathered = arrays.clone();
+                run(Collective::AllGather, &mut gathered, None);
+                assert!(gathered.iter().all(|array| *array == gathered_all), "{what}");
+
+                // With shards apart, sums are added to what is there, and gathers read from there.
+                let own: Vec<Vec<f32>> = (0..members).map(|m| vec![7.0; parts.of(m).len()]).collect();
+                let (mut scattered, mut shards) = (arrays.clone(), own);
+                run(Collective::ReduceScatter, &mut scattered, Some(&mut shards));
+                for (member, shard) in shards.iter().enumerate() {
+                    let expected: Vec<f32> = total[parts.of(member)].iter().map(|t| t + 7.0).collect();
+                    assert_eq!(*shard, expected, "{what}");
+                }
+                let mut gathered = vec![vec![f32::NAN; len]; members];
+                run(Collective::AllGather, &mut gathered, Some(&mut shards));
+                assert!(gathered.iter().all(|array| *array == shards.concat()), "{what}");
             }
+        }
+    }
 
-            let mut gathered = arrays.clone();
-            run(Collective::AllGather, &mut gathered, reversed);
-            let expected: Vec<f32> = (0..members).flat_map(|m| arrays[m][Parts::even(len, members).of(m)].to_vec()).collect();
-            prop_assert!(gathered.iter().all(|array| *array == expected));
+    #[test]
+    fn every_group_shape_up_to_twelve_ranks_equals_the_naive_result() {
+        for members in 1..=12 {
+            for len in [0, 1, members - 1, members, 2 * members + 1, 97, 1500] {
+                check(members, len, 3, false);
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn equals_the_naive_result(members in 1usize..=12, len in 0usize..3000, seed: u32, reversed: bool) {
+            check(members, len, seed, reversed);
         }
     }
 

@@ -1,12 +1,12 @@
 //! Ranks that really compute, on memory that all of them can reach.
 
 use crate::bind::{Bound, Meeting};
-use crate::collectives::{Member, Parts, Step, perform, rounds};
+use crate::collectives::{Member, Parts, perform};
 use crate::crew::Clock;
 use crate::data::Sampler;
 use crate::device_exchange::DeviceExchange;
 use crate::error::ExecError;
-use crate::fabric::{Effects, HostRange, Span};
+use crate::fabric::{Effects, HostRange, Passage, Span};
 use crate::interpreter::Hands;
 use crate::kernel_times::KernelTally;
 use crate::memory::RankMemory;
@@ -15,20 +15,25 @@ use crate::settings::OptimizerSettings;
 use paceline_kernels::{AdamW, Call, DType, Device, KernelError, View};
 use paceline_sim::model::parameters::{DecayRun, decay_runs};
 use paceline_sim::program::{
-    Collective, Op, OpKind, Payload, Piece, Program, RankProgram, Shares, Tensor, Update, gradient_sources, shares,
-    update,
+    Collective, Op, OpKind, Payload, Piece, Program, RankProgram, Shares, Step, Tensor, Update, gradient_sources,
+    rounds, shares, update,
 };
 use paceline_sim::units::{MicrobatchId, OpId, RankId, StageId};
 use smallvec::SmallVec;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// A collective as the ranks do it.
 struct Exchange {
-    steps: &'static [Step],
+    steps: Vec<Step>,
     dtype: DType,
     parts: Parts,
+    /// Fast groups over which its members are spread.
+    groups: usize,
+    /// By step, where the link between groups is slowed down: how long it is busy, and how long the way takes then.
+    delays: Vec<(u64, u64)>,
 }
 
 /// Communication by copies and sums in memory that all ranks share: the host's, or that of one device.
@@ -38,6 +43,8 @@ pub(crate) struct HostEffects<'d> {
     far: Option<DeviceExchange<'d>>,
     meetings: Vec<Exchange>,
     transfers: Vec<u64>,
+    /// When the link between fast groups has served what it was given.
+    link_free_at: Mutex<u64>,
 }
 
 impl<'d> HostEffects<'d> {
@@ -47,13 +54,22 @@ impl<'d> HostEffects<'d> {
             let (width, members) = (dtype.bytes() as u64, meeting.members.len() as u32);
             let part = meeting.arrangement.part_of(meeting.bytes, members, width) / width;
             let parts = Parts { len: (meeting.bytes / width) as usize, part: part as usize };
-            Exchange { steps: rounds(meeting.collective), dtype, parts }
+            let group = &bound.program.groups[meeting.group];
+            let groups = group.fast_groups();
+            let steps = rounds(meeting.collective, meeting.arrangement.algorithm, members, groups);
+            let link = group.crossing.and_then(|crossing| crossing.link);
+            let delay = |step: &Step| {
+                let bytes = step.crossing(members, groups, (part * width).min(meeting.bytes));
+                link.filter(|_| bytes > 0).map_or((0, 0), |link| (link.busy(bytes).0, link.latency.0))
+            };
+            Exchange { delays: steps.iter().map(delay).collect(), steps, dtype, parts, groups: groups as usize }
         };
         HostEffects {
             clock,
             far: (!device.is_host()).then(|| DeviceExchange::new(device)),
             meetings: bound.meetings.iter().map(exchange).collect(),
             transfers: bound.transfers.iter().map(|t| t.bytes).collect(),
+            link_free_at: Mutex::new(0),
         }
     }
 
@@ -99,20 +115,34 @@ impl Effects for HostEffects<'_> {
         self.meetings[meeting].steps.len()
     }
 
+    fn open_round(&self, meeting: usize, round: usize, _: u64) -> Passage {
+        let (busy, way) = self.meetings[meeting].delays[round];
+        if busy == 0 && way == 0 {
+            return Passage::Free;
+        }
+        let mut free_at = self.link_free_at.lock().unwrap_or_else(PoisonError::into_inner);
+        *free_at = self.clock.now().max(*free_at) + busy;
+        Passage::Awaited(*free_at + way)
+    }
+
+    fn is_delayed(&self) -> bool {
+        self.meetings.iter().any(|meeting| meeting.delays.iter().any(|delay| *delay != (0, 0)))
+    }
+
     fn round_takes_device(&self, _: usize, _: usize) -> bool {
         true
     }
 
     unsafe fn round(&self, meeting: usize, round: usize, member: usize, ranges: &[HostRange], _: u64) -> Span {
-        let &Exchange { steps, dtype, parts } = &self.meetings[meeting];
+        let &Exchange { ref steps, dtype, parts, groups, .. } = &self.meetings[meeting];
         // SAFETY: the caller's promise; blocks are aligned to 64 bytes and the elements have the meeting's type.
         self.timed(|| unsafe {
             if let Some(far) = &self.far {
-                return far.perform(steps[round], ranges, parts, member, dtype);
+                return far.perform(steps[round], ranges, groups, parts, member, dtype);
             }
             match dtype {
-                DType::F64 => perform(steps[round], &members::<f64>(ranges), parts, member),
-                _ => perform(steps[round], &members::<f32>(ranges), parts, member),
+                DType::F64 => perform(steps[round], &members::<f64>(ranges), groups, parts, member),
+                _ => perform(steps[round], &members::<f32>(ranges), groups, parts, member),
             }
         })
     }

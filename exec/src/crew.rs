@@ -139,6 +139,20 @@ pub(crate) fn with_crew<E: Effects, H: Hands + Send, R>(
                 allowed: format!("the system gives no thread for rank {rank}: {error}; use fewer ranks"),
             })?;
         }
+        if fabric.effects.is_delayed() {
+            let watch = || {
+                let work = AssertUnwindSafe(|| fabric.watch_link(|| clock.now()));
+                if catch_unwind(work).is_err() {
+                    fabric.abort(ExecError::Program("the watch over the link between groups failed".into()));
+                }
+            };
+            let thread = std::thread::Builder::new().name("link".into());
+            thread.spawn_scoped(scope, watch).map_err(|error| ExecError::Setting {
+                key: "ranks",
+                value: hands.len().to_string(),
+                allowed: format!("the system gives no thread for the link between groups: {error}; use fewer ranks"),
+            })?;
+        }
         lead(&Lead { fabric, clock, shared: &shared, ranks: hands.len() as u32 })
     })
 }

@@ -1,9 +1,10 @@
 //! The local work of communication on memory that only a device reaches: copies and ordered sums as kernel calls. Results have the
 //! same bits as those of [`crate::collectives::perform`]: every sum goes over the members from first to last.
 
-use crate::collectives::{Parts, Step};
+use crate::collectives::{Move, Parts, Place, Shape};
 use crate::fabric::HostRange;
 use paceline_kernels::{Block, Call, DType, Device, KernelError, View};
+use paceline_sim::program::Step;
 use std::sync::{Mutex, PoisonError};
 
 /// Elements that are summed at a time, in memory of its own.
@@ -47,69 +48,57 @@ impl<'d> DeviceExchange<'d> {
     ///
     /// # Safety
     /// As for [`crate::collectives::perform`], with memory of the device.
-    pub unsafe fn perform(&self, step: Step, members: &[HostRange], parts: Parts, member: usize, dtype: DType) {
-        // SAFETY: the caller's promise.
-        self.note(match step {
-            Step::Reduce => unsafe { self.reduce(members, parts, member, dtype) },
-            Step::Gather => unsafe { self.gather(members, parts, member, dtype) },
-        });
-    }
-
-    unsafe fn reduce(
+    pub unsafe fn perform(
         &self,
+        step: Step,
         members: &[HostRange],
+        groups: usize,
         parts: Parts,
         member: usize,
         dtype: DType,
-    ) -> Result<(), KernelError> {
-        let part = parts.of(member);
+    ) {
+        let shape = Shape { members: members.len(), groups };
+        for work in shape.moves(step, parts, member, |member| members[member].shard != 0) {
+            // SAFETY: the caller's promise.
+            self.note(unsafe { self.work(&work, members, dtype) });
+        }
+    }
+
+    unsafe fn work(&self, work: &Move, members: &[HostRange], dtype: DType) -> Result<(), KernelError> {
+        let width = dtype.bytes();
+        let address = |place: Place| match place {
+            Place::Array { member, element } => members[member].address + (element * width) as u64,
+            Place::Shard { member } => members[member].shard,
+        };
+        let (addends, part, to, adds) = match work {
+            Move::Sum { addends, part, to, adds } => (addends, part, address(*to), *adds),
+            &Move::Copy { from, to, len } => {
+                let (from, to) = (View::at(address(from), len, dtype), View::at(address(to), len, dtype));
+                // SAFETY: the caller's promise.
+                return unsafe { self.device.run(&Call::Copy { from, to }) };
+            }
+        };
         let mut room = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
         let block = match &mut *room {
             Some(block) => block,
             none => none.insert(self.device.allocate(BLOCK * DType::F64.bytes())?),
         };
-        let at = |address: u64, element: usize, len| View::at(address + (element * dtype.bytes()) as u64, len, dtype);
         let mut start = part.start;
         while start < part.end {
             let len = BLOCK.min(part.end - start);
             let sum = block.view(0, len, dtype);
-            let of = |range: &HostRange| at(range.address, start, len);
-            let own = &members[member];
-            let last = match own.shard {
-                0 => Call::Copy { from: sum, to: of(own) },
-                shard => Call::Add { x: sum, into: at(shard, start - part.start, len) },
-            };
+            let of = |member: usize| View::at(members[member].address + (start * width) as u64, len, dtype);
+            let out = View::at(to + ((start - part.start) * width) as u64, len, dtype);
+            let last = if adds { Call::Add { x: sum, into: out } } else { Call::Copy { from: sum, to: out } };
             // SAFETY: the caller's promise; the sum is nobody else's while the lock is held, and calls run in order.
             unsafe {
-                self.device.run(&Call::Copy { from: of(&members[0]), to: sum })?;
-                for other in &members[1..] {
+                self.device.run(&Call::Copy { from: of(addends[0]), to: sum })?;
+                for &other in &addends[1..] {
                     self.device.run(&Call::Add { x: of(other), into: sum })?;
                 }
                 self.device.run(&last)?;
             }
             start += len;
-        }
-        Ok(())
-    }
-
-    unsafe fn gather(
-        &self,
-        members: &[HostRange],
-        parts: Parts,
-        member: usize,
-        dtype: DType,
-    ) -> Result<(), KernelError> {
-        for (owner, held) in members.iter().enumerate() {
-            let part = parts.of(owner);
-            let offset = (part.start * dtype.bytes()) as u64;
-            let from = match held.shard {
-                0 if owner == member => continue,
-                0 => held.address + offset,
-                shard => shard,
-            };
-            let to = View::at(members[member].address + offset, part.len(), dtype);
-            // SAFETY: the caller's promise.
-            unsafe { self.device.run(&Call::Copy { from: View::at(from, part.len(), dtype), to }) }?;
         }
         Ok(())
     }

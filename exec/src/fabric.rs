@@ -15,10 +15,12 @@ use crate::slot::{Next, Slot};
 use paceline_sim::trace::WaitReason;
 use paceline_sim::units::{OpId, RankId};
 use smallvec::SmallVec;
-use std::collections::VecDeque;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
+use std::time::Duration;
 
 /// When a piece of work ran, in nanoseconds since the run began.
 #[derive(Debug, Clone, Copy)]
@@ -37,6 +39,17 @@ pub(crate) struct HostRange {
     pub bytes: u64,
     /// Of a member of a collective whose part lies apart: where; else 0.
     pub shard: u64,
+}
+
+/// When a round of a collective may begin its work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Passage {
+    /// At once.
+    Free,
+    /// At this time of a plan.
+    Planned(u64),
+    /// When the clock shows this time: a link between fast groups is busy until then.
+    Awaited(u64),
 }
 
 /// What communication does and how long it takes: really, or paced.
@@ -58,6 +71,12 @@ pub(crate) trait Effects: Sync {
 
     /// Rounds of a collective.
     fn rounds(&self, meeting: usize) -> usize;
+
+    /// All members stand before a round, from `since` on: gives its bytes to the link between fast groups, if it crosses one.
+    fn open_round(&self, meeting: usize, round: usize, since: u64) -> Passage;
+
+    /// Whether any round is [`Passage::Awaited`], so that a thread has to watch the clock.
+    fn is_delayed(&self) -> bool;
 
     /// Whether a round takes the members' devices.
     fn round_takes_device(&self, meeting: usize, round: usize) -> bool;
@@ -232,6 +251,9 @@ pub(crate) struct Fabric<'p, E> {
     /// All have: what is still under way is for nobody.
     abandoned: AtomicBool,
     error: Mutex<Option<ExecError>>,
+    /// Rounds under way on the link: when they have passed, and whose they are.
+    wire: Mutex<BinaryHeap<Reverse<(u64, u32)>>>,
+    wire_changed: Condvar,
     /// Ops ended so far: tells a slow step from one that stands still.
     progress: AtomicU64,
     /// How often a waiting thread looks before it sleeps, while its device is idle.
@@ -267,6 +289,8 @@ impl<'p, E: Effects> Fabric<'p, E> {
             left: AtomicU32::new(0),
             abandoned: AtomicBool::new(false),
             error: Mutex::new(None),
+            wire: Mutex::new(BinaryHeap::new()),
+            wire_changed: Condvar::new(),
             progress: AtomicU64::new(0),
             spins,
             bound,
@@ -307,6 +331,9 @@ impl<'p, E: Effects> Fabric<'p, E> {
     pub fn stop(&self) {
         self.aborted.store(true, Ordering::Release);
         self.wake_all();
+        // Under the lock, so that the watcher has either seen the flag or waits already.
+        drop(self.wire.lock().unwrap_or_else(PoisonError::into_inner));
+        self.wire_changed.notify_all();
     }
 
     pub fn aborted(&self) -> bool {
@@ -410,7 +437,8 @@ impl<'p, E: Effects> Fabric<'p, E> {
     /// How many ops have ended, and whether every thread sleeps. Where all sleep and nothing has ended for long, nobody is
     /// left to wake anybody.
     pub fn progress(&self) -> (u64, bool) {
-        let asleep = self.ranks.iter().all(|rank| rank.asleep.load(Ordering::Relaxed));
+        let on_wire = !self.wire.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
+        let asleep = !on_wire && self.ranks.iter().all(|rank| rank.asleep.load(Ordering::Relaxed));
         (self.progress.load(Ordering::Relaxed), asleep)
     }
 
@@ -579,6 +607,47 @@ impl<'p, E: Effects> Fabric<'p, E> {
             consequences.extend(bound.members.iter().map(|&op| Consequence::Ended { op, met, start: met, end }));
             return;
         }
+        match self.effects.open_round(meeting as usize, round, state.since.load(Ordering::Relaxed)) {
+            Passage::Free => {}
+            Passage::Planned(at) => state.since.store(at, Ordering::Relaxed),
+            Passage::Awaited(at) => {
+                self.wire.lock().unwrap_or_else(PoisonError::into_inner).push(Reverse((at, meeting)));
+                self.wire_changed.notify_one();
+                return;
+            }
+        }
+        self.work_on_round(meeting, consequences);
+    }
+
+    /// Watches the link: lets rounds begin their work when they have passed it. Runs until the run ends.
+    pub fn watch_link(&self, now: impl Fn() -> u64) {
+        let mut wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
+        while !self.aborted() {
+            let Some(&Reverse((at, meeting))) = wire.peek() else {
+                wire = self.wire_changed.wait(wire).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let left = at.saturating_sub(now());
+            if left > 0 {
+                let time = Duration::from_nanos(left);
+                wire = self.wire_changed.wait_timeout(wire, time).unwrap_or_else(PoisonError::into_inner).0;
+                continue;
+            }
+            wire.pop();
+            drop(wire);
+            let mut consequences = Consequences::new();
+            self.meetings[meeting as usize].since.fetch_max(at, Ordering::Relaxed);
+            self.work_on_round(meeting, &mut consequences);
+            self.settle(consequences);
+            wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The wire is passed: every member works.
+    fn work_on_round(&self, meeting: u32, consequences: &mut Consequences) {
+        let state = &self.meetings[meeting as usize];
+        let bound = &self.bound.meetings[meeting as usize];
+        let round = state.round.load(Ordering::Relaxed) as usize;
         state.remaining.store(bound.members.len() as u32, Ordering::Relaxed);
         let takes_device = self.effects.round_takes_device(meeting as usize, round);
         for (member, op) in bound.members.iter().enumerate() {

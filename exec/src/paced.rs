@@ -8,7 +8,7 @@
 use crate::bind::Bound;
 use crate::crew::{Clock, StepTimes, with_crew};
 use crate::error::ExecError;
-use crate::fabric::{Effects, Fabric, HostRange, Span};
+use crate::fabric::{Effects, Fabric, HostRange, Passage, Span};
 use crate::interpreter::Hands;
 use crate::memory::{MemoryReport, RankMemory};
 use crate::timeline::StepRecord;
@@ -81,6 +81,8 @@ struct Pace {
     clock: Clock,
     transfers: Vec<Round>,
     meetings: Vec<SmallVec<[Round; 2]>>,
+    /// When, by plan, the link between fast groups has served what it was given.
+    link_free_at: Mutex<u64>,
 }
 
 impl Pace {
@@ -90,6 +92,7 @@ impl Pace {
         let meetings = bound.meetings.iter();
         Pace {
             clock,
+            link_free_at: Mutex::new(0),
             transfers: transfers
                 .map(|t| costs.transfer(program, RankId(t.from.rank), RankId(t.to.rank), t.bytes))
                 .collect(),
@@ -136,6 +139,20 @@ impl Effects for Pace {
 
     fn rounds(&self, meeting: usize) -> usize {
         self.meetings[meeting].len()
+    }
+
+    fn open_round(&self, meeting: usize, round: usize, since: u64) -> Passage {
+        let link = self.meetings[meeting][round].link;
+        if link == Nanos::ZERO {
+            return Passage::Free;
+        }
+        let mut free_at = self.link_free_at.lock().unwrap_or_else(PoisonError::into_inner);
+        *free_at = since.max(*free_at) + link.0;
+        Passage::Planned(*free_at)
+    }
+
+    fn is_delayed(&self) -> bool {
+        false
     }
 
     fn round_takes_device(&self, meeting: usize, round: usize) -> bool {

@@ -33,11 +33,14 @@ pub struct Exchange {
     pub arrangement: Arrangement,
 }
 
-/// One exchange: `wire` passes (on the link, or until a waiting thread is awake), then `work` occupies the device of each
+/// One exchange: the link between fast groups is busy for `link` as soon as it is free, `wire` passes (on the link, or until a waiting thread is awake), then `work` occupies the device of each
 /// receiver (zero where hardware moves data beside compute).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Round {
-    /// Time on the link.
+    /// Time that the link between fast groups is busy, which serves one exchange after the other. Programs spread every group
+    /// that crosses over all fast groups alike, so that the links of all of them are busy at once.
+    pub link: Nanos,
+    /// Time that passes on the way.
     pub wire: Nanos,
     /// Time on the device of each member that receives.
     pub work: Nanos,

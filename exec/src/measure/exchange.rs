@@ -3,10 +3,11 @@
 
 use super::samples::Summary;
 use super::{MeasureError, Measured, Phase};
-use crate::collectives::{Member, Parts, Step, perform};
+use crate::collectives::{Member, Parts, perform};
 use crate::data::mix;
 use paceline_kernels::{Block, DType};
 use paceline_profiles::{CollectiveRound, Subject};
+use paceline_sim::program::Step;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Barrier, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -187,7 +188,7 @@ impl Plan<'_> {
                 for member in own {
                     let start = Instant::now();
                     // SAFETY: the arrays live and do not overlap, and between the barriers all members are in this round.
-                    unsafe { perform(step, &arrays, parts, member) };
+                    unsafe { perform(step, &arrays, 1, parts, member) };
                     timings.push(start.elapsed().as_secs_f64());
                 }
             }

@@ -31,7 +31,7 @@ impl CostModel for Given {
     }
 
     fn transfer(&self, _: &Program, _: RankId, _: RankId, _: u64) -> Round {
-        Round { wire: Nanos(self.wire), work: Nanos(self.work) }
+        Round { link: Nanos::ZERO, wire: Nanos(self.wire), work: Nanos(self.work) }
     }
 
     fn collective(&self, _: &Program, exchange: Exchange, _: &Group) -> SmallVec<[Round; 2]> {
@@ -39,7 +39,7 @@ impl CostModel for Given {
         if exchange.bytes == 8 {
             return SmallVec::new();
         }
-        let round = Round { wire: Nanos(self.round), work: Nanos::ZERO };
+        let round = Round { link: Nanos::ZERO, wire: Nanos(self.round), work: Nanos::ZERO };
         smallvec![round, round]
     }
 }

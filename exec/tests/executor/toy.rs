@@ -117,6 +117,7 @@ pub fn program(layout: &Layout) -> Program {
             size: ranks.len() as u32,
             ranks,
             level: NetworkLevel::Intra,
+            crossing: None,
         })
         .collect();
     let programs = (0..ranks).map(|r| rank_program(layout, r / layout.pipeline, r % layout.pipeline, &groups));

@@ -26,7 +26,8 @@ use crate::schedules;
 use fields::Fields;
 use paceline_sim::model::ModelConfig;
 use paceline_sim::partition::StatePartition;
-use paceline_sim::program::Recompute;
+use paceline_sim::program::{Algorithm, Link, Recompute};
+use paceline_sim::units::Nanos;
 use std::path::{Path, PathBuf};
 
 /// The cluster that stands for this machine.
@@ -246,6 +247,9 @@ pub(crate) const KEYS: &[&str] = &[
     "prefetch",
     "keep_gathered",
     "barrier_every",
+    "collectives",
+    "link_bandwidth",
+    "link_latency",
     "schedule",
     "recompute",
     "precision",
@@ -263,6 +267,22 @@ pub(crate) const RECOMPUTE: [(&str, Recompute); 3] =
 const STATES: &str = "none (ddp), zero1, zero2, zero3 (fsdp), mics (hsdp), or three letters for parameters, gradients and optimizer states: \
      N whole, I cut within groups of group_size, G cut over all replicas; for example NNG or IIG";
 
+/// Rounds of collectives over several fast groups, by name.
+const COLLECTIVES: [(&str, Algorithm); 3] =
+    [("two-level", Algorithm::TwoLevel), ("ring", Algorithm::Ring), ("direct", Algorithm::Direct)];
+
+/// The link between fast groups of this machine's ranks, where one is to be rehearsed.
+fn link(fields: &Fields) -> Result<Option<Link>, JobError> {
+    let bytes_per_second = fields.bytes("link_bandwidth")?;
+    let latency = fields.number("link_latency", "seconds from 0 to 10", |s| (0.0..=10.0).contains(&s))?;
+    let latency = Nanos::from_seconds(latency.unwrap_or(0.0));
+    Ok(match bytes_per_second {
+        Some(bytes_per_second) => Some(Link { latency, bytes_per_second }),
+        None if latency > Nanos::ZERO => Some(Link { latency, bytes_per_second: u64::MAX }),
+        None => None,
+    })
+}
+
 /// Which replicas share states, and for how long.
 fn sharing(fields: &Fields) -> Result<Sharing, JobError> {
     let usual = Sharing::default();
@@ -270,6 +290,8 @@ fn sharing(fields: &Fields) -> Result<Sharing, JobError> {
         group_size: fields.optional_count("group_size")?,
         prefetch: fields.whole("prefetch")?.map_or(usual.prefetch, |ahead| ahead.min(u64::from(u32::MAX)) as u32),
         keep_gathered: fields.truth("keep_gathered")?.unwrap_or(usual.keep_gathered),
+        collectives: *fields.choices("collectives", &COLLECTIVES)?.first().unwrap_or(&usual.collectives),
+        link: link(fields)?,
     })
 }
 

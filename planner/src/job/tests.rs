@@ -17,7 +17,7 @@ fn a_job_fixes_what_it_names_and_leaves_the_rest() {
     assert_eq!((least.cluster.as_str(), least.memory_limit, least.train.clone()), ("local", None, Train::default()));
 
     let full = job(&format!(
-        "{LEAST}dp = 2\nmicro_batch = [4, 1, 2, 1]\nschedule = ['gpipe', '1f1b']\nrecompute = 'full'\nstates = ['NNG', 'mics', 'iig']\ngroup_size = 2\nprefetch = 0\nkeep_gathered = true\n\
+        "{LEAST}dp = 2\nmicro_batch = [4, 1, 2, 1]\nschedule = ['gpipe', '1f1b']\nrecompute = 'full'\nstates = ['NNG', 'mics', 'iig']\ngroup_size = 2\nprefetch = 0\nkeep_gathered = true\ncollectives = 'ring'\nlink_bandwidth = '10MB'\nlink_latency = 1e-3\n\
          memory_limit = '1.5 GiB'\ntp = 1\n[train]\nsteps = 7\nlr = 2e-3\nclip = 0\n"
     ))
     .unwrap();
@@ -25,7 +25,16 @@ fn a_job_fixes_what_it_names_and_leaves_the_rest() {
     assert_eq!(full.schedule, ["1f1b", "gpipe"]);
     let letters: Vec<String> = full.states.iter().map(StatePartition::letters).collect();
     assert_eq!((full.recompute, letters), (vec![Recompute::Full], vec!["NNG".into(), "III".into(), "IIG".into()]));
-    assert_eq!(full.sharing, Sharing { group_size: Some(2), prefetch: 0, keep_gathered: true });
+    assert_eq!(
+        full.sharing,
+        Sharing {
+            group_size: Some(2),
+            prefetch: 0,
+            keep_gathered: true,
+            collectives: Algorithm::Ring,
+            link: Some(Link { latency: Nanos(1_000_000), bytes_per_second: 10_000_000 }),
+        }
+    );
     assert_eq!(full.memory_limit, Some(3 << 29));
     assert_eq!((full.train.steps, full.train.lr, full.train.min_lr, full.train.clip), (7, 2e-3, 2e-4, None));
 }

@@ -54,7 +54,12 @@ pub(super) fn exchange(
     let bytes = array.end - array.start;
     let usual = Arrangement::default().part_of(bytes, grid.size(group), 4);
     let part = Some(cut.part(scope)).filter(|&part| part != usual);
-    let arrangement = Arrangement { offset: array.start - draft.buffers[buffer.index()].start, part, shard };
+    let arrangement = Arrangement {
+        offset: array.start - draft.buffers[buffer.index()].start,
+        part,
+        shard,
+        algorithm: grid.levels().algorithm(scope),
+    };
     let kind = OpKind::Collective { collective, group, payload, buffer, bytes, arrangement };
     let stream = if matches!(payload, Payload::Parameters { .. }) { Stream::GATHER } else { Stream::COLLECTIVE };
     let mut op = DraftOp::new(stream, kind, action);

@@ -137,18 +137,23 @@ impl<'a> Grid<'a> {
     /// Adds a group of (replica, pipeline rank).
     fn add(&mut self, name: String, members: impl Iterator<Item = (u32, u32)>) -> GroupId {
         let (mut ranks, mut size) = (Vec::new(), 0);
-        let mut nodes = Vec::new();
+        let (mut nodes, mut fast) = (Vec::new(), Vec::new());
         for (replica, pipeline) in members {
             size += 1;
             let node = self.devices[self.device(replica, pipeline).index()].node;
             nodes.push((node, self.levels.group_of(replica)));
+            fast.push(self.levels.group_of(replica));
             if replica < self.present {
                 ranks.push(self.rank(replica, pipeline));
             }
         }
+        nodes.sort_unstable();
         nodes.dedup();
         let level = if nodes.len() > 1 { NetworkLevel::Inter } else { NetworkLevel::Intra };
-        self.groups.push(Group { name, ranks, size, level });
+        fast.sort_unstable();
+        fast.dedup();
+        let crossing = self.levels.crossing(fast.len());
+        self.groups.push(Group { name, ranks, size, level, crossing });
         GroupId(self.groups.len() as u32 - 1)
     }
 

@@ -9,6 +9,7 @@ use super::{Blueprint, LowerError};
 use crate::order::Placement;
 use paceline_sim::partition::exchange::Scope;
 use paceline_sim::partition::{Level, StatePartition};
+use paceline_sim::program::{Algorithm, Crossing, Link};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -23,12 +24,17 @@ pub struct Sharing {
     pub prefetch: u32,
     /// Gathered parameters live until their last pass of the step, instead of for one pass.
     pub keep_gathered: bool,
+    /// By which rounds collectives are done that join several fast groups of several replicas.
+    pub collectives: Algorithm,
+    /// The link of each fast group to the others, where it is slowed down on purpose.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub link: Option<Link>,
 }
 
 impl Default for Sharing {
     /// One group of all replicas, and parameters gathered one pass ahead for one pass.
     fn default() -> Sharing {
-        Sharing { group_size: None, prefetch: 1, keep_gathered: false }
+        Sharing { group_size: None, prefetch: 1, keep_gathered: false, collectives: Algorithm::TwoLevel, link: None }
     }
 }
 
@@ -60,6 +66,7 @@ pub(super) struct Levels {
     data: u32,
     copies: u32,
     group: u32,
+    sharing: Sharing,
 }
 
 impl Levels {
@@ -82,7 +89,7 @@ impl Levels {
             return Err(LowerError::TwoCopies { partition, schedule: blueprint.order.name.clone() });
         }
         let partition = if alone { StatePartition::NONE } else { partition };
-        Ok(Levels { partition, data, copies, group: size })
+        Ok(Levels { partition, data, copies, group: size, sharing })
     }
 
     /// The levels of a unit; `tied` when another rank holds a copy of a matrix in it. The sum of the gradients of both copies
@@ -104,6 +111,17 @@ impl Levels {
     /// Whether a state is cut within groups.
     pub fn has_groups(&self) -> bool {
         self.partition.has_groups()
+    }
+
+    /// The rounds of a collective in a scope.
+    pub fn algorithm(&self, scope: Scope) -> Algorithm {
+        let several = 1 < self.group && self.group < self.data;
+        if scope == Scope::World && several { self.sharing.collectives } else { Algorithm::Direct }
+    }
+
+    /// How members of these fast groups cross the links between them.
+    pub fn crossing(&self, groups: usize) -> Option<Crossing> {
+        (groups > 1).then_some(Crossing { groups: groups as u32, link: self.sharing.link })
     }
 
     /// Fast groups.
@@ -219,7 +237,8 @@ mod tests {
     fn parts_nest_and_tile() {
         for (data, group) in [(1, 1), (4, 2), (8, 4), (8, 2), (6, 3), (12, 4), (6, 6), (5, 1)] {
             for bytes in [0, 4, 40, 100, 1000, 1004, 4096] {
-                let levels = Levels { partition: StatePartition::ZERO3, data, copies: 1, group };
+                let levels =
+                    Levels { partition: StatePartition::ZERO3, data, copies: 1, group, sharing: Sharing::default() };
                 let cut = |replica| levels.cut(replica, 0, bytes);
                 let tile = |replicas: Vec<u32>, level, all: Range<u64>, part: u64| {
                     let mut reach = all.start;

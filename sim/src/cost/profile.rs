@@ -4,8 +4,8 @@ use super::{CostModel, Exchange, Round};
 use crate::model::ModelPass;
 use crate::model::parameters::{decay_runs, tied_matrix, unit_layout};
 use crate::program::{
-    Arrangement, Collective, Group, Op, OpKind, Pass, Program, RankProgram, Recompute, Shares, SharesError,
-    TransformerWorkload, Workload, gradient_sources, shares, update,
+    Arrangement, Group, Op, OpKind, Pass, Program, RankProgram, Recompute, Shares, SharesError, Step,
+    TransformerWorkload, Workload, gradient_sources, rounds, shares, update,
 };
 use crate::units::{BufferId, Nanos, RankId, StageId};
 use paceline_profiles::{
@@ -36,7 +36,7 @@ pub struct ProfileCost {
     /// Copies, by bytes.
     copies: HashMap<u64, Estimate>,
     /// A member's work in each round, by collective and members.
-    rounds: HashMap<(Exchange, u32), SmallVec<[Estimate; 2]>>,
+    rounds: HashMap<Meeting, SmallVec<[Estimate; 2]>>,
 }
 
 /// What the executor itself takes.
@@ -128,10 +128,9 @@ impl ProfileCost {
                         costs.copies.entry(bytes).or_insert_with(|| predictor.transfer(bytes, under));
                     }
                     OpKind::Collective { collective, group, bytes, arrangement, .. } => {
-                        let members = program.groups[group.index()].size;
-                        let exchange = priced(Exchange { collective, bytes, arrangement });
-                        let rounds = || rounds(predictor, under, exchange, members);
-                        costs.rounds.entry((exchange, members)).or_insert_with(rounds);
+                        let group = &program.groups[group.index()];
+                        let meeting = Meeting::new(Exchange { collective, bytes, arrangement }, group);
+                        costs.rounds.entry(meeting).or_insert_with(|| meeting.work(predictor, under));
                     }
                     OpKind::Send { .. } | OpKind::Join => {}
                 }
@@ -194,7 +193,7 @@ impl ProfileCost {
     }
 
     fn work_by_round(&self, exchange: Exchange, group: &Group) -> &[Estimate] {
-        self.rounds.get(&(priced(exchange), group.size)).map_or(&[], |rounds| &rounds[..])
+        self.rounds.get(&Meeting::new(exchange, group)).map_or(&[], |rounds| &rounds[..])
     }
 }
 
@@ -208,39 +207,80 @@ impl CostModel for ProfileCost {
 
     fn transfer(&self, program: &Program, from: RankId, to: RankId, bytes: u64) -> Round {
         let (copy, latency) = (self.copy(bytes), self.latency(program, from, to));
-        Round { wire: Nanos::from_seconds(latency.seconds), work: Nanos::from_seconds(copy.seconds) }
+        Round { link: Nanos::ZERO, wire: Nanos::from_seconds(latency.seconds), work: Nanos::from_seconds(copy.seconds) }
     }
 
     fn collective(&self, _: &Program, exchange: Exchange, group: &Group) -> SmallVec<[Round; 2]> {
-        let rounds = self.work_by_round(exchange, group).iter();
-        rounds.map(|work| Round { wire: Nanos::ZERO, work: Nanos::from_seconds(work.seconds) }).collect()
+        let meeting = Meeting::new(exchange, group);
+        let link = group.crossing.and_then(|crossing| crossing.link);
+        let round = |(step, work): (Step, &Estimate)| {
+            let bytes = step.crossing(meeting.members, meeting.groups, meeting.part().min(exchange.bytes));
+            let link = link.filter(|_| bytes > 0);
+            Round {
+                link: link.map_or(Nanos::ZERO, |link| link.busy(bytes)),
+                wire: link.map_or(Nanos::ZERO, |link| link.latency),
+                work: Nanos::from_seconds(work.seconds),
+            }
+        };
+        meeting.steps().into_iter().zip(self.work_by_round(exchange, group)).map(round).collect()
     }
 }
 
 /// What the price of a collective depends on: where arrays and shards lie does not matter, only whether shards lie apart.
-fn priced(exchange: Exchange) -> Exchange {
-    let shard = exchange.arrangement.shard.map(|_| BufferId(0));
-    Exchange { arrangement: Arrangement { offset: 0, shard, ..exchange.arrangement }, ..exchange }
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Meeting {
+    exchange: Exchange,
+    members: u32,
+    /// Fast groups over which they are spread.
+    groups: u32,
 }
 
-/// A member's work in the rounds of the direct algorithm.
-fn rounds(predictor: &Predictor, under: Conditions, exchange: Exchange, members: u32) -> SmallVec<[Estimate; 2]> {
-    let Exchange { collective, bytes, arrangement } = exchange;
-    let part = arrangement.part_of(bytes, members, 4);
-    let apart = arrangement.shard.is_some();
-    // A shard that lies apart is one more addend of the sum, and one more part to copy.
-    let reduce = || match apart {
-        true => predictor.collective(CollectiveRound::Reduce, members + 1, part * u64::from(members + 1), under),
-        false => predictor.collective(CollectiveRound::Reduce, members, bytes, under),
-    };
-    let gather = || {
-        let others = predictor.collective(CollectiveRound::Gather, members, bytes, under);
-        if apart { together(others, predictor.transfer(part, under)) } else { others }
-    };
-    match collective {
-        Collective::AllReduce => smallvec![reduce(), gather()],
-        Collective::ReduceScatter => smallvec![reduce()],
-        Collective::AllGather => smallvec![gather()],
+impl Meeting {
+    fn new(exchange: Exchange, group: &Group) -> Meeting {
+        let shard = exchange.arrangement.shard.map(|_| BufferId(0));
+        let arrangement = Arrangement { offset: 0, shard, ..exchange.arrangement };
+        Meeting { exchange: Exchange { arrangement, ..exchange }, members: group.size, groups: group.fast_groups() }
+    }
+
+    fn steps(self) -> Vec<Step> {
+        rounds(self.exchange.collective, self.exchange.arrangement.algorithm, self.members, self.groups)
+    }
+
+    /// Bytes of a member's part.
+    fn part(self) -> u64 {
+        self.exchange.arrangement.part_of(self.exchange.bytes, self.members, 4)
+    }
+
+    /// A member's work in each round.
+    fn work(self, predictor: &Predictor, under: Conditions) -> SmallVec<[Estimate; 2]> {
+        let (part, members) = (self.part(), self.members);
+        let apart = self.exchange.arrangement.shard.is_some();
+        let places = members / self.groups.max(1);
+        let sum = |addends: u32, part: u64| {
+            predictor.collective(CollectiveRound::Reduce, addends, part * u64::from(addends), under)
+        };
+        let copies = |members: u32, part: u64| {
+            predictor.collective(CollectiveRound::Gather, members, part * u64::from(members), under)
+        };
+        // A shard that lies apart is one more addend of the sum, and one more part to copy.
+        let last = |addends: u32| if apart { sum(addends + 1, part) } else { sum(addends, part) };
+        let first = |others: Estimate| if apart { together(others, predictor.transfer(part, under)) } else { others };
+        let work = |step| match step {
+            Step::Reduce if !apart => {
+                predictor.collective(CollectiveRound::Reduce, members, self.exchange.bytes, under)
+            }
+            Step::Reduce => last(members),
+            Step::Gather => first(predictor.collective(CollectiveRound::Gather, members, self.exchange.bytes, under)),
+            Step::RingReduce { turn } if turn + 2 == members => last(2),
+            Step::RingReduce { .. } => sum(2, part),
+            Step::RingGather { turn: 0 } => first(predictor.transfer(part, under)),
+            Step::RingGather { .. } => predictor.transfer(part, under),
+            Step::ReduceWithin => sum(places, part * u64::from(self.groups)),
+            Step::ReduceAcross => last(self.groups),
+            Step::GatherAcross => first(copies(self.groups, part)),
+            Step::GatherWithin => copies(places, part * u64::from(self.groups)),
+        };
+        self.steps().into_iter().map(work).collect()
     }
 }
 

@@ -3,6 +3,7 @@
 use super::EngineError;
 use super::compiled::{Compiled, Role, Times};
 use super::timeline::Timeline;
+use crate::cost::Round;
 use crate::trace::WaitReason;
 use crate::units::OpId;
 use std::cmp::Reverse;
@@ -122,6 +123,8 @@ pub(super) struct State<'c, 't> {
     line: Timeline,
     /// Ranks that may go on.
     awake: Vec<u32>,
+    /// When the link between fast groups has served what it was given.
+    link_free_at: u64,
 }
 
 impl<'c, 't> State<'c, 't> {
@@ -150,6 +153,7 @@ impl<'c, 't> State<'c, 't> {
                 wait: vec![None; count],
             },
             awake: Vec::new(),
+            link_free_at: 0,
         }
     }
 
@@ -343,7 +347,7 @@ impl<'c, 't> State<'c, 't> {
                 }
                 times.work.0
             }
-            Work::Round { meeting } => self.round(meeting).1,
+            Work::Round { meeting } => self.round(meeting).work.0,
         };
         self.devices[device as usize].work = Some(work);
         self.plan(self.now + length, Event::Worked(device));
@@ -448,10 +452,10 @@ impl<'c, 't> State<'c, 't> {
         self.end(ends.to);
     }
 
-    /// Wire and work of the present round of a meeting.
-    fn round(&self, meeting: u32) -> (u64, u64) {
+    /// The present round of a meeting.
+    fn round(&self, meeting: u32) -> Round {
         let round = self.meetings[meeting as usize].round as usize;
-        self.times.meetings[meeting as usize].get(round).map_or((0, 0), |round| (round.wire.0, round.work.0))
+        self.times.meetings[meeting as usize].get(round).copied().unwrap_or_default()
     }
 
     fn begin_round(&mut self, meeting: u32) {
@@ -470,9 +474,14 @@ impl<'c, 't> State<'c, 't> {
             return;
         }
         met.remaining = members.len() as u32;
-        let (wire, _) = self.round(meeting);
-        if wire > 0 {
-            self.plan(self.now + wire, Event::RoundPassed(meeting));
+        let Round { link, wire, .. } = self.round(meeting);
+        let mut passed = self.now + wire.0;
+        if link.0 > 0 {
+            self.link_free_at = self.now.max(self.link_free_at) + link.0;
+            passed = self.link_free_at + wire.0;
+        }
+        if passed > self.now {
+            self.plan(passed, Event::RoundPassed(meeting));
         } else {
             self.work_on_round(meeting);
         }
@@ -480,7 +489,7 @@ impl<'c, 't> State<'c, 't> {
 
     /// The wire is passed: every member works.
     fn work_on_round(&mut self, meeting: u32) {
-        let (_, work) = self.round(meeting);
+        let work = self.round(meeting).work.0;
         for &op in self.compiled.members(meeting) {
             if work > 0 {
                 let rank = self.compiled.ops[op as usize].rank;

@@ -84,7 +84,13 @@ fn program(devices: u32, ranks: Vec<(u32, Vec<Op>)>) -> Program {
         workload: Workload::Abstract,
         microbatches: 2,
         devices: (0..devices).map(|n| Device { name: format!("d{n}"), node: 0 }).collect(),
-        groups: vec![Group { name: "all".into(), size: ranks.len() as u32, ranks: all, level: NetworkLevel::Intra }],
+        groups: vec![Group {
+            name: "all".into(),
+            size: ranks.len() as u32,
+            ranks: all,
+            level: NetworkLevel::Intra,
+            crossing: None,
+        }],
         stages: vec![Stage { units: vec![Unit { layers: vec![] }] }; 2],
         ranks: ranks
             .into_iter()
@@ -132,7 +138,7 @@ fn pipeline(devices: u32) -> Program {
 
 #[test]
 fn a_pipeline_by_hand() {
-    let wire = Round { wire: Nanos(3), work: Nanos(0) };
+    let wire = Round { link: Nanos::ZERO, wire: Nanos(3), work: Nanos(0) };
     let trace = simulate(&pipeline(2), &Given { f: 10, bw: 20, message: wire, ..Given::default() }).unwrap();
     // The first microbatch arrives at 13, its gradient leaves at 43; the second was sent at 20 and received when the second
     // rank came to it, at 43.
@@ -173,7 +179,7 @@ fn a_copy_takes_the_receivers_device() {
     let receiver =
         vec![op(2, receive(0, 1, 0), &[]), op(0, compute(Pass::BW, 1, 7), &[]), op(0, compute(Pass::F, 1, 0), &[0])];
     let program = program(2, vec![(0, sender), (1, receiver)]);
-    let message = Round { wire: Nanos(1), work: Nanos(5) };
+    let message = Round { link: Nanos::ZERO, wire: Nanos(1), work: Nanos(5) };
     let trace = simulate(&program, &Given { f: 10, bw: 30, message, ..Given::default() }).unwrap();
     assert_eq!(spans(&trace, 1), [(0, 30, 35), (0, 0, 30), (30, 35, 45)]);
     assert_eq!(spans(&trace, 0)[1], (10, 30, 35));
@@ -193,8 +199,10 @@ fn a_collective_takes_its_rounds_on_the_devices_of_its_members() {
         ops.push(op(0, OpKind::Join, &[last + 1]));
         ops
     };
-    let rounds: SmallVec<[Round; 2]> =
-        smallvec![Round { wire: Nanos(0), work: Nanos(4) }, Round { wire: Nanos(2), work: Nanos(3) }];
+    let rounds: SmallVec<[Round; 2]> = smallvec![
+        Round { link: Nanos::ZERO, wire: Nanos(0), work: Nanos(4) },
+        Round { link: Nanos::ZERO, wire: Nanos(2), work: Nanos(3) }
+    ];
     let costs = Given { f: 10, bw: 20, rounds, ..Given::default() };
     let both = program(2, vec![(0, rank(&[Pass::F])), (1, rank(&[Pass::BW]))]);
     let trace = simulate(&both, &costs).unwrap();
@@ -214,7 +222,7 @@ fn a_collective_takes_its_rounds_on_the_devices_of_its_members() {
 #[test]
 fn a_collective_of_one_rank_moves_nothing() {
     let alone = program(1, vec![(0, vec![op(0, compute(Pass::F, 0, 0), &[]), op(1, all_reduce(0), &[0])])]);
-    let rounds = smallvec![Round { wire: Nanos(7), work: Nanos(7) }];
+    let rounds = smallvec![Round { link: Nanos::ZERO, wire: Nanos(7), work: Nanos(7) }];
     let trace = simulate(&alone, &Given { f: 10, rounds, ..Given::default() }).unwrap();
     assert_eq!(spans(&trace, 0), [(0, 0, 10), (10, 10, 10)]);
 }

@@ -19,12 +19,14 @@
 
 mod check;
 mod partners;
+mod rounds;
 mod shares;
 mod types;
 mod update;
 
 pub use check::{CheckError, check};
 pub use partners::{Meeting, OpRef, PartnerError, Partners, Transfer};
+pub use rounds::{Algorithm, Step, rounds};
 pub use shares::{Shares, SharesError, shares};
 pub use types::*;
 pub use update::{Piece, Update, gradient_sources, update};

@@ -1,6 +1,6 @@
 //! Which ops of a program meet: every send with its receive, every op of a collective with those of its group.
 
-use super::{Arrangement, Collective, Message, OpKind, Payload, Program};
+use super::{Algorithm, Arrangement, Collective, Message, OpKind, Payload, Program};
 use crate::units::{OpId, RankId, StageId};
 use std::collections::HashMap;
 use thiserror::Error;
@@ -224,6 +224,9 @@ fn describe(collective: Collective, payload: Payload, bytes: u64, arrangement: &
     }
     if let Some(part) = arrangement.part {
         text += &format!(" in parts of {part}");
+    }
+    if arrangement.algorithm != Algorithm::default() {
+        text += &format!(" by {:?}", arrangement.algorithm);
     }
     text + if arrangement.shard.is_some() { " with shards apart" } else { "" }
 }

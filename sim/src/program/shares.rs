@@ -161,6 +161,7 @@ mod tests {
             ranks: ranks.iter().map(|&rank| RankId(rank)).collect(),
             size: ranks.len() as u32,
             level: NetworkLevel::Intra,
+            crossing: None,
         };
         let norm = |group: usize| Op {
             stream: Stream::COLLECTIVE,

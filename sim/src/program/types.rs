@@ -1,5 +1,6 @@
 //! The data types of a program. No behaviour beyond reading them.
 
+use super::Algorithm;
 use crate::model::{Layer, ModelConfig};
 use crate::units::*;
 use serde::{Deserialize, Serialize};
@@ -107,6 +108,41 @@ pub struct Group {
     pub size: u32,
     /// How far it reaches.
     pub level: NetworkLevel,
+    /// The links between fast groups that it crosses, where it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub crossing: Option<Crossing>,
+}
+
+/// How a communication group lies over fast groups of ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Crossing {
+    /// Fast groups; member `k` lies in group `k mod groups`.
+    pub groups: u32,
+    /// The link of each fast group to the others, where it is slowed down on purpose: a rehearsed cluster.
+    pub link: Option<Link>,
+}
+
+/// A link that serves what is sent over it in order of arrival, one after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Link {
+    /// From the last byte sent to the last byte received.
+    pub latency: Nanos,
+    /// In each direction.
+    pub bytes_per_second: u64,
+}
+
+impl Link {
+    /// How long the link is busy with so many bytes.
+    pub fn busy(&self, bytes: u64) -> Nanos {
+        Nanos::from_seconds(bytes as f64 / self.bytes_per_second.max(1) as f64)
+    }
+}
+
+impl Group {
+    /// Fast groups over which its members are spread.
+    pub fn fast_groups(&self) -> u32 {
+        self.crossing.map_or(1, |crossing| crossing.groups)
+    }
 }
 
 /// The slowest level of the network that a group crosses.
@@ -410,6 +446,8 @@ pub struct Arrangement {
     /// Where this member's part lies by itself: an all-gather takes it from there, a reduce-scatter adds the sum to what is
     /// there. Without it the part lies in its place in the array.
     pub shard: Option<BufferId>,
+    /// By which rounds it is done.
+    pub algorithm: Algorithm,
 }
 
 impl Arrangement {
@@ -425,7 +463,8 @@ impl Arrangement {
 
     /// Whether another member's op can be one of the same collective.
     pub fn meets(&self, other: &Arrangement) -> bool {
-        (self.offset, self.part, self.shard.is_some()) == (other.offset, other.part, other.shard.is_some())
+        (self.offset, self.part, self.shard.is_some(), self.algorithm)
+            == (other.offset, other.part, other.shard.is_some(), other.algorithm)
     }
 }
 

@@ -2,8 +2,8 @@ use super::*;
 use crate::model::parameters::unit_parameters;
 use crate::model::{Layer, ModelConfig};
 use crate::program::{
-    Arrangement, Buffer, Coordinates, Device, MemoryClass, Message, NetworkLevel, PROGRAM_FORMAT, Payload, Recompute,
-    Stage, Stream, Tensor, Unit,
+    Arrangement, Buffer, Collective, Coordinates, Device, MemoryClass, Message, NetworkLevel, PROGRAM_FORMAT, Payload,
+    Recompute, Stage, Stream, Tensor, Unit,
 };
 use crate::program::{Direction, Program};
 use crate::units::{BufferId, DeviceId, GroupId, MicrobatchId};
@@ -93,6 +93,7 @@ fn program(devices: u32) -> Program {
             ranks: vec![RankId(0), RankId(1)],
             size: 2,
             level: NetworkLevel::Intra,
+            crossing: None,
         }],
         stages,
         ranks: (0..2)
@@ -217,11 +218,11 @@ fn communication_takes_the_rounds_of_the_executor() {
     let collective = |costs: &ProfileCost, collective, bytes| {
         costs.collective(&two, Exchange { collective, bytes, arrangement: Arrangement::default() }, group)
     };
-    let work = |seconds| Round { wire: Nanos::ZERO, work: nanos(seconds) };
+    let work = |seconds| Round { link: Nanos::ZERO, wire: Nanos::ZERO, work: nanos(seconds) };
     assert_eq!(collective(&costs, Collective::ReduceScatter, bytes)[..], [work(5e-3)]);
     assert_eq!(collective(&costs, Collective::AllReduce, 8)[..], [work(7e-3), work(9e-3)]);
     let message = |costs: &ProfileCost, program| costs.transfer(program, RankId(0), RankId(1), MESSAGE_BYTES);
-    assert_eq!(message(&costs, &two), Round { wire: nanos(4e-5), work: nanos(3e-3) });
+    assert_eq!(message(&costs, &two), Round { link: Nanos::ZERO, wire: nanos(4e-5), work: nanos(3e-3) });
 
     // On one device, threads take turns and wake each other in another way.
     let one = program(1);

@@ -96,6 +96,7 @@ fn valid() -> Program {
             ranks: vec![RankId(0), RankId(1)],
             size: 2,
             level: NetworkLevel::Intra,
+            crossing: None,
         }],
         stages: vec![Stage { units: vec![Unit { layers: vec![] }] }; 2],
         ranks: [(0, first), (1, second)]
