@@ -220,6 +220,28 @@ fn a_collective_takes_its_rounds_on_the_devices_of_its_members() {
 }
 
 #[test]
+fn the_link_between_groups_serves_one_exchange_after_the_other() {
+    let reduce = |group: u32| match all_reduce(0) {
+        OpKind::Collective { collective, payload, buffer, bytes, arrangement, .. } => {
+            OpKind::Collective { collective, group: GroupId(group), payload, buffer, bytes, arrangement }
+        }
+        other => other,
+    };
+    let ops = |group| vec![op(0, compute(Pass::F, group as u16, 0), &[]), op(1, reduce(group), &[0])];
+    let mut four = program(4, vec![(0, ops(0)), (1, ops(0)), (2, ops(1)), (3, ops(1))]);
+    let pair = |first: u32| Group { ranks: vec![RankId(first), RankId(first + 1)], size: 2, ..four.groups[0].clone() };
+    four.groups = vec![pair(0), pair(2)];
+    let round = |link, wire| smallvec![Round { link: Nanos(link), wire: Nanos(wire), work: Nanos::ZERO }];
+    // All stand before their collective at 4. The link is busy with the first until 14 and with the second until 24; the way
+    // takes 3 more and keeps nobody else waiting.
+    let trace = simulate(&four, &Given { f: 4, rounds: round(10, 3), ..Given::default() }).unwrap();
+    assert_eq!([spans(&trace, 0)[1], spans(&trace, 2)[1]], [(4, 4, 17), (4, 4, 27)]);
+    // Without the link both pass at once.
+    let trace = simulate(&four, &Given { f: 4, rounds: round(0, 13), ..Given::default() }).unwrap();
+    assert_eq!([spans(&trace, 0)[1], spans(&trace, 2)[1]], [(4, 4, 17), (4, 4, 17)]);
+}
+
+#[test]
 fn a_collective_of_one_rank_moves_nothing() {
     let alone = program(1, vec![(0, vec![op(0, compute(Pass::F, 0, 0), &[]), op(1, all_reduce(0), &[0])])]);
     let rounds = smallvec![Round { link: Nanos::ZERO, wire: Nanos(7), work: Nanos(7) }];
