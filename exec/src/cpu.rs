@@ -15,8 +15,8 @@ use crate::settings::OptimizerSettings;
 use paceline_kernels::{AdamW, Call, DType, Device, KernelError, View};
 use paceline_sim::model::parameters::{DecayRun, decay_runs};
 use paceline_sim::program::{
-    Collective, Op, OpKind, Payload, Piece, Program, RankProgram, Shares, Step, Tensor, Update, gradient_sources,
-    rounds, shares, update,
+    Collective, Op, OpKind, Payload, Piece, Program, RankProgram, Shares, Step, Tensor, Update, begun_gradients,
+    gradient_sources, rounds, shares, update,
 };
 use paceline_sim::units::{MicrobatchId, OpId, RankId, StageId};
 use smallvec::SmallVec;
@@ -418,7 +418,7 @@ impl Hands for CpuHands<'_> {
                 Tensor::Tokens { microbatch } => self.load(buffer.index(), microbatch, false)?,
                 Tensor::Targets { microbatch } => self.load(buffer.index(), microbatch, true)?,
                 // Sums that start from zero.
-                Tensor::Gradients { .. } | Tensor::GradientNorm | Tensor::Losses => {
+                Tensor::GradientNorm | Tensor::Losses => {
                     self.zero(buffer.index()).map_err(|source| self.refused(op, source))?;
                 }
                 _ => {}
@@ -496,7 +496,13 @@ impl Hands for CpuHands<'_> {
             tally: RefCell::new(&mut self.kernels),
         };
         match this.kind {
-            OpKind::Compute { .. } => job.passes.run(&this.kind, &launch, &operands)?,
+            OpKind::Compute { .. } => {
+                // Gradients of one microbatch, which begin with the first pass that adds to them.
+                for begun in begun_gradients(rank, this) {
+                    launch.launch(Call::Zero { x: operands.view(begun.tensor)? })?;
+                }
+                job.passes.run(&this.kind, &launch, &operands)?;
+            }
             OpKind::GradientNorm => {
                 let out = operands.view(Tensor::GradientNorm)?;
                 for ((stage, unit), source) in gradient_sources(rank, this) {

@@ -5,7 +5,7 @@ use crate::model::ModelPass;
 use crate::model::parameters::{decay_runs, tied_matrix, unit_layout};
 use crate::program::{
     Arrangement, Group, Op, OpKind, Pass, Program, RankProgram, Recompute, Shares, SharesError, Step,
-    TransformerWorkload, Workload, gradient_sources, rounds, shares, update,
+    TransformerWorkload, Workload, begun_gradients, gradient_sources, rounds, shares, update,
 };
 use crate::units::{BufferId, Nanos, RankId, StageId};
 use paceline_profiles::{
@@ -338,7 +338,10 @@ impl Calls<'_> {
         let elements = |op, len| KernelKey { op, dims: smallvec![len as u32] };
         let mut calls = match op.kind {
             OpKind::Compute { .. } => {
-                ModelPass::new(self.workload, stages, *microbatches, &op.kind).kernel_calls().cloned().collect()
+                let begun = begun_gradients(self.rank, op);
+                let zeroed = begun.map(|piece| elements(KernelOp::Zero, piece.holds.len()));
+                let pass = ModelPass::new(self.workload, stages, *microbatches, &op.kind);
+                zeroed.chain(pass.kernel_calls().cloned()).collect()
             }
             OpKind::GradientNorm => {
                 let counted = |((stage, unit), _)| {

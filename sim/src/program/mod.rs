@@ -29,4 +29,4 @@ pub use partners::{Meeting, OpRef, PartnerError, Partners, Transfer};
 pub use rounds::{Algorithm, Step, rounds};
 pub use shares::{Shares, SharesError, shares};
 pub use types::*;
-pub use update::{Piece, Update, gradient_sources, update};
+pub use update::{Piece, Update, begun_gradients, gradient_sources, update};

@@ -2,7 +2,7 @@
 //! which elements of each. Simulator and executor read the same description.
 
 use super::shares::without;
-use super::{Op, RankProgram, Tensor};
+use super::{Buffer, Op, RankProgram, Tensor};
 use crate::units::StageId;
 use smallvec::SmallVec;
 use std::ops::Range;
@@ -17,6 +17,11 @@ pub struct Piece {
 }
 
 impl Piece {
+    fn of(buffer: &Buffer) -> Piece {
+        let start = buffer.start as usize / 4;
+        Piece { tensor: buffer.tensor, holds: start..start + buffer.bytes as usize / 4 }
+    }
+
     /// Where elements of the array lie in the buffer.
     pub fn place(&self, elements: &Range<usize>) -> Range<usize> {
         elements.start - self.holds.start..elements.end - self.holds.start
@@ -65,6 +70,12 @@ pub fn update(rank: &RankProgram, op: &Op) -> Option<Update> {
     Some(Update { range, parameters, gradients, leftovers: (accumulated, leftovers), kept })
 }
 
+/// The gradients whose life begins with a pass: it zeroes them before it adds to them.
+pub fn begun_gradients(rank: &RankProgram, op: &Op) -> impl Iterator<Item = Piece> {
+    let begun = op.alloc.iter().map(|buffer| &rank.buffers[buffer.index()]);
+    begun.filter(|buffer| matches!(buffer.tensor, Tensor::Gradients { .. })).map(Piece::of)
+}
+
 /// By unit, the reduced gradients that the norm op reads.
 pub fn gradient_sources(rank: &RankProgram, op: &Op) -> impl Iterator<Item = ((StageId, u16), Piece)> {
     pieces(rank, op).filter_map(|piece| match piece.tensor {
@@ -76,9 +87,5 @@ pub fn gradient_sources(rank: &RankProgram, op: &Op) -> impl Iterator<Item = ((S
 }
 
 fn pieces(rank: &RankProgram, op: &Op) -> impl Iterator<Item = Piece> {
-    op.uses.iter().map(|buffer| {
-        let held = &rank.buffers[buffer.index()];
-        let start = held.start as usize / 4;
-        Piece { tensor: held.tensor, holds: start..start + held.bytes as usize / 4 }
-    })
+    op.uses.iter().map(|buffer| Piece::of(&rank.buffers[buffer.index()]))
 }
