@@ -1,7 +1,8 @@
 //! The threads of a run: one per rank, and the caller, who leads them from step to step.
 
+use crate::effects::Effects;
 use crate::error::ExecError;
-use crate::fabric::{Effects, Fabric};
+use crate::fabric::Fabric;
 use crate::interpreter::{Hands, run_step};
 use paceline_sim::units::RankId;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -2,7 +2,7 @@
 //! same bits as those of [`crate::collectives::perform`]: every sum goes over the members from first to last.
 
 use crate::collectives::{Move, Parts, Place, Shape};
-use crate::fabric::HostRange;
+use crate::effects::HostRange;
 use paceline_kernels::{Block, Call, DType, Device, KernelError, View};
 use paceline_sim::program::Step;
 use std::sync::{Mutex, PoisonError};

@@ -10,7 +10,9 @@
 //! One lock is held at a time, never while work is done.
 
 use crate::bind::{Bound, OpRef, Partner};
+use crate::effects::{Effects, HostRange, Passage};
 use crate::error::ExecError;
+use crate::record::Record;
 use crate::slot::{Next, Slot};
 use paceline_sim::trace::WaitReason;
 use paceline_sim::units::{OpId, RankId};
@@ -22,72 +24,6 @@ use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
 use std::time::Duration;
 
-/// When a piece of work ran, in nanoseconds since the run began.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Span {
-    pub start: u64,
-    /// The device is free again.
-    pub end: u64,
-    /// The effect is there (later than `end` where a wire follows).
-    pub effective: u64,
-}
-
-/// A range of memory that ranks exchange.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct HostRange {
-    pub address: u64,
-    pub bytes: u64,
-    /// Of a member of a collective whose part lies apart: where; else 0.
-    pub shard: u64,
-}
-
-/// When a round of a collective may begin its work.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Passage {
-    /// At once.
-    Free,
-    /// At this time of a plan.
-    Planned(u64),
-    /// When the clock shows this time: a link between fast groups is busy until then.
-    Awaited(u64),
-}
-
-/// What communication does and how long it takes: really, or paced.
-pub(crate) trait Effects: Sync {
-    /// The time at which something happens that could happen from `earliest` on: now, on a real clock.
-    fn at(&self, earliest: u64) -> u64;
-
-    /// Returns at `time` (paced), or at once (real); tells the clock's reading (paced), or `time` (real).
-    fn reach(&self, time: u64) -> u64;
-
-    /// Whether a transfer takes its receiver's device.
-    fn transfer_takes_device(&self, transfer: usize) -> bool;
-
-    /// Moves a message.
-    ///
-    /// # Safety
-    /// Both ranges live, and only this call touches them.
-    unsafe fn transfer(&self, transfer: usize, from: HostRange, to: HostRange, earliest: u64) -> Span;
-
-    /// Rounds of a collective.
-    fn rounds(&self, meeting: usize) -> usize;
-
-    /// All members stand before a round, from `since` on: gives its bytes to the link between fast groups, if it crosses one.
-    fn open_round(&self, meeting: usize, round: usize, since: u64) -> Passage;
-
-    /// Whether any round is [`Passage::Awaited`], so that a thread has to watch the clock.
-    fn is_delayed(&self) -> bool;
-
-    /// Whether a round takes the members' devices.
-    fn round_takes_device(&self, meeting: usize, round: usize) -> bool;
-
-    /// Does a member's part of a round.
-    ///
-    /// # Safety
-    /// All ranges live, all members have entered the round, and only their calls touch them.
-    unsafe fn round(&self, meeting: usize, round: usize, member: usize, ranges: &[HostRange], earliest: u64) -> Span;
-}
-
 /// Communication work for a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Work {
@@ -98,46 +34,6 @@ pub(crate) enum Work {
 /// The run was given up: the reason is in the fabric.
 #[derive(Debug)]
 pub(crate) struct Aborted;
-
-/// What is measured of one op.
-#[derive(Debug, Default)]
-pub(crate) struct Record {
-    pub ready: AtomicU64,
-    pub start: AtomicU64,
-    pub end: AtomicU64,
-    /// `end` as the clock showed it (differs in paced runs only, where threads wake a little late).
-    pub observed_end: AtomicU64,
-    /// When a communication op stood before its peers.
-    arrived: AtomicU64,
-    wait: AtomicU32,
-    /// The epoch (step) in which the op last ended.
-    ended: AtomicU32,
-}
-
-const NO_WAIT: u32 = u32::MAX;
-const DEVICE_WAIT: u32 = u32::MAX - 1;
-const PEER_WAIT: u32 = u32::MAX - 2;
-
-impl Record {
-    pub fn set_wait(&self, wait: Option<WaitReason>) {
-        let code = match wait {
-            None => NO_WAIT,
-            Some(WaitReason::Device) => DEVICE_WAIT,
-            Some(WaitReason::Peer) => PEER_WAIT,
-            Some(WaitReason::Op(op)) => op.0,
-        };
-        self.wait.store(code, Ordering::Relaxed);
-    }
-
-    pub fn wait(&self) -> Option<WaitReason> {
-        match self.wait.load(Ordering::Relaxed) {
-            NO_WAIT => None,
-            DEVICE_WAIT => Some(WaitReason::Device),
-            PEER_WAIT => Some(WaitReason::Peer),
-            op => Some(WaitReason::Op(OpId(op))),
-        }
-    }
-}
 
 struct Issued {
     op: u32,

@@ -1,7 +1,8 @@
 //! One step of one rank: its ops in issue order, as the contract in [`paceline_sim::program`] says.
 
+use crate::effects::{Effects, HostRange};
 use crate::error::ExecError;
-use crate::fabric::{Aborted, Effects, Fabric, HostRange, NOTICEABLE};
+use crate::fabric::{Aborted, Fabric, NOTICEABLE};
 use paceline_sim::program::{OpKind, Stream};
 use paceline_sim::trace::WaitReason;
 use std::sync::atomic::Ordering;

@@ -7,8 +7,9 @@
 
 use crate::bind::Bound;
 use crate::crew::{Clock, StepTimes, with_crew};
+use crate::effects::{Effects, HostRange, Passage, Span};
 use crate::error::ExecError;
-use crate::fabric::{Effects, Fabric, HostRange, Passage, Span};
+use crate::fabric::Fabric;
 use crate::interpreter::Hands;
 use crate::memory::{MemoryReport, RankMemory};
 use crate::timeline::StepRecord;

@@ -3,12 +3,13 @@
 
 use crate::bind::Bound;
 use crate::checkpoint::{self, Progress};
-use crate::cpu::{CpuHands, HostEffects, Job, StepOrders};
+use crate::cpu::{CpuHands, Job, StepOrders};
 use crate::crew::{Clock, with_crew};
 use crate::data::Dataset;
 use crate::error::{CheckpointError, ExecError};
 use crate::evaluate::held_out_loss;
 use crate::fabric::Fabric;
+use crate::host_effects::HostEffects;
 use crate::kernel_times::KernelTally;
 use crate::memory::MemoryReport;
 use crate::report::{Observer, RunReport, StepReport};

@@ -1,8 +1,10 @@
 //! A measured step in the schema of [`paceline_sim::trace`].
 
 use crate::crew::StepTimes;
-use crate::fabric::{Effects, Fabric, Record};
+use crate::effects::Effects;
+use crate::fabric::Fabric;
 use crate::memory::MemoryReport;
+use crate::record::Record;
 use paceline_sim::program::{OpKind, Program};
 use paceline_sim::trace::{Event, Origin, RankTrace, TRACE_FORMAT, Trace, WaitReason};
 use paceline_sim::units::{Nanos, OpId};

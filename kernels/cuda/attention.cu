@@ -69,6 +69,14 @@ struct Heads {
     }
 };
 
+/// Starts the copy of a tile of K keys and their values into its half of two buffers each.
+template <int D, int K>
+DEVICE void fetch_keys(bf16* keys, bf16* values, const Heads<D>& of, u32 tile, u32 seq) {
+    const u32 half = tile % 2 * K * (D + 8);
+    fetch<D, K>(keys + half, of.key, of.width, tile * K, seq);
+    fetch<D, K>(values + half, of.value, of.width, tile * K, seq);
+}
+
 /// Grid [blocks of queries, heads, batch]. A warp owns M times 16 queries; a tile has K keys. The last queries, which see the most
 /// keys, start first. Scores are scaled in the exponent, which is of base two: `scale` holds log2(e).
 template <int D, int M, int K>
@@ -89,16 +97,11 @@ DEVICE void attention_forward(const bf16* qkv, bf16* out, float* lse, u32 seq, u
     for (int m = 0; m < M; ++m) largest[m][0] = largest[m][1] = -infinity();
 
     fetch<D, QUERIES>(queries, of.query, of.width, first, seq);
-    fetch<D, K>(keys, of.key, of.width, 0, seq);
-    fetch<D, K>(values, of.value, of.width, 0, seq);
+    fetch_keys<D, K>(keys, values, of, 0, seq);
     copies_commit();
     for (u32 tile = 0; tile < tiles; ++tile) {
         const u32 start = tile * K;
-        if (tile + 1 < tiles) {
-            const u32 other = (tile + 1) % 2 * K * (D + 8);
-            fetch<D, K>(keys + other, of.key, of.width, start + K, seq);
-            fetch<D, K>(values + other, of.value, of.width, start + K, seq);
-        }
+        if (tile + 1 < tiles) fetch_keys<D, K>(keys, values, of, tile + 1, seq);
         copies_commit();
         copies_wait<1>();
         __syncthreads();
@@ -361,16 +364,11 @@ DEVICE void attention_backward_queries(const bf16* qkv, const bf16* d_out, const
     float d_query[D / 8][4] = {};
     fetch<D, QUERIES>(queries, of.query, of.width, first, seq);
     fetch<D, QUERIES>(slopes, d_out, of.attended, first, seq);
-    fetch<D, K>(keys, of.key, of.width, 0, seq);
-    fetch<D, K>(values, of.value, of.width, 0, seq);
+    fetch_keys<D, K>(keys, values, of, 0, seq);
     copies_commit();
     for (u32 tile = 0; tile < tiles; ++tile) {
         const u32 start = tile * K;
-        if (tile + 1 < tiles) {
-            const u32 other = (tile + 1) % 2 * K * (D + 8);
-            fetch<D, K>(keys + other, of.key, of.width, start + K, seq);
-            fetch<D, K>(values + other, of.value, of.width, start + K, seq);
-        }
+        if (tile + 1 < tiles) fetch_keys<D, K>(keys, values, of, tile + 1, seq);
         copies_commit();
         copies_wait<1>();
         __syncthreads();

@@ -62,7 +62,7 @@ pub fn predict(screen: &Screen, source: &JobSource, budget: &Budget) -> Result<(
         layout.gpus().div_ceil(u64::from(cluster.gpus_per_node)),
         cluster.gpus_per_node,
         cluster.name,
-        describe(&configuration)
+        configuration
     ))?;
     show(screen, &as_prediction(&prediction))?;
     screen.line("")?;
@@ -125,7 +125,7 @@ pub fn plan(screen: &Screen, source: &JobSource, top: usize, explain: bool) -> R
                 show_percent(p.mfu),
                 show_percent(p.time.bubble / p.iteration_seconds),
                 show_bytes(highest(p)),
-                describe(&plan.configuration),
+                plan.configuration.to_string(),
             ],
         );
     }
@@ -162,18 +162,7 @@ fn show_differences(screen: &Screen, plans: &[ClusterPlan]) -> Result<(), Failur
         "optimizer",
     ]);
     for (place, plan) in plans.iter().enumerate() {
-        let t = &plan.prediction.time;
-        let parts = [
-            t.compute,
-            t.recompute,
-            t.exposed_tp,
-            t.exposed_dp,
-            t.exposed_pp,
-            t.exposed_cp,
-            t.exposed_ep,
-            t.bubble,
-            t.optimizer,
-        ];
+        let parts = plan.prediction.time.in_order();
         table.row(std::iter::once((place + 1).to_string()).chain(parts.map(show_seconds)));
     }
     table.print(screen)
@@ -184,7 +173,7 @@ fn nothing(sweep: &ClusterSweep) -> Failure {
         Some(near) => Failure::infeasible(format!(
             "no plan fits: every GPU may hold {}, and the layout that lacks the least ({}) needs {} ({} bytes)",
             show_bytes(near.prediction.memory.limit_bytes as u64),
-            describe(&near.configuration),
+            near.configuration,
             show_bytes(highest(&near.prediction)),
             highest(&near.prediction)
         ))
@@ -263,28 +252,6 @@ fn place_files(source: &JobSource, request: &mut ClusterRequest) {
 pub fn refused(source: &JobSource, error: RequestError) -> Failure {
     let origin = source.job.as_ref().map_or("command line".to_string(), |path| path.display().to_string());
     Failure::bad_input(format!("{origin}: {error}"))
-}
-
-/// A configuration in one line.
-fn describe(c: &ClusterRequest) -> String {
-    let mut parts = Vec::new();
-    for (name, size) in [("dp", c.dp), ("tp", c.tp), ("cp", c.cp), ("pp", c.pp), ("ep", c.ep)] {
-        if let Some(size) = size.filter(|&size| size > 1) {
-            parts.push(format!("{name} {size}"));
-        }
-    }
-    if c.pp.is_some_and(|pp| pp > 1) {
-        parts.push(c.schedule.clone().unwrap_or_else(|| "1f1b".into()));
-        if let Some(chunks) = c.chunks.filter(|&chunks| chunks > 1) {
-            parts.push(format!("x{chunks}"));
-        }
-    }
-    parts.push(format!("micro-batch {}", c.micro_batch.unwrap_or(1)));
-    parts.push(c.states.clone().unwrap_or_else(|| "zero1".into()));
-    if let Some(kind) = c.recompute.as_deref().filter(|kind| *kind != "none") {
-        parts.push(format!("{kind} recomputation"));
-    }
-    parts.join(" ")
 }
 
 /// Compute by class of operator.

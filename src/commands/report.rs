@@ -13,7 +13,7 @@ use paceline_sim::trace::Trace;
 use paceline_tui::lanes::Lanes;
 use paceline_tui::question::{LocalMachine, ask, ask_program, local_job, on_cluster, simulate};
 use paceline_tui::report::{Accuracy, Report, html, perfetto, timeline_svg};
-use paceline_tui::search::{describe, find};
+use paceline_tui::search::find;
 use paceline_tui::settings::Settings;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -146,11 +146,11 @@ fn of_job(path: &Path, local: &LocalMachine) -> Result<Report, Failure> {
         let note = "How well each curve of the profile foretells measured points that it has not seen.";
         (json, configuration.to_string(), residuals(local)?, note)
     } else {
-        let (model, layout, cluster, physics) = on_cluster(&settings).map_err(Failure::bad_input)?;
+        let (request, model, layout, cluster, physics) = on_cluster(&settings).map_err(Failure::bad_input)?;
         let prediction = predict_cluster(&model, &layout, &cluster, &physics).map_err(Failure::bad_input)?;
         let note = "Predictions with the shipped parameters against published runs of others, by source; the last column is the \
                     90th percentile. How each was compared: docs/accuracy.md.";
-        (prediction.to_json().map_err(Failure::internal)?, describe(&settings.table()), published(), note)
+        (prediction.to_json().map_err(Failure::internal)?, request.to_string(), published(), note)
     };
     Ok(Report {
         answer,

@@ -63,18 +63,7 @@ pub struct Figures {
 impl Figures {
     /// The parts of the iteration in the order of [`PART_NAMES`].
     pub fn parts(&self) -> [f64; PARTS] {
-        let t = &self.time;
-        [
-            t.compute,
-            t.recompute,
-            t.exposed_tp,
-            t.exposed_dp,
-            t.exposed_pp,
-            t.exposed_cp,
-            t.exposed_ep,
-            t.bubble,
-            t.optimizer,
-        ]
+        self.time.in_order()
     }
 
     /// The fullest rank and its bytes.

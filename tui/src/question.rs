@@ -88,16 +88,19 @@ fn budget(settings: &Settings, speed: f64, devices: u64) -> TokenBudget {
     TokenBudget::of(speed, devices, settings.budget("tokens").unwrap_or(1.0), price)
 }
 
+/// What a job on a cluster comes down to.
+pub type OnCluster = (ClusterRequest, Architecture, Layout, Cluster, Physics);
+
 /// A configuration on a cluster with what its prediction needs.
 ///
 /// # Errors
 /// What is wrong, with what is allowed.
-pub fn on_cluster(settings: &Settings) -> Result<(Architecture, Layout, Cluster, Physics), String> {
+pub fn on_cluster(settings: &Settings) -> Result<OnCluster, String> {
     let requests = cluster_requests(settings.table())?;
-    let Some(request) = requests.first() else { return Err("the job has no configuration".into()) };
+    let Some(request) = requests.into_iter().next() else { return Err("the job has no configuration".into()) };
     let (model, layout, cluster) = request.resolve().map_err(|error| error.to_string())?;
     let physics = Physics::of(&cluster).map_err(|error| error.to_string())?;
-    Ok((model, layout, cluster, physics))
+    Ok((request, model, layout, cluster, physics))
 }
 
 /// Simulates every pass, for a timeline.
@@ -113,14 +116,14 @@ pub fn simulate(settings: &Settings, local: &LocalMachine) -> Result<Lanes, Stri
         let (_, trace) = predicted.map_err(|error| error.to_string())?;
         return Ok(Lanes::of_trace(&trace));
     }
-    let (model, layout, cluster, physics) = on_cluster(settings)?;
+    let (_, model, layout, cluster, physics) = on_cluster(settings)?;
     let prediction = predict_cluster(&model, &layout, &cluster, &physics).map_err(|error| error.to_string())?;
     let schedule = schedule_cluster(&model, &layout, &cluster, &physics).map_err(|error| error.to_string())?;
     Ok(Lanes::of_schedule(&schedule, prediction.iteration_seconds, &prediction.memory))
 }
 
 fn ask_cluster(settings: &Settings) -> Result<Answer, String> {
-    let (model, layout, cluster, physics) = on_cluster(settings)?;
+    let (_, model, layout, cluster, physics) = on_cluster(settings)?;
     let prediction = predict_cluster(&model, &layout, &cluster, &physics).map_err(|error| error.to_string())?;
     let devices = layout.gpus();
     let nodes = devices.div_ceil(u64::from(cluster.gpus_per_node));

@@ -101,14 +101,11 @@ fn find_on_cluster(
         if let Some(train) = job.get("train") {
             keys.insert("train".into(), train.clone());
         }
-        Ok(Row { configuration: describe(&keys), job: keys, figures, scored: None })
+        Ok(Row { configuration: request.to_string(), job: keys, figures, scored: None })
     };
     let rows = sweep.plans.iter().map(|plan| row(&plan.configuration, Figures::from(&plan.prediction)));
     let nothing = match &sweep.nearest {
-        Some(near) => Some(format!(
-            "no plan fits; the one that lacks the least memory: {}",
-            describe(&Table::try_from(&near.configuration).map_err(|error| error.to_string())?)
-        )),
+        Some(near) => Some(format!("no plan fits; the one that lacks the least memory: {}", near.configuration)),
         None if sweep.plans.is_empty() => Some("no combination of the axes can be".into()),
         None => None,
     };
@@ -162,28 +159,6 @@ fn find_local(
         gap: Some(plans.gap),
         nothing: None,
     })
-}
-
-/// The axes of a configuration in a line.
-pub fn describe(keys: &Table) -> String {
-    let number = |key: &str| keys.get(key).and_then(toml::Value::as_integer).unwrap_or(1);
-    let word = |key: &str| keys.get(key).and_then(toml::Value::as_str);
-    let mut parts: Vec<String> = Vec::new();
-    for key in ["dp", "tp", "cp", "pp", "ep"] {
-        if number(key) > 1 {
-            parts.push(format!("{key} {}", number(key)));
-        }
-    }
-    if number("pp") > 1 {
-        parts.push(word("schedule").unwrap_or("1f1b").to_owned());
-        if number("chunks") > 1 {
-            parts.push(format!("x{}", number("chunks")));
-        }
-    }
-    parts.push(format!("micro-batch {}", number("micro_batch")));
-    parts.extend(word("states").map(str::to_owned));
-    parts.extend(word("recompute").filter(|kind| *kind != "none").map(|kind| format!("{kind} recomputation")));
-    parts.join(" ")
 }
 
 /// The file of a plan: for this machine what `paceline run` executes, for a cluster the job with every axis set.

@@ -4,10 +4,11 @@
 use super::samples::Summary;
 use super::{MeasureError, Measured, Phase};
 use crate::bind::Bound;
-use crate::cpu::HostEffects;
 use crate::crew::{Clock, with_crew};
+use crate::effects::HostRange;
 use crate::error::ExecError;
-use crate::fabric::{Fabric, HostRange};
+use crate::fabric::Fabric;
+use crate::host_effects::HostEffects;
 use crate::interpreter::Hands;
 use crate::kernel_times::KernelTally;
 use crate::run::SPINS;

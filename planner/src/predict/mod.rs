@@ -3,13 +3,16 @@
 //! The real schedule is replayed with the real times of every stage. A long iteration is replayed for a few rounds of
 //! microbatches and continued at the pace of its steady state.
 
+mod memory;
 mod overlap;
+mod parts;
 mod request;
 mod schedule;
 mod stages;
 mod sweep;
 
 pub use overlap::{OverlapRatios, TokenBudget};
+pub use parts::{ComputeParts, Exchanges, MemoryClasses, MemoryParts, Origin, TimeParts};
 pub use request::{ClusterRequest, PRECISIONS, RequestError};
 pub use schedule::{ClusterSchedule, schedule_cluster};
 pub use stages::{Groups, PassTimes, Stage, Timer, cut};
@@ -19,16 +22,14 @@ pub use sweep::{
 };
 
 use crate::order::ComputeOrder;
-use crate::replay::{OrderError, Replayer, StageMemory, StageTimes, peaks};
+use crate::replay::{OrderError, Replayer, StageTimes};
 use crate::schedules::{self, Request, ScheduleError};
 use paceline_profiles::{Cluster, Gpu};
 use paceline_sim::cluster::device::Device;
-use paceline_sim::cluster::memory::{self, RankParameters, states};
+use paceline_sim::cluster::memory::{RankParameters, parts as shards};
 use paceline_sim::cluster::network::Network;
-use paceline_sim::cluster::{
-    Architecture, Compute, ContextExchange, Layout, LayoutError, Partition, Physics, Recompute, activations,
-};
-use paceline_sim::partition::{Level, StatePartition};
+use paceline_sim::cluster::{Architecture, Compute, ContextExchange, Layout, LayoutError, Physics, Recompute};
+use paceline_sim::partition::StatePartition;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -70,128 +71,6 @@ impl ClusterPrediction {
         }
         Ok(document)
     }
-}
-
-/// Where an iteration goes, on its critical pipeline rank, in seconds.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct TimeParts {
-    /// Forward and backward passes.
-    pub compute: f64,
-    /// Tensor-parallel communication that nothing hides.
-    pub exposed_tp: f64,
-    /// Data-parallel communication that nothing hides.
-    pub exposed_dp: f64,
-    /// Messages between pipeline ranks that nothing hides.
-    pub exposed_pp: f64,
-    /// Context-parallel communication that nothing hides.
-    pub exposed_cp: f64,
-    /// Expert-parallel communication that nothing hides.
-    pub exposed_ep: f64,
-    /// Waiting for other pipeline ranks, and for the slowest node.
-    pub bubble: f64,
-    /// Forward passes done again.
-    pub recompute: f64,
-    /// The optimizer.
-    pub optimizer: f64,
-}
-
-/// Where the time of passes goes, by class of operator, in seconds.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct ComputeParts {
-    /// Matrix products.
-    pub products: f64,
-    /// Fused attention.
-    pub attention: f64,
-    /// Memory-bound operators: norms, activations, residuals, softmax and loss, summing gradients.
-    pub memory_bound: f64,
-    /// The GPU waits for the host that launches its kernels.
-    pub launches: f64,
-}
-
-impl TimeParts {
-    /// Sum of the parts.
-    pub fn total(&self) -> f64 {
-        self.compute
-            + self.exposed_tp
-            + self.exposed_dp
-            + self.exposed_pp
-            + self.exposed_cp
-            + self.exposed_ep
-            + self.bubble
-            + self.recompute
-            + self.optimizer
-    }
-}
-
-/// What replicas exchange in an iteration, in seconds of communication alone.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct Exchanges {
-    /// Gathering parameters before the passes, over all microbatches.
-    pub parameter_gather: f64,
-    /// Reducing gradients after the passes, over all microbatches.
-    pub gradient_reduction: f64,
-    /// Gradients once, when all microbatches are accumulated.
-    pub gradient_sync: f64,
-    /// Parameters once, after the optimizer.
-    pub parameter_sync: f64,
-}
-
-/// Memory by pipeline rank, in bytes.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct MemoryParts {
-    /// What the allocator reserves at its highest, by pipeline rank.
-    pub peak_bytes: Vec<f64>,
-    /// What is allocated at its highest, by pipeline rank.
-    pub allocated_bytes: Vec<f64>,
-    /// What the GPU has for the allocator.
-    pub limit_bytes: f64,
-    /// Whether every rank fits.
-    pub fits: bool,
-    /// Parts of the peak, by pipeline rank; they sum to `peak_bytes`.
-    pub by_class: Vec<MemoryClasses>,
-}
-
-/// Parts of a peak in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct MemoryClasses {
-    /// Parameters.
-    pub parameters: f64,
-    /// Gradients.
-    pub gradients: f64,
-    /// Master weights and moments.
-    pub optimizer: f64,
-    /// Kept activations of all microbatches in flight.
-    pub activations: f64,
-    /// Buffers of collectives and messages.
-    pub communication: f64,
-    /// Gradients of activations, recomputed activations, logits and loss.
-    pub workspace: f64,
-    /// What the allocator holds on top.
-    pub overhead: f64,
-}
-
-impl MemoryClasses {
-    /// Sum of the parts.
-    pub fn total(&self) -> f64 {
-        self.parameters
-            + self.gradients
-            + self.optimizer
-            + self.activations
-            + self.communication
-            + self.workspace
-            + self.overhead
-    }
-}
-
-/// Shares of a time by where they come from.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct Origin {
-    /// Communication over links whose bandwidth was measured.
-    pub measured: f64,
-    /// Rates of datasheets through fitted efficiencies.
-    pub fitted: f64,
-    /// Communication over links whose bandwidth is a datasheet's or assumed.
-    pub datasheet: f64,
 }
 
 /// A layout that cannot be predicted.
@@ -332,7 +211,7 @@ pub fn predict_cluster(
     let (time, compute) = timeline(&timer, cluster, &pipeline, &ends, &passes, hop, device_of);
     let iteration = time.total();
 
-    let memory = memory(&timer, cluster, &stages, &parameters, device_of)?;
+    let memory = memory::memory(&timer, cluster, &stages, &parameters, device_of)?;
     let tokens = (layout.global_batch() * layout.seq) as f64;
     // Of three equal parts, that of the weights' gradients is done for what is trained.
     let done = (2.0 + layout.trainable) / 3.0;
@@ -512,7 +391,7 @@ fn ends(
         ends.data[rank] =
             hide(overlap.gradients, sync, backward[rank]) + hide(overlap.parameters, after, forward[rank]);
         let held = |level| {
-            let (dense_parts, routed_parts) = memory::parts(layout, level, node);
+            let (dense_parts, routed_parts) = shards(layout, level, node);
             trained[0] / dense_parts + trained[1] / routed_parts
         };
         // Gradients held beyond the own part of the optimizer's are zeroed and measured all the same.
@@ -561,89 +440,6 @@ fn timeline(
     let nodes = (layout.gpus() as f64 / f64::from(cluster.gpus_per_node)).max(1.0);
     parts.bubble += parts.total() * timer.physics.jitter * nodes.log2();
     (parts, compute)
-}
-
-/// Bytes that one microbatch keeps, by stage.
-fn kept(model: &Architecture, layout: &Layout, stages: &[Stage]) -> Vec<f64> {
-    let kept_by = |stage: &Stage| {
-        let mut known: [Option<f64>; 2] = [None; 2];
-        let kept: f64 = stage
-            .blocks
-            .clone()
-            .map(|l| {
-                *known[usize::from(model.routed(l))].get_or_insert_with(|| activations::kept_by_block(model, layout, l))
-            })
-            .sum();
-        kept + stage.embedding * activations::embedding(model, layout)
-    };
-    stages.iter().map(kept_by).collect()
-}
-
-/// The same from F to B and from B to W: B needs the input of every matrix no longer than W does; only what elementwise
-/// operators kept is freed.
-fn stage_memory(kept: &[f64]) -> StageMemory {
-    let until_w = kept.iter().map(|k| k * (1.0 - StageMemory::FREED_AT_B)).collect();
-    StageMemory { until_b: kept.to_vec(), until_w, checkpoint: vec![0.0; kept.len()] }
-}
-
-fn memory(
-    timer: &Timer<'_>,
-    cluster: &Cluster,
-    stages: &[Stage],
-    parameters: &[RankParameters],
-    device_of: &[u32],
-) -> Result<MemoryParts, PredictError> {
-    let (model, layout, physics) = (timer.model, timer.layout, timer.physics);
-    let kept = kept(model, layout, stages);
-    let ranks = layout.pp as usize;
-    let activations_peak: Vec<f64> = if ranks == 1 && layout.chunks == 1 {
-        vec![kept[0]]
-    } else {
-        let rounds = layout.microbatches.min(ROUNDS * layout.pp + layout.microbatches % layout.pp);
-        let order = order(layout, rounds)?;
-        peaks(&order, &stage_memory(&kept)).peak
-    };
-    let held = cluster.gpu.memory_bytes() - physics.context;
-    let limit = layout.memory_limit.map_or(held, |limit| limit.min(held));
-    let mut parts = MemoryParts { limit_bytes: limit, fits: true, ..MemoryParts::default() };
-    for (rank, in_flight) in activations_peak.into_iter().enumerate() {
-        let mut classes = MemoryClasses { activations: in_flight, ..MemoryClasses::default() };
-        if layout.partition == Partition::VocabularySpread {
-            // One microbatch more is in flight while all ranks work on its logits (arXiv 2411.05288, section 4).
-            classes.activations += kept[rank];
-        }
-        let mut held = RankParameters::default();
-        let (mut work, mut embedding) = (0.0f64, 0.0f64);
-        for n in (0..stages.len()).filter(|n| device_of[*n] as usize == rank) {
-            held.dense += parameters[n].dense;
-            held.routed += parameters[n].routed;
-            held.largest_unit = held.largest_unit.max(parameters[n].largest_unit);
-            if let Some(last) = stages[n].blocks.clone().last() {
-                work = work.max(activations::working_set(model, layout, last));
-            }
-            work = work.max(stages[n].head * activations::loss(model, layout));
-            if layout.sharding.parameters == Level::Whole {
-                embedding = embedding.max(stages[n].embedding * activations::embedding_gradient(model, layout));
-            }
-        }
-        let states = states(layout, &held, timer.groups.node);
-        classes.parameters = states.parameters;
-        classes.gradients = states.gradients;
-        classes.optimizer = states.optimizer;
-        classes.communication = states.communication;
-        if layout.pp > 1 {
-            // A received and a sent message each way.
-            classes.communication +=
-                4.0 * layout.numerics.activation * layout.tokens() * model.hidden as f64 / layout.sequence_cut();
-        }
-        classes.workspace = work + embedding;
-        parts.allocated_bytes.push(classes.total());
-        classes.overhead = physics.fragmentation * (classes.activations + classes.workspace + classes.communication);
-        parts.fits &= classes.total() <= limit;
-        parts.peak_bytes.push(classes.total());
-        parts.by_class.push(classes);
-    }
-    Ok(parts)
 }
 
 #[cfg(test)]

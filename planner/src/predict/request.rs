@@ -8,6 +8,7 @@ use paceline_sim::cluster::{
 };
 use paceline_sim::partition::PartitionError;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -217,6 +218,28 @@ fn word<T: Copy>(key: &'static str, value: Option<&str>, usual: &str, known: &[(
 
 /// More combinations than a search looks at.
 const MOST_REQUESTS: usize = 10_000;
+
+impl fmt::Display for ClusterRequest {
+    /// The configuration in one line; sizes of 1 and what is left to defaults are not named.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, size) in [("dp", self.dp), ("tp", self.tp), ("cp", self.cp), ("pp", self.pp), ("ep", self.ep)] {
+            if let Some(size) = size.filter(|size| *size > 1) {
+                write!(f, "{name} {size} ")?;
+            }
+        }
+        if self.pp.is_some_and(|pp| pp > 1) {
+            write!(f, "{} ", self.schedule.as_deref().unwrap_or("1f1b"))?;
+            if let Some(chunks) = self.chunks.filter(|chunks| *chunks > 1) {
+                write!(f, "x{chunks} ")?;
+            }
+        }
+        write!(f, "micro-batch {} {}", self.micro_batch.unwrap_or(1), self.states.as_deref().unwrap_or("zero1"))?;
+        match self.recompute.as_deref() {
+            None | Some("none") => Ok(()),
+            Some(kind) => write!(f, " {kind} recomputation"),
+        }
+    }
+}
 
 impl ClusterRequest {
     /// The requests of a job's keys and values: one, or with lists one for each of their combinations. `origin` names the job in

@@ -1,8 +1,7 @@
 //! The schedule behind a prediction, pass by pass: what a timeline view shows.
 
-use super::{
-    Architecture, Cluster, Layout, PassTimes, Physics, PredictError, Prepared, ends, kept, order, stage_memory,
-};
+use super::memory::{kept, stage_memory};
+use super::{Architecture, Cluster, Layout, PassTimes, Physics, PredictError, Prepared, ends, order};
 use crate::order::ComputeOrder;
 use crate::replay::{Timing, memory_curve, replay};
 
