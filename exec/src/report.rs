@@ -33,6 +33,10 @@ pub trait Observer {
 
     /// A checkpoint is complete.
     fn saved(&mut self, path: &std::path::Path);
+
+    /// The step (or the steps without a barrier) that ended with this one can be looked at as a whole; `trace` makes its
+    /// timeline for whoever looks.
+    fn timeline(&mut self, _step: u64, _trace: &dyn Fn() -> Trace) {}
 }
 
 /// Follows a run without looking.

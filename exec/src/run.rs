@@ -170,6 +170,7 @@ impl Training<'_, '_, '_> {
             let last = step == settings.steps || so_far.stopped;
             let curves = (0..program.ranks.len()).map(|rank| std::mem::take(&mut self.holders.lock(rank).curve));
             let record = StepRecord::take(self.fabric, times, curves.collect());
+            observer.timeline(step, &|| record.trace(program, &self.memory()));
             if first == done + 1 && !last {
                 // The first step pays for fresh memory: it is not representative.
                 self.each(|hands| {
@@ -223,8 +224,8 @@ impl Training<'_, '_, '_> {
 
     fn report(&self, so_far: SoFar, tokens_per_step: u64) -> Result<RunReport, ExecError> {
         let program = self.holders.job.program;
+        let memory = self.memory();
         let hands: Vec<_> = (0..program.ranks.len()).map(|rank| self.holders.lock(rank)).collect();
-        let memory: Vec<MemoryReport> = hands.iter().map(|hands| hands.memory.report()).collect();
         let in_kernels: u64 = hands.iter().map(|hands| hands.kernels.total()).sum();
         let kernels = KernelTally::merge(hands.iter().map(|hands| &hands.kernels));
         drop(hands);
@@ -253,6 +254,11 @@ impl Training<'_, '_, '_> {
             gradients,
             parameters,
         })
+    }
+
+    /// What each rank holds and held at most.
+    fn memory(&self) -> Vec<MemoryReport> {
+        (0..self.holders.hands.len()).map(|rank| self.holders.lock(rank).memory.report()).collect()
     }
 
     fn tokens_per_step(&self) -> u64 {

@@ -27,7 +27,7 @@ pub use estimate::*;
 pub use fit::Line;
 pub use gpu::{Generation, Gpu, GpuError, find_gpu, gpus, parse as parse_gpus};
 pub use kernel_key::*;
-pub use predictor::{Class, Predictor, Residual};
+pub use predictor::{Class, Foretold, Predictor, Residual};
 pub use profile::*;
 pub use recalibrate::*;
 pub use row::*;

@@ -81,6 +81,26 @@ pub struct Residual {
     pub worst_error: Option<f64>,
 }
 
+/// A measured point and what the others of its class foretell for it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Foretold {
+    /// Floating-point operations of its work.
+    pub flops: f64,
+    /// Bytes that it moves.
+    pub bytes: f64,
+    /// As measured.
+    pub seconds: f64,
+    /// As foretold.
+    pub foretold_seconds: f64,
+}
+
+impl Foretold {
+    /// Signed, relative to the measured time.
+    pub fn error(&self) -> f64 {
+        self.foretold_seconds / self.seconds - 1.0
+    }
+}
+
 /// Foretells times from a profile.
 #[derive(Debug, Clone)]
 pub struct Predictor {
@@ -499,16 +519,7 @@ impl Predictor {
         let mut residuals = Vec::with_capacity(self.residuals.len());
         for (&class, samples) in &self.residuals {
             let line = Shape::new(class, samples)?.line();
-            let mut errors = Vec::new();
-            for left_out in 0..samples.len() {
-                let mut others = samples.clone();
-                let Sample { point, place } = others.swap_remove(left_out);
-                if others.is_empty() {
-                    continue;
-                }
-                let at = Place { flops: point.flops, bytes: point.bytes, place };
-                errors.push((Shape::new(class, &others)?.seconds(&at) / point.seconds - 1.0).abs());
-            }
+            let errors: Vec<f64> = left_out(class, samples)?.iter().map(|point| point.error().abs()).collect();
             residuals.push(Residual {
                 class,
                 points: samples.len(),
@@ -519,6 +530,30 @@ impl Predictor {
         }
         Ok(residuals)
     }
+
+    /// Every measured point of a class beside what the others foretell for it; none where there is a single point.
+    ///
+    /// # Errors
+    /// When a fit fails.
+    pub fn foretold(&self, class: Class) -> Result<Vec<Foretold>, ProfileError> {
+        self.residuals.get(&class).map_or(Ok(Vec::new()), |samples| left_out(class, samples))
+    }
+}
+
+/// Leaves out each sample in turn and foretells it by the others.
+fn left_out(class: Class, samples: &[Sample]) -> Result<Vec<Foretold>, ProfileError> {
+    let mut points = Vec::new();
+    for place in 0..samples.len() {
+        let mut others = samples.to_vec();
+        let Sample { point, place } = others.swap_remove(place);
+        if others.is_empty() {
+            continue;
+        }
+        let at = Place { flops: point.flops, bytes: point.bytes, place };
+        let foretold_seconds = Shape::new(class, &others)?.seconds(&at);
+        points.push(Foretold { flops: point.flops, bytes: point.bytes, seconds: point.seconds, foretold_seconds });
+    }
+    Ok(points)
 }
 
 fn provenance(source: Source) -> Provenance {

@@ -188,6 +188,20 @@ fn residuals_are_of_points_not_seen() {
     assert!(of(&residuals, KernelOp::Add).worst_error.unwrap() > 0.6);
 }
 
+#[test]
+fn every_point_is_foretold_by_the_others() {
+    let predictor = Predictor::new(&profile(measured(2))).unwrap();
+    let points = predictor.foretold(Class::Kernel(KernelOp::Add)).unwrap();
+    assert_eq!(points.len(), 3);
+    let worst = points.iter().map(|point| point.error().abs()).fold(0.0, f64::max);
+    let residual = predictor.residuals().unwrap().into_iter().find(|r| r.class == Class::Kernel(KernelOp::Add)).unwrap();
+    assert_eq!(Some(worst), residual.worst_error);
+    // The largest times belong to the largest sizes.
+    let largest = points.iter().max_by(|a, b| a.bytes.total_cmp(&b.bytes)).unwrap();
+    assert!(points.iter().all(|point| point.seconds <= largest.seconds && point.bytes > 0.0));
+    assert!(predictor.foretold(Class::Collective(CollectiveRound::Reduce)).unwrap().is_empty());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
