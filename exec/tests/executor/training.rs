@@ -6,7 +6,7 @@ use paceline_exec::{
     StepReport, run_passes,
 };
 use paceline_sim::program::{MemoryClass, OpKind, Pass, Program};
-use paceline_sim::trace::WaitReason;
+use paceline_sim::trace::{Trace, WaitReason};
 use paceline_sim::units::{MicrobatchId, StageId};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -258,6 +258,12 @@ impl Observer for StopAfter {
     fn saved(&mut self, path: &std::path::Path) {
         self.2.push(format!("saved {}", path.file_name().unwrap().to_string_lossy()));
     }
+
+    fn timeline(&mut self, step: u64, trace: &dyn Fn() -> Trace) {
+        let trace = trace();
+        let alive = trace.ranks.iter().all(|rank| rank.peak_bytes > 0 && rank.events.iter().any(|e| e.end > e.start));
+        self.2.push(format!("timeline {step} of {} ranks, alive: {alive}", trace.ranks.len()));
+    }
 }
 
 #[test]
@@ -280,7 +286,8 @@ fn the_stop_flag_ends_the_run_with_a_checkpoint_and_a_trace() {
         assert_eq!(report.trace_step, stop_after);
         assert!(report.trace.makespan.0 > 0);
         let saved = format!("saved step-{stop_after:08}");
-        let mut expected: Vec<String> = (1..=stop_after).map(|n| format!("step {n}")).collect();
+        let of = |n| [format!("step {n}"), format!("timeline {n} of 2 ranks, alive: true")];
+        let mut expected: Vec<String> = (1..=stop_after).flat_map(of).collect();
         expected.insert(0, "evaluated 0".into());
         expected.extend([format!("evaluated {stop_after}"), saved]);
         assert_eq!(observer.2, expected);

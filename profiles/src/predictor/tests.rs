@@ -194,7 +194,8 @@ fn every_point_is_foretold_by_the_others() {
     let points = predictor.foretold(Class::Kernel(KernelOp::Add)).unwrap();
     assert_eq!(points.len(), 3);
     let worst = points.iter().map(|point| point.error().abs()).fold(0.0, f64::max);
-    let residual = predictor.residuals().unwrap().into_iter().find(|r| r.class == Class::Kernel(KernelOp::Add)).unwrap();
+    let residual =
+        predictor.residuals().unwrap().into_iter().find(|r| r.class == Class::Kernel(KernelOp::Add)).unwrap();
     assert_eq!(Some(worst), residual.worst_error);
     // The largest times belong to the largest sizes.
     let largest = points.iter().max_by(|a, b| a.bytes.total_cmp(&b.bytes)).unwrap();
