@@ -6,7 +6,7 @@ use paceline_kernels::CpuDevice;
 use paceline_planner::lower::{Blueprint, Form, Substance, cut, forward_flops, lower};
 use paceline_planner::schedules::{self, Request, SCHEDULES};
 use paceline_sim::memory::walk;
-use paceline_sim::model::{Activation, ModelConfig, Norm, Positions};
+use paceline_sim::model::{Activation, ModelConfig, Norm, Positions, Trainable};
 use paceline_sim::partition::StatePartition;
 use paceline_sim::program::{Device, Program, Recompute, TransformerWorkload};
 use paceline_sim::units::RankId;
@@ -77,7 +77,14 @@ fn program(case: &Case) -> Program {
         stages.extend(stages.clone());
     }
     let recompute = if case.schedule == "1f1b-r" { Recompute::Full } else { case.recompute };
-    let workload = TransformerWorkload { model, micro_batch: 1, seq: SEQ, recompute, tied_on_one_rank: false };
+    let workload = TransformerWorkload {
+        model,
+        micro_batch: 1,
+        seq: SEQ,
+        recompute,
+        tied_on_one_rank: false,
+        trainable: Trainable::Full,
+    };
     let devices = (0..case.devices).map(|n| Device { name: format!("cpu:{n}"), node: 0 }).collect();
     lower(&Blueprint {
         order: &order,

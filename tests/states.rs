@@ -24,6 +24,7 @@ struct Case {
     recompute: Recompute,
     states: StatePartition,
     sharing: Sharing,
+    trainable: &'static str,
 }
 
 fn alone() -> Case {
@@ -35,6 +36,7 @@ fn alone() -> Case {
         recompute: Recompute::None,
         states: StatePartition::NONE,
         sharing: Sharing::default(),
+        trainable: "full",
     }
 }
 
@@ -63,8 +65,14 @@ fn try_program(case: &Case) -> Result<Program, LowerError> {
     if order.placement.copies == 2 {
         stages.extend(stages.clone());
     }
-    let workload =
-        TransformerWorkload { model, micro_batch: 1, seq: SEQ, recompute: case.recompute, tied_on_one_rank: false };
+    let workload = TransformerWorkload {
+        model,
+        micro_batch: 1,
+        seq: SEQ,
+        recompute: case.recompute,
+        tied_on_one_rank: false,
+        trainable: case.trainable.parse().unwrap(),
+    };
     lower(&Blueprint {
         order: &order,
         substance: Substance::Transformer(workload),
@@ -179,6 +187,85 @@ fn partitions_with_pipelines_recomputation_and_tied_matrices() {
     for case in cases {
         check(&case, &expected[usize::from(case.tied)]);
     }
+}
+
+#[test]
+fn all_triples_train_a_part_of_the_parameters_and_adapters() {
+    for trainable in ["0.3", "lora:2"] {
+        let expected = train(&program(&Case { trainable, ..alone() }), 10);
+        for (dp, group) in [(4, 2), (8, 4)] {
+            for states in StatePartition::all() {
+                check(&Case { trainable, ..grouped(states, dp, group) }, &expected);
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_and_adapters_with_pipelines_recomputation_and_tied_matrices() {
+    let mut known = BTreeMap::new();
+    for case in [
+        Case { trainable: "lora:3:q,v,down", pp: 2, tied: true, ..grouped(of("IIG"), 4, 2) },
+        Case { trainable: "0.4", pp: 2, tied: true, ..grouped(of("NIG"), 4, 2) },
+        Case { trainable: "0.4", pp: 3, schedule: "zb-h1", ..grouped(of("IGG"), 4, 2) },
+        Case { trainable: "lora:1", pp: 3, schedule: "zb-h1", ..grouped(of("NGG"), 4, 2) },
+        Case { trainable: "lora:2", pp: 2, recompute: Recompute::Full, ..grouped(of("GGG"), 4, 2) },
+        Case { trainable: "0.2", recompute: Recompute::Selective, ..grouped(of("INI"), 8, 4) },
+        Case { trainable: "lora:2:k", recompute: Recompute::Selective, pp: 2, tied: true, ..alone() },
+        // Stages with nothing to train.
+        Case { trainable: "0.01", pp: 3, ..grouped(of("III"), 4, 2) },
+        Case { trainable: "0.01", pp: 3, dp: 2, states: of("GGG"), ..alone() },
+    ] {
+        let (tied, trainable) = (case.tied, case.trainable);
+        let expected =
+            known.entry((tied, trainable)).or_insert_with(|| train(&program(&Case { tied, trainable, ..alone() }), 10));
+        check(&case, expected);
+    }
+}
+
+/// What is frozen takes its weights and nothing else, whole or cut; what stands beside it learns.
+#[test]
+fn frozen_weights_have_neither_gradients_nor_moments_and_do_not_change() {
+    let bytes = |program: &Program, class| {
+        let rank = &program.ranks[0];
+        let held = rank.persistent.iter().map(|buffer| &rank.buffers[buffer.index()]);
+        held.filter(|buffer| buffer.class == class).map(|buffer| buffer.bytes).sum::<u64>()
+    };
+    let full = program(&alone());
+    let all = bytes(&full, MemoryClass::Parameter);
+    let adapted = Case { trainable: "lora:2:q,up", ..alone() };
+    // Per block A and B of queries, 2 (12 + 12), and of the up projection, 2 (12 + 17), four bytes each.
+    let adapters = 4 * 3 * (2 * 24 + 2 * 29);
+    for (states, parameters, gradients, optimizer) in
+        [("NNN", 1, 1, 1), ("III", 2, 2, 2), ("NIG", 1, 2, 4), ("GGG", 4, 4, 4)]
+    {
+        let case =
+            if states == "NNN" { adapted } else { Case { trainable: "lora:2:q,up", ..grouped(of(states), 4, 2) } };
+        let program = program(&case);
+        // Parts are rounded up to whole blocks of each unit: three blocks and the ends.
+        let near = |found: u64, whole: u64, parts: u64| {
+            assert!(
+                found >= whole / parts && found <= whole / parts + 5 * 16,
+                "{states}: {found} of {whole} / {parts}"
+            );
+        };
+        near(bytes(&program, MemoryClass::Parameter), all + adapters, parameters);
+        near(bytes(&program, MemoryClass::Gradient), adapters, gradients);
+        near(bytes(&program, MemoryClass::OptimizerState), 2 * adapters, optimizer);
+    }
+    let start = train(&program(&adapted), 1).parameters;
+    let report = train(&program(&adapted), 10);
+    for (name, values) in &report.parameters {
+        let moved = values.iter().zip(&start[name]).any(|(a, b)| a != b);
+        assert_eq!(moved, name.contains(".adapter."), "{name}");
+    }
+    assert_eq!(report.gradients.len(), 3 * 4);
+    // The head is frozen with small random weights, which lets no model do much better than chance: adapters come some way.
+    let data = Dataset::from_tokens("stairs", &(0..4000u32).map(|k| (k / 3 % 32) as u16).collect::<Vec<_>>());
+    let evaluation = Some(Evaluation { every: 60, sequences: 16 });
+    let settings = RunSettings { evaluation, ..RunSettings::new(60, 3e-2) };
+    let held_out = run(&program(&adapted), &CpuDevice::new(), &settings, &data, &mut Silent).unwrap().held_out;
+    assert!(held_out[1].1 < held_out[0].1 - 0.01, "{held_out:?}");
 }
 
 #[test]

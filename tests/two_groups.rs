@@ -10,7 +10,7 @@ use paceline_planner::schedules::{self, Request};
 use paceline_profiles::{Predictor, Profile, recalibrate};
 use paceline_sim::cost::ProfileCost;
 use paceline_sim::engine::simulate;
-use paceline_sim::model::ModelConfig;
+use paceline_sim::model::{ModelConfig, Trainable};
 use paceline_sim::partition::StatePartition;
 use paceline_sim::program::{
     Algorithm, Arrangement, Device, Link, OpKind, Program, Recompute, TransformerWorkload, rounds,
@@ -28,8 +28,14 @@ fn program(states: &str, collectives: Algorithm, link: Option<Link>) -> Program 
     let model = ModelConfig { layers: 4, ..ModelConfig::preset("demo-1m").unwrap() };
     let order = schedules::build("1f1b", &Request::new(1, BATCH / REPLICAS / 2)).unwrap();
     let stages = cut(&model, 1, forward_flops(&model, SEQ)).unwrap();
-    let workload =
-        TransformerWorkload { model, micro_batch: 2, seq: SEQ, recompute: Recompute::None, tied_on_one_rank: true };
+    let workload = TransformerWorkload {
+        model,
+        micro_batch: 2,
+        seq: SEQ,
+        recompute: Recompute::None,
+        tied_on_one_rank: true,
+        trainable: Trainable::Full,
+    };
     let partition: StatePartition = states.parse().unwrap();
     lower(&Blueprint {
         order: &order,

@@ -38,6 +38,10 @@ impl Passes for Timed {
         self.0.parameters(stage, unit)
     }
 
+    fn frozen(&self, stage: StageId, unit: u16) -> Vec<Parameter> {
+        self.0.frozen(stage, unit)
+    }
+
     fn tied_copy(&self, stage: StageId, unit: u16) -> Option<TiedCopy> {
         self.0.tied_copy(stage, unit)
     }

@@ -517,7 +517,14 @@ fn result_steps(program: &Program, rank: &RankProgram) -> HashMap<usize, usize> 
 
 /// Whether a tensor holds weights, or a part of them.
 pub(crate) fn is_weight(tensor: Tensor) -> bool {
-    matches!(tensor, Tensor::Parameters { .. } | Tensor::ParameterShard { .. } | Tensor::Master { .. })
+    matches!(
+        tensor,
+        Tensor::Parameters { .. }
+            | Tensor::ParameterShard { .. }
+            | Tensor::Master { .. }
+            | Tensor::Frozen { .. }
+            | Tensor::FrozenShard { .. }
+    )
 }
 
 fn dtype(tensor: Tensor) -> DType {

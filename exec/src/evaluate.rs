@@ -72,7 +72,7 @@ fn parameters(
         let hands = holders.lock(r);
         for buffer in &rank.persistent {
             let tensor = rank.buffers[buffer.index()].tensor;
-            if let Tensor::Parameters { stage, .. } = tensor
+            if let Tensor::Parameters { stage, .. } | Tensor::Frozen { stage, .. } = tensor
                 && chain.contains(&stage)
                 && let Some(view) = hands.persistent(tensor)
             {
@@ -80,8 +80,7 @@ fn parameters(
             }
         }
     }
-    for ((stage, unit), values) in holders.assemble(chain)? {
-        let tensor = Tensor::Parameters { stage, unit };
+    for (tensor, values) in holders.assemble(chain)? {
         if found.contains_key(&tensor) {
             continue;
         }

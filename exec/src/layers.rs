@@ -11,8 +11,8 @@ use crate::seam::{Launch, Operands, Parameter, Passes, Start, TiedCopy};
 use crate::settings::RunSettings;
 use call::call;
 use paceline_kernels::{Device, View};
-use paceline_sim::model::parameters::{tied_matrix, unit_layout};
-use paceline_sim::model::{Initial, Layer, ModelPass, neighbour};
+use paceline_sim::model::parameters::{frozen_layout, tied_matrix, unit_layout};
+use paceline_sim::model::{Initial, Layer, ModelPass, ParameterSpec, Trainable, neighbour};
 use paceline_sim::program::{MemoryClass, OpKind, Program, Stage, Tensor, TransformerWorkload, Workload};
 use paceline_sim::units::StageId;
 use std::borrow::Cow;
@@ -127,17 +127,11 @@ impl Passes for TransformerPasses {
     }
 
     fn parameters(&self, stage: StageId, unit: u16) -> Vec<Parameter> {
-        let parameter = |spec: paceline_sim::model::ParameterSpec| Parameter {
-            name: spec.name,
-            shape: spec.shape,
-            range: spec.range,
-            start: match spec.initial {
-                Initial::Normal { deviation } => Start::Normal { deviation },
-                Initial::Constant(value) => Start::Constant(value),
-            },
-            decay: spec.decay,
-        };
         unit_layout(&self.workload, &self.stages, stage, unit).into_iter().map(parameter).collect()
+    }
+
+    fn frozen(&self, stage: StageId, unit: u16) -> Vec<Parameter> {
+        frozen_layout(&self.workload, &self.stages, stage, unit).into_iter().map(parameter).collect()
     }
 
     fn tied_copy(&self, stage: StageId, unit: u16) -> Option<TiedCopy> {
@@ -166,10 +160,27 @@ impl Passes for TransformerPasses {
         self.workload.model.vocab
     }
 
-    /// The architecture without its name: how it is cut does not matter, checkpoints hold whole parameters.
+    /// The architecture without its name, and its adapters: how it is cut does not matter, checkpoints hold whole
+    /// parameters, frozen or not.
     fn digest(&self) -> String {
         let model = paceline_sim::model::ModelConfig { name: String::new(), ..self.workload.model.clone() };
-        format!("{model:?}")
+        match &self.workload.trainable {
+            Trainable::Full | Trainable::Share(_) => format!("{model:?}"),
+            adapters => format!("{model:?} {adapters}"),
+        }
+    }
+}
+
+fn parameter(spec: ParameterSpec) -> Parameter {
+    Parameter {
+        name: spec.name,
+        shape: spec.shape,
+        range: spec.range,
+        start: match spec.initial {
+            Initial::Normal { deviation } => Start::Normal { deviation },
+            Initial::Constant(value) => Start::Constant(value),
+        },
+        decay: spec.decay,
     }
 }
 

@@ -64,8 +64,11 @@ pub trait Passes: Sync {
     /// Runs a [`OpKind::Compute`].
     fn run(&self, kind: &OpKind, launch: &dyn Launch, operands: &dyn Operands) -> Result<(), ExecError>;
 
-    /// Parameters of a unit in the order of its flat buffer, which they fill without gaps.
+    /// Trained parameters of a unit in the order of its flat buffer, which they fill without gaps.
     fn parameters(&self, stage: StageId, unit: u16) -> Vec<Parameter>;
+
+    /// Frozen parameters of a unit, likewise.
+    fn frozen(&self, stage: StageId, unit: u16) -> Vec<Parameter>;
 
     /// The copy of a tied embedding matrix in a unit, if any.
     fn tied_copy(&self, stage: StageId, unit: u16) -> Option<TiedCopy>;

@@ -27,7 +27,8 @@ pub(crate) type ModelState = BTreeMap<String, TensorState>;
 /// A buffer that holds weights of a unit.
 struct Weights {
     stage: StageId,
-    unit: u16,
+    /// The array as passes read it.
+    whole: Tensor,
     view: View,
     /// Which elements of the unit's array.
     holds: Range<usize>,
@@ -63,16 +64,21 @@ impl<'h, 'a> Holders<'h, 'a> {
             let hands = self.lock(r);
             for buffer in &rank.persistent {
                 let held = &rank.buffers[buffer.index()];
-                let (Tensor::Parameters { stage, unit }
-                | Tensor::ParameterShard { stage, unit }
-                | Tensor::Master { stage, unit }) = held.tensor
-                else {
-                    continue;
+                let passes = self.job.passes;
+                let (stage, whole, parameters) = match held.tensor {
+                    Tensor::Parameters { stage, unit }
+                    | Tensor::ParameterShard { stage, unit }
+                    | Tensor::Master { stage, unit } => {
+                        (stage, Tensor::Parameters { stage, unit }, passes.parameters(stage, unit))
+                    }
+                    Tensor::Frozen { stage, unit } | Tensor::FrozenShard { stage, unit } => {
+                        (stage, Tensor::Frozen { stage, unit }, passes.frozen(stage, unit))
+                    }
+                    _ => continue,
                 };
                 let Some(view) = hands.persistent(held.tensor) else { continue };
                 let start = held.start as usize / 4;
-                let weights = Weights { stage, unit, view, holds: start..start + view.len() };
-                let parameters = self.job.passes.parameters(stage, unit);
+                let weights = Weights { stage, whole, view, holds: start..start + view.len() };
                 visit(&hands, &weights, &parameters).map_err(|source| ExecError::Kernel {
                     rank: RankId(r as u32),
                     op: OpId(0),
@@ -184,13 +190,13 @@ impl<'h, 'a> Holders<'h, 'a> {
         wrong.map_or(Ok(()), Err)
     }
 
-    /// The whole weights of every unit of some stages that no rank keeps whole.
-    pub fn assemble(&self, stages: &[StageId]) -> Result<BTreeMap<(StageId, u16), Vec<f32>>, ExecError> {
-        let mut all: BTreeMap<(StageId, u16), Vec<f32>> = BTreeMap::new();
+    /// The whole weights of every unit of some stages that no rank keeps whole, by the tensor that passes read.
+    pub fn assemble(&self, stages: &[StageId]) -> Result<BTreeMap<Tensor, Vec<f32>>, ExecError> {
+        let mut all: BTreeMap<Tensor, Vec<f32>> = BTreeMap::new();
         self.for_each_piece(|_, weights, parameters| {
             let len = parameters.iter().map(|parameter| parameter.range.end).max().unwrap_or(0);
             if stages.contains(&weights.stage) && weights.holds != (0..len) {
-                let whole = all.entry((weights.stage, weights.unit)).or_insert_with(|| vec![0.0; len]);
+                let whole = all.entry(weights.whole).or_insert_with(|| vec![0.0; len]);
                 copy_overlap(&self.read(weights.view)?, &weights.holds, whole, &(0..len));
             }
             Ok(())

@@ -251,6 +251,7 @@ impl Configuration {
             seq: job.seq,
             recompute: self.recompute,
             tied_on_one_rank: false,
+            trainable: job.trainable.clone(),
         };
         let blueprint = Blueprint {
             order: &order,

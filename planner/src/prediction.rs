@@ -7,7 +7,7 @@ use paceline_profiles::{Predictor, Shares};
 use paceline_sim::cost::{CostError, CostModel, FixedTimes, ProfileCost};
 use paceline_sim::engine::{EngineError, simulate};
 use paceline_sim::memory::walk;
-use paceline_sim::model::{ModelPass, model_flops_per_token};
+use paceline_sim::model::{ModelPass, trained_flops_per_token};
 use paceline_sim::program::{MemoryClass, OpKind, Pass, Program, Stream, TransformerWorkload, Workload};
 use paceline_sim::trace::Trace;
 use paceline_sim::units::{Nanos, RankId, StageId};
@@ -171,7 +171,7 @@ pub fn predict(
         let devices = program.devices.len().max(1) as f64;
         prediction.tokens_per_second_per_gpu = tokens / iteration_seconds / devices;
         if let Some(rate) = machine.flops_per_second {
-            let per_token = model_flops_per_token(&workload.model, workload.seq);
+            let per_token = trained_flops_per_token(workload);
             let share = |flops: f64| Some(flops / iteration_seconds / devices / rate);
             prediction.mfu = share(per_token * tokens);
             prediction.hfu = share(executed_flops(program, workload) / steps);

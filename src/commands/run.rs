@@ -246,7 +246,7 @@ fn document(
     let paceline_sim::program::Workload::Transformer(workload) = &program.workload else {
         unreachable!("the executor trains transformers only")
     };
-    let per_token = paceline_sim::model::model_flops_per_token(&workload.model, workload.seq);
+    let per_token = paceline_sim::model::trained_flops_per_token(workload);
     let rate = local.machine.flops_per_second.map(|rate| rate * program.devices.len() as f64);
     Document {
         format: "paceline.run/1",

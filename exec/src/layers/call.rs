@@ -36,7 +36,7 @@ fn of_views(step: &Step, views: &[View], scale: f32) -> Option<Call> {
             transpose_a: op == Op::MatmulTn,
             transpose_b: op == Op::MatmulNt,
             // Weight gradients add up over microbatches.
-            accumulate: op == Op::MatmulTn,
+            accumulate: op == Op::MatmulTn || step.detail == Detail::Accumulate,
         },
         (Op::AddBias, _, &[x, bias]) => Call::AddBias { x, bias, rows: first, cols: second },
         (Op::BiasGradient, _, &[dy, d_bias]) => Call::BiasGradient { dy, d_bias, rows: first, cols: second },

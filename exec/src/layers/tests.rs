@@ -5,7 +5,7 @@ use crate::data::mix;
 use crate::kernel_times::kernel_key;
 use paceline_kernels::{Block, Call, CpuDevice, DType, View};
 use paceline_profiles::KernelKey;
-use paceline_sim::model::{Activation, ModelConfig, Norm, Positions};
+use paceline_sim::model::{Activation, ModelConfig, Norm, Positions, trained_elements};
 use paceline_sim::program::{Pass, Recompute, Unit};
 use paceline_sim::units::{MicrobatchId, OpId, RankId};
 use reference::Reference;
@@ -85,7 +85,12 @@ impl Operands for Model {
 
 impl Model {
     fn new(model: ModelConfig, recompute: Recompute) -> Model {
-        let workload = TransformerWorkload { model, micro_batch: 2, seq: 5, recompute, tied_on_one_rank: true };
+        Model::training(model, recompute, Trainable::Full)
+    }
+
+    fn training(model: ModelConfig, recompute: Recompute, trainable: Trainable) -> Model {
+        let workload =
+            TransformerWorkload { model, micro_batch: 2, seq: 5, recompute, tied_on_one_rank: true, trainable };
         let layers: Vec<Layer> = workload.model.all_layers().collect();
         let unit = |layers: &[Layer]| Unit { layers: layers.to_vec() };
         // A unit of two layers shows whether layers find their part of it.
@@ -110,7 +115,7 @@ impl Model {
             unsafe { model.device.upload(&bytes, model.view(tensor).unwrap()) }.unwrap();
         }
         let mut salt = 1000;
-        for (tensor, specs) in model.layout() {
+        for (tensor, specs) in model.layout().into_iter().chain(model.frozen_layout()) {
             for spec in specs {
                 let values: Vec<f32> = spec.range.clone().map(|n| random(salt + n as u64) * 0.6).collect();
                 // Norm weights are around one.
@@ -141,7 +146,14 @@ impl Model {
     fn layout(&self) -> Vec<(Tensor, Vec<Parameter>)> {
         let units = 0..self.passes.stages[0].units.len() as u16;
         let of = |unit| (Tensor::Parameters { stage: STAGE, unit }, self.passes.parameters(STAGE, unit));
-        units.map(of).collect()
+        units.map(of).filter(|(_, all)| !all.is_empty()).collect()
+    }
+
+    /// Frozen parameters of every unit that has some.
+    fn frozen_layout(&self) -> Vec<(Tensor, Vec<Parameter>)> {
+        let units = 0..self.passes.stages[0].units.len() as u16;
+        let of = |unit| (Tensor::Frozen { stage: STAGE, unit }, self.passes.frozen(STAGE, unit));
+        units.map(of).filter(|(_, all)| !all.is_empty()).collect()
     }
 
     fn read(&self, tensor: Tensor) -> Vec<f32> {
@@ -166,8 +178,14 @@ impl Model {
 
     /// The gradients of all units after F and these passes, from zero.
     fn gradients(&self, backward: &[Pass]) -> Vec<Vec<f32>> {
-        let units = 0..self.passes.stages[0].units.len() as u16;
-        let tensors: Vec<Tensor> = units.map(|unit| Tensor::Gradients { stage: STAGE, unit }).collect();
+        let tensors: Vec<Tensor> = self
+            .layout()
+            .into_iter()
+            .filter_map(|(tensor, _)| match tensor {
+                Tensor::Parameters { stage, unit } => Some(Tensor::Gradients { stage, unit }),
+                _ => None,
+            })
+            .collect();
         for &tensor in &tensors {
             let len = self.view(tensor).unwrap().len();
             self.write(tensor, 0, &vec![0.0; len]);
@@ -198,44 +216,61 @@ fn models() -> [ModelConfig; 4] {
 #[test]
 fn loss_and_every_gradient_are_those_of_a_reference_in_double_precision() {
     for config in models() {
-        let name = config.name.clone();
-        let model = Model::new(config.clone(), Recompute::None);
-        let mut values = BTreeMap::new();
-        for (tensor, specs) in model.layout() {
-            let all = model.read(tensor);
-            for spec in specs {
-                let own = all[spec.range.clone()].iter().map(|&value| f64::from(value)).collect();
-                assert!(values.insert(spec.name, own).is_none(), "{name}: every name once");
-            }
-        }
-        let (tokens, targets) = (ids(0), ids(77));
-        let mut reference = Reference { config, values, seq: 5, tokens, targets };
-        let (found, expected) = (model.loss(), reference.loss());
-        assert!((found / expected - 1.0).abs() < 1e-6, "{name}: loss {found} {expected}");
-        let gradients = model.gradients(&[Pass::BW]);
-        let mut checked = 0;
-        for ((_, specs), gradient) in model.layout().into_iter().zip(&gradients) {
-            for spec in specs {
-                let own = &gradient[spec.range.clone()];
-                let largest = own.iter().fold(0f32, |a, g| a.max(g.abs()));
-                assert!(largest > 1e-4, "{name} {}: no gradient", spec.name);
-                for (element, &found) in own.iter().enumerate() {
-                    let expected = reference.gradient(&spec.name, element);
-                    let allowed = 1e-5 * f64::from(largest) + 1e-8;
-                    let close = (f64::from(found) - expected).abs() <= allowed;
-                    assert!(close, "{name} {} element {element}: {found} {expected}", spec.name);
-                    checked += 1;
-                }
-            }
-        }
-        assert_eq!(checked, reference.config.parameters(), "{name}");
+        check_against_reference(config, Trainable::Full, 1e-5);
     }
+}
+
+/// What of a model is trained has the gradients that it has by central differences; the rest has none.
+#[test]
+fn gradients_of_a_part_of_the_parameters_and_of_adapters() {
+    for config in models() {
+        for trainable in ["lora:3", "lora:2:q,v", "lora:1:k,o,up", "lora:2:down", "0.5", "1/16"] {
+            check_against_reference(config.clone(), trainable.parse().unwrap(), 5e-5);
+        }
+    }
+    check_against_reference(llama(), "lora:2:gate".parse().unwrap(), 5e-5);
+}
+
+/// `tolerance` is relative to the largest element of a gradient: more where what is trained changes how weights are drawn.
+fn check_against_reference(config: ModelConfig, trainable: Trainable, tolerance: f64) {
+    let name = format!("{} {trainable}", config.name);
+    let model = Model::training(config.clone(), Recompute::None, trainable.clone());
+    let mut values = BTreeMap::new();
+    for (tensor, specs) in model.layout().into_iter().chain(model.frozen_layout()) {
+        let all = model.read(tensor);
+        for spec in specs {
+            let own = all[spec.range.clone()].iter().map(|&value| f64::from(value)).collect();
+            assert!(values.insert(spec.name, own).is_none(), "{name}: every name once");
+        }
+    }
+    let (tokens, targets) = (ids(0), ids(77));
+    let mut reference = Reference { config, values, seq: 5, tokens, targets };
+    let (found, expected) = (model.loss(), reference.loss());
+    assert!((found / expected - 1.0).abs() < 1e-6, "{name}: loss {found} {expected}");
+    let gradients = model.gradients(&[Pass::BW]);
+    let mut checked = 0;
+    for ((_, specs), gradient) in model.layout().into_iter().zip(&gradients) {
+        for spec in specs {
+            let own = &gradient[spec.range.clone()];
+            let largest = own.iter().fold(0f32, |a, g| a.max(g.abs()));
+            assert!(largest > 1e-4, "{name} {}: no gradient", spec.name);
+            for (element, &found) in own.iter().enumerate() {
+                let expected = reference.gradient(&spec.name, element);
+                let allowed = tolerance * f64::from(largest) + 1e-8;
+                let close = (f64::from(found) - expected).abs() <= allowed;
+                assert!(close, "{name} {} element {element}: {found} {expected}", spec.name);
+                checked += 1;
+            }
+        }
+    }
+    assert_eq!(checked, trained_elements(&reference.config, &trainable), "{name}");
 }
 
 #[test]
 fn split_and_recomputed_backwards_give_the_same_gradients() {
-    for config in models() {
-        let fused = Model::new(config.clone(), Recompute::None).gradients(&[Pass::BW]);
+    for (config, trainable) in models().into_iter().flat_map(|c| ["full", "lora:2", "1/3"].map(|t| (c.clone(), t))) {
+        let model = |recompute| Model::training(config.clone(), recompute, trainable.parse().unwrap());
+        let fused = model(Recompute::None).gradients(&[Pass::BW]);
         for (recompute, backward) in [
             (Recompute::None, &[Pass::B, Pass::W][..]),
             (Recompute::Selective, &[Pass::BW]),
@@ -243,7 +278,7 @@ fn split_and_recomputed_backwards_give_the_same_gradients() {
             (Recompute::Full, &[Pass::R, Pass::BW]),
             (Recompute::Full, &[Pass::R, Pass::B, Pass::W]),
         ] {
-            let found = Model::new(config.clone(), recompute).gradients(backward);
+            let found = model(recompute).gradients(backward);
             for (unit, (found, fused)) in found.iter().zip(&fused).enumerate() {
                 let largest = fused.iter().fold(0f32, |a, g| a.max(g.abs()));
                 for (n, (a, b)) in found.iter().zip(fused).enumerate() {

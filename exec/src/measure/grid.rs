@@ -3,7 +3,7 @@
 
 use paceline_profiles::{Family, KernelKey, KernelOp};
 use paceline_sim::model::parameters::unit_parameters;
-use paceline_sim::model::{Activation, Layer, ModelConfig, ModelPass, Norm, Positions};
+use paceline_sim::model::{Activation, Layer, ModelConfig, ModelPass, Norm, Positions, Trainable};
 use paceline_sim::program::{OpKind, Pass, Recompute, Stage, TransformerWorkload, Unit};
 use paceline_sim::units::{MicrobatchId, StageId};
 use std::collections::BTreeSet;
@@ -73,8 +73,14 @@ fn gpt(width: u32, vocab: u32) -> ModelConfig {
 
 /// Kernels of all passes of a model of one block, and of its optimizer.
 fn kernels(model: ModelConfig, seq: u32) -> BTreeSet<KernelKey> {
-    let workload =
-        TransformerWorkload { model, micro_batch: 1, seq, recompute: Recompute::None, tied_on_one_rank: false };
+    let workload = TransformerWorkload {
+        model,
+        micro_batch: 1,
+        seq,
+        recompute: Recompute::None,
+        tied_on_one_rank: false,
+        trainable: Trainable::Full,
+    };
     let units = [Layer::Embedding, Layer::Block(0), Layer::Head].map(|layer| Unit { layers: vec![layer] });
     let stages = [Stage { units: units.to_vec() }];
     let (stage, microbatch) = (StageId(0), MicrobatchId(0));

@@ -483,6 +483,10 @@ impl Passes for Toy {
         all
     }
 
+    fn frozen(&self, _: StageId, _: u16) -> Vec<Parameter> {
+        Vec::new()
+    }
+
     fn tied_copy(&self, _: StageId, _: u16) -> Option<TiedCopy> {
         None
     }

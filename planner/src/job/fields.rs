@@ -176,6 +176,18 @@ impl<'a> Fields<'a> {
         Ok(all)
     }
 
+    /// One value that says itself what its text means; a number is its own text.
+    pub fn parsed_or_number<T: FromStr>(&self, key: &str, allowed: &str) -> Result<Option<T>, JobError> {
+        let Some(value) = self.table.get(key) else { return Ok(None) };
+        let text = match value {
+            Value::String(text) => Some(text.clone()),
+            Value::Float(_) | Value::Integer(_) => Some(value.to_string()),
+            _ => None,
+        };
+        let parsed = text.and_then(|text| text.parse().ok());
+        parsed.map(Some).ok_or_else(|| self.wrong(key, value, allowed))
+    }
+
     pub fn truth(&self, key: &str) -> Result<Option<bool>, JobError> {
         match self.table.get(key) {
             None => Ok(None),

@@ -24,7 +24,7 @@ use crate::configuration::MOST_DEVICES;
 use crate::lower::Sharing;
 use crate::schedules;
 use fields::Fields;
-use paceline_sim::model::ModelConfig;
+use paceline_sim::model::{ModelConfig, Trainable};
 use paceline_sim::partition::StatePartition;
 use paceline_sim::program::{Algorithm, Link, Recompute};
 use paceline_sim::units::Nanos;
@@ -59,6 +59,8 @@ pub struct Job {
     pub states: Vec<StatePartition>,
     /// In which groups states are cut, and when parameters are gathered and dropped.
     pub sharing: Sharing,
+    /// Which parameters are trained.
+    pub trainable: Trainable,
     /// Steps that run without a barrier between them, where there is a pipeline.
     pub barrier_every: u32,
     /// Where it runs.
@@ -128,6 +130,7 @@ impl Job {
             recompute: fields.choices("recompute", &RECOMPUTE)?,
             states: fields.parsed("states", STATES)?,
             sharing: sharing(&fields)?,
+            trainable: trainable(&fields)?,
             barrier_every: fields.optional_count("barrier_every")?.unwrap_or(1),
             nodes: fields.optional_count("nodes")?,
             gpus_per_node: fields.optional_count("gpus_per_node")?,
@@ -167,8 +170,7 @@ impl Job {
         if self.nodes.is_some_and(|nodes| nodes > 1) {
             return Err(fields.unsupported("nodes", fields.show("nodes"), "1"));
         }
-        let only: [(&'static str, &str); 4] =
-            [("sp", "false"), ("precision", "f32"), ("attention", "flash"), ("trainable", "full")];
+        let only: [(&'static str, &str); 3] = [("sp", "false"), ("precision", "f32"), ("attention", "flash")];
         for (key, allowed) in only {
             let given = fields.show(key);
             if !given.is_empty() && given.trim_matches('"') != allowed {
@@ -184,6 +186,7 @@ impl Job {
             Err(JobError::Value { origin: origin.into(), key: key.into(), value, allowed })
         };
         self.model.validate().map_err(JobError::Shape)?;
+        self.trainable.validate(&self.model).map_err(JobError::Shape)?;
         let learned = self.model.positions == paceline_sim::model::Positions::Learned;
         if learned && self.seq > self.model.max_positions {
             let rows = self.model.max_positions;
@@ -281,6 +284,12 @@ fn link(fields: &Fields) -> Result<Option<Link>, JobError> {
         None if latency > Nanos::ZERO => Some(Link { latency, bytes_per_second: u64::MAX }),
         None => None,
     })
+}
+
+/// Which parameters are trained: a text, or a share as a number.
+fn trainable(fields: &Fields) -> Result<Trainable, JobError> {
+    const ALLOWED: &str = "full, a share above 0 and at most 1 (0.0625 or \"1/16\"), or \"lora:R\" (\"lora:8:q,v\" beside these matrices only)";
+    Ok(fields.parsed_or_number("trainable", ALLOWED)?.unwrap_or_default())
 }
 
 /// Which replicas share states, and for how long.

@@ -1,4 +1,4 @@
-//! Passes over partitioned states: the parameters of a unit are gathered before the passes that read them, so many passes ahead
+//! Passes over partitioned states: the parameters of a unit, trained and frozen ones each for themselves, are gathered before the passes that read them, so many passes ahead
 //! as was asked for, and dropped after them; the gradients that passes make are whole, are reduced into the part that this
 //! rank accumulates when the microbatch has made its last contribution, and are dropped when the reduction has ended.
 //!
@@ -70,9 +70,11 @@ pub(super) fn exchange(
 
 type Unit = (StageId, u16);
 
-/// The persistent parts of partitioned states, made by the caller: by unit, with the bytes of the whole.
+/// The persistent parts of partitioned states, made by the caller: with the bytes of the whole.
 pub(super) struct Shards {
-    pub parameters: HashMap<Unit, (BufferId, u64)>,
+    /// By the tensor that passes read.
+    pub parameters: HashMap<Tensor, (BufferId, u64)>,
+    /// By unit.
     pub gradients: HashMap<Unit, (BufferId, u64)>,
 }
 
@@ -91,19 +93,19 @@ fn passes(draft: &Draft) -> Vec<(usize, Handle)> {
 fn gather_parameters(draft: &mut Draft, grid: &Grid, data: u32, sizes: &Sizes, sharing: Sharing, shards: &Shards) {
     let passes = passes(draft);
     let mut insertions: BTreeMap<usize, Vec<Handle>> = BTreeMap::new();
-    // By unit: the buffer gathered last, its gather, and the number of the pass that read it last.
-    let mut gathered: HashMap<Unit, (BufferId, Handle, usize)> = HashMap::new();
+    // By tensor: the buffer gathered last, its gather, and the number of the pass that read it last.
+    let mut gathered: HashMap<Tensor, (BufferId, Handle, usize)> = HashMap::new();
     for (number, &(_, pass)) in passes.iter().enumerate() {
         for place in 0..draft.ops[pass.0].uses.len() {
             let used = draft.ops[pass.0].uses[place];
-            let Tensor::Parameters { stage, unit } = draft.buffers[used.index()].tensor else { continue };
-            let Some(&(shard, bytes)) = shards.parameters.get(&(stage, unit)) else { continue };
-            let known = gathered.get(&(stage, unit)).copied();
+            let tensor = draft.buffers[used.index()].tensor;
+            let (Tensor::Parameters { stage, unit } | Tensor::Frozen { stage, unit }) = tensor else { continue };
+            let Some(&(shard, bytes)) = shards.parameters.get(&tensor) else { continue };
+            let known = gathered.get(&tensor).copied();
             // Two passes in a row over one unit share a gather.
             let (buffer, gather) = match known.filter(|known| sharing.keep_gathered || known.2 + 1 >= number) {
                 Some((buffer, gather, _)) => (buffer, gather),
                 None => {
-                    let tensor = Tensor::Parameters { stage, unit };
                     let buffer = match known {
                         None => used,
                         Some(_) => draft.another(tensor, MemoryClass::Parameter, bytes),
@@ -124,7 +126,7 @@ fn gather_parameters(draft: &mut Draft, grid: &Grid, data: u32, sizes: &Sizes, s
                     (buffer, gather)
                 }
             };
-            gathered.insert((stage, unit), (buffer, gather, number));
+            gathered.insert(tensor, (buffer, gather, number));
             let op = draft.op(pass);
             op.uses[place] = buffer;
             op.waits.push(gather);

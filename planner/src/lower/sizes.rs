@@ -2,7 +2,7 @@
 
 use super::{Blueprint, LowerError};
 use crate::order::{ComputeOrder, Placement};
-use paceline_sim::model::parameters::{tied_matrix, unit_parameters};
+use paceline_sim::model::parameters::{frozen_parameters, tied_matrix, unit_parameters};
 use paceline_sim::model::{ModelPass, Operand};
 use paceline_sim::program::{MemoryClass, OpKind, Pass, Stage, Tensor, TransformerWorkload};
 use paceline_sim::units::{MicrobatchId, StageId};
@@ -32,6 +32,16 @@ pub struct AbstractStage {
     pub until_b: u64,
     /// Held from B to W.
     pub until_w: u64,
+}
+
+/// What the parameters of a unit take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct UnitBytes {
+    pub unit: u16,
+    /// Of parameters with gradients and moments.
+    pub trained: u64,
+    /// Of parameters without.
+    pub frozen: u64,
 }
 
 /// The key of a pass without its microbatch.
@@ -149,18 +159,22 @@ impl Sizes {
         .collect()
     }
 
-    /// The units of a stage that have parameters, with their bytes.
-    pub fn units_with_parameters(&self, stage: StageId) -> Vec<(u16, u64)> {
-        match &self.substance {
+    /// The units of a stage that have parameters.
+    pub fn units_with_parameters(&self, stage: StageId) -> Vec<UnitBytes> {
+        let all: Vec<UnitBytes> = match &self.substance {
             Substance::Transformer(workload) => {
-                let units = 0..self.units(stage);
-                units.map(|unit| (unit, 4 * unit_parameters(workload, &self.stages, stage, unit) as u64)).collect()
+                let of = |unit| UnitBytes {
+                    unit,
+                    trained: 4 * unit_parameters(workload, &self.stages, stage, unit) as u64,
+                    frozen: 4 * frozen_parameters(workload, &self.stages, stage, unit) as u64,
+                };
+                (0..self.units(stage)).map(of).collect()
             }
             Substance::Abstract(sizes) => {
-                let parameters = sizes[stage.index()].parameters;
-                if parameters > 0 { vec![(0, parameters)] } else { Vec::new() }
+                vec![UnitBytes { unit: 0, trained: sizes[stage.index()].parameters, frozen: 0 }]
             }
-        }
+        };
+        all.into_iter().filter(|unit| unit.trained + unit.frozen > 0).collect()
     }
 
     /// Bytes of the tied matrix in a unit, where two ranks hold it.
@@ -226,6 +240,8 @@ fn renamed(tensor: Tensor, microbatch: MicrobatchId) -> Tensor {
         | Tensor::SyncedGradients { .. }
         | Tensor::Master { .. }
         | Tensor::Kept { .. }
+        | Tensor::Frozen { .. }
+        | Tensor::FrozenShard { .. }
         | Tensor::Losses
         | Tensor::GradientNorm
         | Tensor::Workspace { .. } => tensor,

@@ -10,7 +10,7 @@ use super::LowerError;
 use super::draft::{Draft, DraftOp, Handle};
 use super::gather::{Exchange, Shards, exchange, partition};
 use super::grid::Grid;
-use super::sizes::Sizes;
+use super::sizes::{Sizes, UnitBytes};
 use super::states::Sharing;
 use paceline_sim::partition::exchange::Kind;
 use paceline_sim::partition::{Level, StatePartition};
@@ -50,16 +50,18 @@ pub(super) fn close_step(
     sizes: &Sizes,
     sharing: Sharing,
 ) -> Result<(), LowerError> {
-    let mut units = hold(draft, grid, data, stages, sizes);
-    if units.is_empty() {
+    let (mut units, frozen) = hold(draft, grid, data, stages, sizes);
+    if units.is_empty() && frozen.is_empty() {
         return Ok(());
     }
-    let part = |held: &Held, level: Level, buffer| {
-        (level != Level::Whole).then_some(((held.stage, held.unit), (buffer, held.bytes)))
-    };
+    let parameters = units.iter().filter(|held| held.levels.parameters != Level::Whole).map(|held| {
+        let tensor = Tensor::Parameters { stage: held.stage, unit: held.unit };
+        (tensor, (held.parameters, held.bytes))
+    });
+    let gradients = units.iter().filter(|held| held.levels.gradients != Level::Whole);
     let shards = Shards {
-        parameters: units.iter().filter_map(|held| part(held, held.levels.parameters, held.parameters)).collect(),
-        gradients: units.iter().filter_map(|held| part(held, held.levels.gradients, held.gradients)).collect(),
+        parameters: parameters.chain(frozen).collect(),
+        gradients: gradients.map(|held| ((held.stage, held.unit), (held.gradients, held.bytes))).collect(),
     };
     partition(draft, grid, data, sizes, sharing, &shards);
     let mut last_use: HashMap<BufferId, (usize, Handle)> = HashMap::new();
@@ -169,11 +171,27 @@ fn collective(kind: Kind) -> Collective {
     }
 }
 
-/// Makes the persistent buffers.
-fn hold(draft: &mut Draft, grid: &Grid, data: u32, stages: &[StageId], sizes: &Sizes) -> Vec<Held> {
-    let mut units = Vec::new();
+/// The kept parts of frozen parameters that passes have to gather: by the tensor that they read, with the bytes of the whole.
+type FrozenParts = Vec<(Tensor, (BufferId, u64))>;
+
+/// Makes the persistent buffers: the units with anything trained, and of the frozen parameters those that are cut.
+fn hold(draft: &mut Draft, grid: &Grid, data: u32, stages: &[StageId], sizes: &Sizes) -> (Vec<Held>, FrozenParts) {
+    let (mut units, mut parts) = (Vec::new(), Vec::new());
     for &stage in stages {
-        for (unit, bytes) in sizes.units_with_parameters(stage) {
+        for UnitBytes { unit, trained: bytes, frozen } in sizes.units_with_parameters(stage) {
+            if frozen > 0 {
+                let level = grid.levels().unit(false).parameters;
+                let whole = Tensor::Frozen { stage, unit };
+                let tensor = if level == Level::Whole { whole } else { Tensor::FrozenShard { stage, unit } };
+                let range = grid.cut(data, stage, frozen).range(level);
+                let buffer = draft.keep(tensor, MemoryClass::Parameter, &range, 1);
+                if level != Level::Whole {
+                    parts.push((whole, (buffer, frozen)));
+                }
+            }
+            if bytes == 0 {
+                continue;
+            }
             let cut = grid.cut(data, stage, bytes);
             let tied = sizes.tied(stage, unit);
             let levels = grid.levels().unit(tied.is_some());
@@ -202,7 +220,7 @@ fn hold(draft: &mut Draft, grid: &Grid, data: u32, stages: &[StageId], sizes: &S
             });
         }
     }
-    units
+    (units, parts)
 }
 
 /// The collectives that make of accumulated gradients what the optimizer reads.

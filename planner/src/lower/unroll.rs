@@ -260,7 +260,9 @@ fn later(mut tensor: Tensor, shift: u32) -> Tensor {
         | Tensor::GradientShard { .. }
         | Tensor::SyncedGradients { .. }
         | Tensor::Master { .. }
-        | Tensor::Kept { .. } => {}
+        | Tensor::Kept { .. }
+        | Tensor::Frozen { .. }
+        | Tensor::FrozenShard { .. } => {}
     }
     tensor
 }

@@ -32,8 +32,10 @@ struct LayerTimes {
     fused: f64,
     split: f64,
     optimizer: f64,
-    /// Parameters and gradients.
+    /// Parameters and gradients of what is trained.
     weights: u64,
+    /// Parameters of what is not.
+    frozen: u64,
     moments: u64,
     /// From F to the backward.
     kept: u64,
@@ -42,6 +44,7 @@ struct LayerTimes {
 /// The shares of a layer's state that a rank holds.
 struct Held {
     weights: f64,
+    frozen: f64,
     moments: f64,
 }
 
@@ -51,12 +54,14 @@ impl Held {
         let group = candidate.sharing.group_size.map_or(holders, u64::from);
         let kept = |level: Level| 1.0 / level.parts(holders, group) as f64;
         // Parameters and gradients weigh the same.
-        let weights = (kept(candidate.states.parameters) + kept(candidate.states.gradients)) / 2.0;
-        Held { weights, moments: kept(candidate.states.optimizer) }
+        let frozen = kept(candidate.states.parameters);
+        let weights = (frozen + kept(candidate.states.gradients)) / 2.0;
+        Held { weights, frozen, moments: kept(candidate.states.optimizer) }
     }
 
     fn bytes(&self, layer: &LayerTimes) -> f64 {
-        layer.weights as f64 * self.weights + layer.moments as f64 * self.moments
+        let trained = layer.weights as f64 * self.weights + layer.moments as f64 * self.moments;
+        trained + layer.frozen as f64 * self.frozen
     }
 }
 
@@ -152,6 +157,7 @@ impl<'a> LayerBound<'a> {
             seq: self.job.seq,
             recompute,
             tied_on_one_rank: true,
+            trainable: self.job.trainable.clone(),
         };
         let program = lower_unchecked(&Blueprint {
             order: &order,
@@ -196,6 +202,10 @@ impl<'a> LayerBound<'a> {
             let (stage, bytes) = match buffer.tensor {
                 Tensor::Parameters { stage, .. } | Tensor::Gradients { stage, .. } => {
                     times[stage.index()].weights += buffer.bytes;
+                    continue;
+                }
+                Tensor::Frozen { stage, .. } => {
+                    times[stage.index()].frozen += buffer.bytes;
                     continue;
                 }
                 Tensor::Moments { stage, .. } => {
@@ -247,6 +257,7 @@ impl Bound for LayerBound<'_> {
                     split: sum(|l| l.split),
                     optimizer: sum(|l| l.optimizer),
                     weights: bytes(|l| l.weights),
+                    frozen: bytes(|l| l.frozen),
                     moments: bytes(|l| l.moments),
                     kept: bytes(|l| l.kept),
                 }

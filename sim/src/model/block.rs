@@ -39,13 +39,15 @@ fn run_forward(b: &mut Builder, spot: &Spot, transient: bool, output: Option<Sli
     let normed = b.piece(spot, Piece::Normed, transient);
     let stats = b.piece(spot, Piece::Stats, transient);
     b.norm(spot, ATTENTION_NORM, &x, &normed, &stats);
-    let weight = b.weight(spot, Role::QkvWeight, false);
+    let weight = b.weight(spot, Role::QkvWeight);
     b.project(&normed, weight, &qkv, s.qkv, s.hidden);
+    b.adapt(spot, Role::QkvWeight, &normed, &qkv, (s.qkv, s.hidden));
     b.bias(spot, Role::QkvBias, &qkv, s.qkv);
     rotate(b, &qkv, false);
     attention(b, KernelOp::Attention, [&qkv, &attended, &lse]);
-    let weight = b.weight(spot, Role::OutputWeight, false);
+    let weight = b.weight(spot, Role::OutputWeight);
     b.project(&attended, weight, &y, s.hidden, s.query);
+    b.adapt(spot, Role::OutputWeight, &attended, &y, (s.hidden, s.query));
     b.bias(spot, Role::OutputBias, &y, s.hidden);
     b.elements(KernelOp::Add, s.rows * s.hidden, [&x, &y]);
     b.workspace.release(after_y);
@@ -55,13 +57,15 @@ fn run_forward(b: &mut Builder, spot: &Spot, transient: bool, output: Option<Sli
     let normed = b.piece(spot, Piece::MlpNormed, transient);
     let stats = b.piece(spot, Piece::MlpStats, transient);
     b.norm(spot, MLP_NORM, &y, &normed, &stats);
-    let weight = b.weight(spot, Role::UpWeight, false);
+    let weight = b.weight(spot, Role::UpWeight);
     b.project(&normed, weight, &up, s.up, s.hidden);
+    b.adapt(spot, Role::UpWeight, &normed, &up, (s.up, s.hidden));
     b.bias(spot, Role::UpBias, &up, s.up);
     activate(b, &up, &activated);
     if let Some(z) = output {
-        let weight = b.weight(spot, Role::DownWeight, false);
+        let weight = b.weight(spot, Role::DownWeight);
         b.project(&activated, weight, &z, s.hidden, s.intermediate);
+        b.adapt(spot, Role::DownWeight, &activated, &z, (s.hidden, s.intermediate));
         b.bias(spot, Role::DownBias, &z, s.hidden);
         b.elements(KernelOp::Add, s.rows * s.hidden, [&y, &z]);
     }
@@ -85,7 +89,7 @@ pub(crate) fn backward_input(b: &mut Builder, spot: &Spot) {
     });
 }
 
-/// W: gradients of the matrices and biases.
+/// W: gradients of the matrices and biases that are trained, and of adapters.
 pub(crate) fn backward_weight(b: &mut Builder, spot: &Spot) {
     let dz = b.output_delta(spot);
     let up_delta = b.piece(spot, Piece::UpDelta, false);
@@ -125,14 +129,16 @@ fn mlp_input(b: &mut Builder, spot: &Spot, dz: &Slice, up_delta: &Slice, residua
     let s = b.shape;
     let start = b.workspace.mark();
     let d_activated = b.workspace.take(s.rows * s.intermediate);
-    let weight = b.weight(spot, Role::DownWeight, false);
+    let weight = b.weight(spot, Role::DownWeight);
     b.project_back(dz, weight, &d_activated, s.intermediate, s.hidden);
+    b.adapt_back(spot, Role::DownWeight, dz, &d_activated, (s.hidden, s.intermediate));
     let up = b.piece(spot, Piece::Up, false);
     activate_backward(b, &up, &d_activated, up_delta);
     b.workspace.release(start);
     let d_normed = b.workspace.take(s.rows * s.hidden);
-    let weight = b.weight(spot, Role::UpWeight, false);
+    let weight = b.weight(spot, Role::UpWeight);
     b.project_back(up_delta, weight, &d_normed, s.hidden, s.up);
+    b.adapt_back(spot, Role::UpWeight, up_delta, &d_normed, (s.up, s.hidden));
     let into = residual(b);
     let (y, stats) = (b.piece(spot, Piece::Middle, false), b.piece(spot, Piece::MlpStats, false));
     b.norm_backward(spot, MLP_NORM, (&y, &stats), &d_normed, &into);
@@ -151,16 +157,18 @@ fn attention_input(
     let start = b.workspace.mark();
     let d_attended = b.workspace.take(s.rows * s.query);
     let scratch = b.workspace.take(s.rows * s.attention.heads as usize);
-    let weight = b.weight(spot, Role::OutputWeight, false);
+    let weight = b.weight(spot, Role::OutputWeight);
     b.project_back(dy, weight, &d_attended, s.query, s.hidden);
+    b.adapt_back(spot, Role::OutputWeight, dy, &d_attended, (s.hidden, s.query));
     let (qkv, lse) = (b.piece(spot, Piece::Qkv, false), b.piece(spot, Piece::LogSumExp, false));
     let attended = b.piece(spot, Piece::Attended, false);
     attention(b, KernelOp::AttentionBackward, [&qkv, &attended, &lse, &d_attended, qkv_delta, &scratch]);
     rotate(b, qkv_delta, true);
     b.workspace.release(start);
     let d_normed = b.workspace.take(s.rows * s.hidden);
-    let weight = b.weight(spot, Role::QkvWeight, false);
+    let weight = b.weight(spot, Role::QkvWeight);
     b.project_back(qkv_delta, weight, &d_normed, s.hidden, s.qkv);
+    b.adapt_back(spot, Role::QkvWeight, qkv_delta, &d_normed, (s.qkv, s.hidden));
     let into = residual(b);
     let (x, stats) = (b.input(spot), b.piece(spot, Piece::Stats, false));
     b.norm_backward(spot, ATTENTION_NORM, (&x, &stats), &d_normed, &into);
@@ -170,13 +178,14 @@ fn attention_input(
 fn mlp_output_weight(b: &mut Builder, spot: &Spot, dz: &Slice) {
     let s = b.shape;
     let start = b.workspace.mark();
-    let activated = b.piece(spot, Piece::Activated, false);
-    if b.kept(spot, Piece::Activated).is_none() {
-        let up = b.piece(spot, Piece::Up, false);
-        activate(b, &up, &activated);
+    if b.learns(spot, Role::DownWeight) {
+        let activated = b.piece(spot, Piece::Activated, false);
+        if b.kept(spot, Piece::Activated).is_none() {
+            let up = b.piece(spot, Piece::Up, false);
+            activate(b, &up, &activated);
+        }
+        b.learn(spot, Role::DownWeight, dz, &activated, (s.hidden, s.intermediate));
     }
-    let gradient = b.weight(spot, Role::DownWeight, true);
-    b.accumulate(dz, &activated, gradient, s.hidden, s.intermediate);
     b.bias_gradient(spot, Role::DownBias, dz, s.hidden);
     b.workspace.release(start);
 }
@@ -184,29 +193,32 @@ fn mlp_output_weight(b: &mut Builder, spot: &Spot, dz: &Slice) {
 fn mlp_input_weight(b: &mut Builder, spot: &Spot, up_delta: &Slice) {
     let s = b.shape;
     let start = b.workspace.mark();
-    let y = b.piece(spot, Piece::Middle, false);
-    let normed = rebuilt_norm(b, spot, Piece::MlpNormed, MLP_NORM, &y);
-    let gradient = b.weight(spot, Role::UpWeight, true);
-    b.accumulate(up_delta, &normed, gradient, s.up, s.hidden);
+    if b.learns(spot, Role::UpWeight) {
+        let y = b.piece(spot, Piece::Middle, false);
+        let normed = rebuilt_norm(b, spot, Piece::MlpNormed, MLP_NORM, &y);
+        b.learn(spot, Role::UpWeight, up_delta, &normed, (s.up, s.hidden));
+    }
     b.bias_gradient(spot, Role::UpBias, up_delta, s.up);
     b.workspace.release(start);
 }
 
 fn attention_output_weight(b: &mut Builder, spot: &Spot, dy: &Slice) {
     let s = b.shape;
-    let attended = b.piece(spot, Piece::Attended, false);
-    let gradient = b.weight(spot, Role::OutputWeight, true);
-    b.accumulate(dy, &attended, gradient, s.hidden, s.query);
+    if b.learns(spot, Role::OutputWeight) {
+        let attended = b.piece(spot, Piece::Attended, false);
+        b.learn(spot, Role::OutputWeight, dy, &attended, (s.hidden, s.query));
+    }
     b.bias_gradient(spot, Role::OutputBias, dy, s.hidden);
 }
 
 fn attention_input_weight(b: &mut Builder, spot: &Spot, qkv_delta: &Slice) {
     let s = b.shape;
     let start = b.workspace.mark();
-    let x = b.input(spot);
-    let normed = rebuilt_norm(b, spot, Piece::Normed, ATTENTION_NORM, &x);
-    let gradient = b.weight(spot, Role::QkvWeight, true);
-    b.accumulate(qkv_delta, &normed, gradient, s.qkv, s.hidden);
+    if b.learns(spot, Role::QkvWeight) {
+        let x = b.input(spot);
+        let normed = rebuilt_norm(b, spot, Piece::Normed, ATTENTION_NORM, &x);
+        b.learn(spot, Role::QkvWeight, qkv_delta, &normed, (s.qkv, s.hidden));
+    }
     b.bias_gradient(spot, Role::QkvBias, qkv_delta, s.qkv);
     b.workspace.release(start);
 }

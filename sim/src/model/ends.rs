@@ -15,7 +15,7 @@ const FINAL_NORM: (Role, Role) = (Role::FinalNormWeight, Role::FinalNormBias);
 /// F of the embedding.
 pub(crate) fn embedding_forward(b: &mut Builder, spot: &Spot) {
     let out = b.output(spot);
-    let table = b.weight(spot, Role::Table, false);
+    let table = b.weight(spot, Role::Table);
     let positions = b.parameter(spot, Role::PositionTable, false);
     let operands: SmallVec<[Slice; 7]> = [b.ids(false), table].into_iter().chain(positions).chain([out]).collect();
     b.push(KernelOp::Embedding, &[b.shape.rows, b.shape.hidden], operands, Detail::Seq(b.workload.seq));
@@ -28,8 +28,8 @@ pub(crate) fn embedding_backward(b: &mut Builder, spot: &Spot, fused: bool) {
         (true, false) => b.running_gradient(spot.stage),
         (false, _) => b.output_delta(spot),
     };
-    let d_table = b.weight(spot, Role::Table, true);
-    let d_positions = b.parameter(spot, Role::PositionTable, true);
+    let Some(d_table) = b.gradient(spot, Role::Table) else { return };
+    let d_positions = b.gradient(spot, Role::PositionTable);
     let operands: SmallVec<[Slice; 7]> = [b.ids(false), d_out, d_table].into_iter().chain(d_positions).collect();
     b.push(KernelOp::EmbeddingBackward, &[b.shape.rows, b.shape.hidden], operands, Detail::Seq(b.workload.seq));
 }
@@ -43,7 +43,7 @@ pub(crate) fn head_forward(b: &mut Builder, spot: &Spot) {
     b.norm(spot, FINAL_NORM, &x, &normed, &stats);
     let place = b.loss;
     let loss = part(&Slice { tensor: Tensor::Losses, range: 0..place + 1 }, place..place + 1);
-    let weight = b.weight(spot, Role::Logits, false);
+    let weight = b.weight(spot, Role::Logits);
     let scratch = logits(b);
     let operands = [normed, weight, b.ids(true), lse, loss, scratch];
     b.push(KernelOp::HeadLoss, &head_dims(b), operands, Detail::None);
@@ -67,17 +67,20 @@ pub(crate) fn head_backward(b: &mut Builder, spot: &Spot) {
     head(b, spot, Some(&into), true);
 }
 
-/// Gradients of the head: of its input into `into`, of its matrix.
+/// Gradients of the head: of its input into `into`, of its matrix where it is trained.
 fn head(b: &mut Builder, spot: &Spot, into: Option<&Slice>, matrix: bool) {
     let s = b.shape;
+    let d_weight = b.gradient(spot, Role::Logits).filter(|_| matrix);
+    if into.is_none() && d_weight.is_none() {
+        return;
+    }
     let start = b.workspace.mark();
     let x = b.input(spot);
     let normed = rebuilt_norm(b, spot, Piece::Normed, FINAL_NORM, &x);
     let lse = b.piece(spot, Piece::LogSumExp, false);
     let d_normed = into.map(|_| b.workspace.take(s.rows * s.hidden));
-    let d_weight = matrix.then(|| b.weight(spot, Role::Logits, true));
     let scratch = logits(b);
-    let weight = b.weight(spot, Role::Logits, false);
+    let weight = b.weight(spot, Role::Logits);
     let op = match (&d_normed, &d_weight) {
         (Some(_), Some(_)) => KernelOp::HeadBackward,
         (Some(_), None) => KernelOp::HeadBackwardInput,

@@ -8,6 +8,7 @@
 //! are summed; the gradient norm counts only the embedding's.
 
 use super::places::{OutputMatrix, holds, output_matrix};
+use super::trainable::{Matrix, Selection, adapters};
 use super::{Activation, Layer, ModelConfig, Norm, Positions};
 use crate::program::{MemoryClass, Stage, Tensor, TransformerWorkload};
 use crate::units::StageId;
@@ -68,6 +69,30 @@ pub(crate) enum Role {
     FinalNormWeight,
     FinalNormBias,
     Logits,
+    /// Of the two matrices of an adapter: `A`, or `B`.
+    Adapter(Matrix, Side),
+}
+
+/// The two matrices of an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// Into the rank.
+    A,
+    /// Out of it.
+    B,
+}
+
+impl Role {
+    /// The role with which it is trained or frozen: one kernel makes the gradients of both.
+    pub fn joined(self) -> Role {
+        match self {
+            Role::PositionTable => Role::Table,
+            Role::AttentionNormBias => Role::AttentionNormWeight,
+            Role::MlpNormBias => Role::MlpNormWeight,
+            Role::FinalNormBias => Role::FinalNormWeight,
+            other => other,
+        }
+    }
 }
 
 /// A role with its rows and columns; a vector has no columns.
@@ -116,6 +141,98 @@ pub(crate) fn roles(model: &ModelConfig, layer: Layer, matrix: OutputMatrix) -> 
     all
 }
 
+/// A parameter of a layer in its array.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Held {
+    pub role: Role,
+    rows: usize,
+    /// Absent of a vector.
+    cols: Option<usize>,
+    pub trained: bool,
+}
+
+impl Held {
+    pub fn len(&self) -> usize {
+        self.rows * self.cols.unwrap_or(1)
+    }
+}
+
+/// Which array of a unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Array {
+    /// Parameters with gradients and moments.
+    Trained,
+    /// Parameters without.
+    Frozen,
+}
+
+/// What of the parameters of a model is trained, decided once.
+#[derive(Debug, Clone)]
+pub(crate) struct Layers<'a> {
+    workload: &'a TransformerWorkload,
+    stages: &'a [Stage],
+    selection: Selection,
+}
+
+impl<'a> Layers<'a> {
+    pub fn new(workload: &'a TransformerWorkload, stages: &'a [Stage]) -> Layers<'a> {
+        let model = &workload.model;
+        // A matrix of both ends counts once.
+        let shared = OutputMatrix::Shared { stage: StageId(0), unit: 0 };
+        let matrix = if model.tied_embeddings { shared } else { OutputMatrix::Own };
+        let own = |layer| roles(model, layer, matrix).into_iter();
+        let sizes = |layer| own(layer).map(|(role, rows, cols)| (role, rows * cols.unwrap_or(1))).collect();
+        Layers { workload, stages, selection: Selection::new(&workload.trainable, model.all_layers().map(sizes)) }
+    }
+
+    /// The parameters of a layer of a stage in the order of their arrays.
+    pub fn of(&self, stage: StageId, layer: Layer) -> SmallVec<[Held; 24]> {
+        let (model, matrix) = (&self.workload.model, matrix_for(self.workload, self.stages, stage));
+        let trains = |layer, place| self.selection.trains(layer, model.layers, place);
+        let held = |(place, (role, rows, cols)): (usize, Sized)| {
+            // A copy of the embedding matrix is what the embedding matrix is.
+            let copied = role == Role::Logits && model.tied_embeddings;
+            let trained = if copied { trains(Layer::Embedding, 0) } else { trains(layer, place) };
+            Held { role, rows, cols, trained }
+        };
+        let mut all: SmallVec<[Held; 24]> = roles(model, layer, matrix).into_iter().enumerate().map(held).collect();
+        if let Layer::Block(_) = layer {
+            for (matrix, rank) in adapters(model, &self.workload.trainable) {
+                let outputs = matrix.within(model).1.len();
+                let (a, b) = (Role::Adapter(matrix, Side::A), Role::Adapter(matrix, Side::B));
+                all.push(Held { role: a, rows: rank, cols: Some(matrix.inputs(model)), trained: true });
+                all.push(Held { role: b, rows: outputs, cols: Some(rank), trained: true });
+            }
+        }
+        all
+    }
+
+    /// Elements of an array of a unit.
+    pub fn len(&self, stage: StageId, unit: u16, array: Array) -> usize {
+        let trained = array == Array::Trained;
+        let layers = &self.stages[stage.index()].units[usize::from(unit)].layers;
+        let held = layers.iter().flat_map(|&layer| self.of(stage, layer));
+        held.filter(|held| held.trained == trained).map(|held| held.len()).sum()
+    }
+
+    /// Where the parameters of one layer lie in the arrays of its unit.
+    pub fn ranges(&self, stage: StageId, unit: u16, layer: Layer) -> SmallVec<[(Held, Range<usize>); 24]> {
+        let mut starts = [0, 0];
+        for &other in &self.stages[stage.index()].units[usize::from(unit)].layers {
+            let placed = self.of(stage, other).into_iter().map(|held| {
+                let start = &mut starts[usize::from(held.trained)];
+                *start += held.len();
+                (held, *start - held.len()..*start)
+            });
+            let placed: SmallVec<[(Held, Range<usize>); 24]> = placed.collect();
+            if other == layer {
+                return placed;
+            }
+        }
+        SmallVec::new()
+    }
+}
+
 impl ModelConfig {
     /// Columns of all query heads.
     pub fn query_width(&self) -> usize {
@@ -154,28 +271,53 @@ fn elements(roles: &[Sized]) -> usize {
     roles.iter().map(|&(_, rows, cols)| rows * cols.unwrap_or(1)).sum()
 }
 
-/// Parameters of a unit as its rank holds them (a copy of a tied matrix included).
+/// Trained parameters of a unit as its rank holds them (a copy of a tied matrix included).
 pub fn unit_parameters(workload: &TransformerWorkload, stages: &[Stage], stage: StageId, unit: u16) -> usize {
-    let matrix = matrix_for(workload, stages, stage);
-    let layers = &stages[stage.index()].units[usize::from(unit)].layers;
-    layers.iter().map(|&layer| elements(&roles(&workload.model, layer, matrix))).sum()
+    Layers::new(workload, stages).len(stage, unit, Array::Trained)
 }
 
-/// The layout of a unit's flat parameters; its gradients have the same.
+/// Frozen parameters of a unit.
+pub fn frozen_parameters(workload: &TransformerWorkload, stages: &[Stage], stage: StageId, unit: u16) -> usize {
+    Layers::new(workload, stages).len(stage, unit, Array::Frozen)
+}
+
+/// The layout of a unit's flat array of trained parameters; its gradients have the same.
 pub fn unit_layout(workload: &TransformerWorkload, stages: &[Stage], stage: StageId, unit: u16) -> Vec<ParameterSpec> {
+    layout(workload, stages, stage, unit, Array::Trained)
+}
+
+/// The layout of a unit's flat array of frozen parameters.
+pub fn frozen_layout(
+    workload: &TransformerWorkload,
+    stages: &[Stage],
+    stage: StageId,
+    unit: u16,
+) -> Vec<ParameterSpec> {
+    layout(workload, stages, stage, unit, Array::Frozen)
+}
+
+fn layout(
+    workload: &TransformerWorkload,
+    stages: &[Stage],
+    stage: StageId,
+    unit: u16,
+    array: Array,
+) -> Vec<ParameterSpec> {
     let (model, matrix) = (&workload.model, matrix_for(workload, stages, stage));
+    let all = Layers::new(workload, stages);
     let mut specs = Vec::new();
     let mut start = 0;
     for &layer in &stages[stage.index()].units[usize::from(unit)].layers {
-        for (role, rows, cols) in roles(model, layer, matrix) {
-            let len = rows * cols.unwrap_or(1);
+        let held = all.of(stage, layer).into_iter().filter(|held| held.trained == (array == Array::Trained));
+        for held in held {
+            let (role, len) = (held.role, held.len());
             let tied_copy = role == Role::Logits && matrix == OutputMatrix::Copy;
             specs.push(ParameterSpec {
                 name: if tied_copy { name(model, layer, Role::Table) } else { name(model, layer, role) },
-                shape: std::iter::once(rows).chain(cols).collect(),
+                shape: std::iter::once(held.rows).chain(held.cols).collect(),
                 range: start..start + len,
                 initial: initial(model, role),
-                decay: cols.is_some(),
+                decay: held.cols.is_some(),
                 tied_copy,
             });
             start += len;
@@ -204,36 +346,8 @@ pub fn decay_runs(parameters: impl IntoIterator<Item = DecayRun>, within: Range<
     runs
 }
 
-/// Where the parameters of one layer lie in the flat buffer of its unit.
-pub(crate) fn role_ranges(
-    workload: &TransformerWorkload,
-    stages: &[Stage],
-    stage: StageId,
-    unit: u16,
-    layer: Layer,
-) -> SmallVec<[(Role, Range<usize>); 12]> {
-    let matrix = matrix_for(workload, stages, stage);
-    let mut start = 0;
-    for &held in &stages[stage.index()].units[usize::from(unit)].layers {
-        let roles = roles(&workload.model, held, matrix);
-        if held != layer {
-            start += elements(&roles);
-            continue;
-        }
-        return roles
-            .into_iter()
-            .map(|(role, rows, cols)| {
-                let len = rows * cols.unwrap_or(1);
-                start += len;
-                (role, start - len..start)
-            })
-            .collect();
-    }
-    SmallVec::new()
-}
-
 /// The embedding matrix of a tied model within a unit, where two ranks hold it: the range whose gradients
-/// [`crate::program::Payload::TiedEmbedding`] sums, and whether the gradient norm counts it here.
+/// [`crate::program::Payload::TiedEmbedding`] sums, and whether the gradient norm counts it here. A frozen one has none.
 pub fn tied_matrix(
     workload: &TransformerWorkload,
     stages: &[Stage],
@@ -268,6 +382,9 @@ fn initial(model: &ModelConfig, role: Role) -> Initial {
         Role::Table | Role::PositionTable | Role::QkvWeight | Role::UpWeight | Role::Logits => {
             Initial::Normal { deviation: DEVIATION }
         }
+        // What an adapter adds is nothing at first (Hu et al. 2021, section 4.1).
+        Role::Adapter(matrix, Side::A) => Initial::Normal { deviation: 1.0 / (matrix.inputs(model) as f64).sqrt() },
+        Role::Adapter(_, Side::B) => Initial::Constant(0.0),
     }
 }
 
@@ -293,6 +410,13 @@ fn name(model: &ModelConfig, layer: Layer, role: Role) -> String {
         Role::UpBias => "mlp.up.bias",
         Role::DownWeight => "mlp.down.weight",
         Role::DownBias => "mlp.down.bias",
+        Role::Adapter(matrix, side) => {
+            let (room, side) = (matrix.room(), if side == Side::A { "a" } else { "b" });
+            return match layer {
+                Layer::Block(block) => format!("blocks.{block}.{room}.{}.adapter.{side}", matrix.name()),
+                Layer::Embedding | Layer::Head => format!("{room}.{}.adapter.{side}", matrix.name()),
+            };
+        }
     };
     match layer {
         Layer::Block(block) => format!("blocks.{block}.{part}"),
@@ -322,24 +446,27 @@ impl Shard {
     }
 }
 
-/// What a rank holds of a stage through all steps: parameters and gradients of every unit, and both AdamW moments of its
-/// shard of them.
+/// What a rank holds of a stage through all steps: parameters of every unit, gradients of the trained ones, and both AdamW
+/// moments of its shard of them.
 pub(crate) fn persistent_operands(
     workload: &TransformerWorkload,
     stages: &[Stage],
     stage: StageId,
     moments: Shard,
 ) -> Vec<Operand> {
+    let all = Layers::new(workload, stages);
     let units = 0..stages[stage.index()].units.len() as u16;
     units
         .flat_map(|unit| {
-            let len = unit_parameters(workload, stages, stage, unit);
+            let (len, frozen) = (all.len(stage, unit, Array::Trained), all.len(stage, unit, Array::Frozen));
             let operand = |tensor, class, elements| Operand { tensor, class, bytes: 4 * elements as u64 };
-            [
+            let trained = [
                 operand(Tensor::Parameters { stage, unit }, MemoryClass::Parameter, len),
                 operand(Tensor::Gradients { stage, unit }, MemoryClass::Gradient, len),
                 operand(Tensor::Moments { stage, unit }, MemoryClass::OptimizerState, 2 * moments.range(len).len()),
-            ]
+            ];
+            let frozen = operand(Tensor::Frozen { stage, unit }, MemoryClass::Parameter, frozen);
+            trained.into_iter().filter(move |_| len > 0).chain(Some(frozen).filter(|frozen| frozen.bytes > 0))
         })
         .collect()
 }

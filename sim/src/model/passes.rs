@@ -1,9 +1,10 @@
 //! One pass over units of a stage: its kernels in order, and every tensor that it touches with its size.
 
 use super::activations::{Holder, Piece, Shape, held, length, padded, place};
-use super::parameters::{Role, Shard, matrix_for, persistent_operands, role_ranges, unit_parameters};
+use super::parameters::{Array, Layers, Role, Shard, Side, matrix_for, persistent_operands};
 use super::places::{OutputMatrix, Spot, spots};
 use super::steps::{Detail, Slice, Step};
+use super::trainable::{Matrix, adapters};
 use super::{Layer, block, ends};
 use crate::program::{MemoryClass, OpKind, Pass, Stage, Tensor, TransformerWorkload};
 use crate::units::{MicrobatchId, StageId};
@@ -50,6 +51,7 @@ impl ModelPass {
             microbatch,
             loss: microbatch.0.checked_rem(microbatches).unwrap_or(0) as usize,
             spots: &all,
+            held: Layers::new(workload, stages),
             steps: Vec::new(),
             workspace: Workspace::default(),
         };
@@ -100,8 +102,8 @@ pub fn neighbour(stages: &[Stage], tensor: Tensor) -> Option<Tensor> {
     }
 }
 
-/// What a rank holds of a stage through all steps: parameters and gradients of every unit, and both AdamW moments of its
-/// shard of them.
+/// What a rank holds of a stage through all steps: parameters of every unit, gradients of the trained ones, and both AdamW
+/// moments of its shard of them.
 pub fn persistent(workload: &TransformerWorkload, stages: &[Stage], stage: StageId, moments: Shard) -> Vec<Operand> {
     persistent_operands(workload, stages, stage, moments)
 }
@@ -130,6 +132,16 @@ impl Workspace {
     }
 }
 
+/// An adapter of a block with its gradients.
+struct Adapter {
+    matrix: Matrix,
+    rank: usize,
+    a: Slice,
+    b: Slice,
+    into_a: Slice,
+    into_b: Slice,
+}
+
 /// Builds the kernels of a pass.
 pub(crate) struct Builder<'a> {
     pub workload: &'a TransformerWorkload,
@@ -140,6 +152,8 @@ pub(crate) struct Builder<'a> {
     pub loss: usize,
     /// All layers of the stage.
     pub spots: &'a [Spot],
+    /// Where parameters lie.
+    held: Layers<'a>,
     pub steps: Vec<Step>,
     pub workspace: Workspace,
 }
@@ -230,23 +244,121 @@ impl Builder<'_> {
         self.whole_hidden(Tensor::OutputGradient { stage, microbatch: self.microbatch })
     }
 
-    /// A parameter of a layer, or its gradient.
+    /// A parameter of a layer, if the layer has it; its gradient, if it is trained too.
     pub fn parameter(&self, spot: &Spot, role: Role, gradient: bool) -> Option<Slice> {
         let matrix = matrix_for(self.workload, self.stages, spot.stage);
         let (stage, unit, layer, role) = match (role, matrix) {
             (Role::Logits, OutputMatrix::Shared { stage, unit }) => (stage, unit, Layer::Embedding, Role::Table),
             _ => (spot.stage, spot.unit, spot.layer, role),
         };
-        let range =
-            role_ranges(self.workload, self.stages, stage, unit, layer).into_iter().find(|(r, _)| *r == role)?.1;
-        let tensor = if gradient { Tensor::Gradients { stage, unit } } else { Tensor::Parameters { stage, unit } };
+        let (held, range) = self.held.ranges(stage, unit, layer).into_iter().find(|(held, _)| held.role == role)?;
+        let tensor = match (held.trained, gradient) {
+            (true, true) => Tensor::Gradients { stage, unit },
+            (true, false) => Tensor::Parameters { stage, unit },
+            (false, true) => return None,
+            (false, false) => Tensor::Frozen { stage, unit },
+        };
         Some(Slice { tensor, range })
     }
 
     /// A parameter that every model of this shape has.
-    pub fn weight(&self, spot: &Spot, role: Role, gradient: bool) -> Slice {
-        let whole = || Slice { tensor: Tensor::Parameters { stage: spot.stage, unit: spot.unit }, range: 0..0 };
-        self.parameter(spot, role, gradient).unwrap_or_else(whole)
+    pub fn weight(&self, spot: &Spot, role: Role) -> Slice {
+        let none = || Slice { tensor: Tensor::Parameters { stage: spot.stage, unit: spot.unit }, range: 0..0 };
+        self.parameter(spot, role, false).unwrap_or_else(none)
+    }
+
+    /// The gradient of a parameter that is trained.
+    pub fn gradient(&self, spot: &Spot, role: Role) -> Option<Slice> {
+        self.parameter(spot, role, true)
+    }
+
+    /// The adapters beside a matrix of a block, as the block holds it.
+    fn adapters(&self, spot: &Spot, fused: Role) -> Vec<Adapter> {
+        let model = &self.workload.model;
+        let there = adapters(model, &self.workload.trainable).into_iter();
+        let beside = there.filter(|(matrix, _)| matrix.within(model).0 == fused);
+        beside
+            .filter_map(|(matrix, rank)| {
+                let find = |side, gradient| self.parameter(spot, Role::Adapter(matrix, side), gradient);
+                let (a, b) = (find(Side::A, false)?, find(Side::B, false)?);
+                let (into_a, into_b) = (find(Side::A, true)?, find(Side::B, true)?);
+                Some(Adapter { matrix, rank, a, b, into_a, into_b })
+            })
+            .collect()
+    }
+
+    /// Whether anything of a matrix of a block has a gradient: itself, or an adapter beside it.
+    pub fn learns(&self, spot: &Spot, matrix: Role) -> bool {
+        self.gradient(spot, matrix).is_some() || !self.adapters(spot, matrix).is_empty()
+    }
+
+    /// The `B` of an adapter with zeros in the rows of the fused matrix that are not its own.
+    fn widened(&mut self, adapter: &Adapter, outputs: usize) -> Slice {
+        let rows = adapter.matrix.within(&self.workload.model).1;
+        if rows.len() == outputs {
+            return adapter.b.clone();
+        }
+        let wide = self.workspace.take(outputs * adapter.rank);
+        self.elements(KernelOp::Zero, outputs * adapter.rank, [&wide]);
+        let own = part(&wide, rows.start * adapter.rank..rows.end * adapter.rank);
+        self.elements(KernelOp::Copy, adapter.b.range.len(), [&adapter.b, &own]);
+        wide
+    }
+
+    /// What adapters add to a projection: `out += (x A^T) B^T`. `n` columns of `out`, `k` of `x`.
+    pub fn adapt(&mut self, spot: &Spot, fused: Role, x: &Slice, out: &Slice, (n, k): (usize, usize)) {
+        let rows = self.shape.rows;
+        for adapter in self.adapters(spot, fused) {
+            let start = self.workspace.mark();
+            let inner = self.workspace.take(rows * adapter.rank);
+            self.project(x, adapter.a.clone(), &inner, adapter.rank, k);
+            let wide = self.widened(&adapter, n);
+            let operands = [inner, wide, out.clone()];
+            self.push(KernelOp::MatmulNt, &[rows, n, adapter.rank], operands, Detail::Accumulate);
+            self.workspace.release(start);
+        }
+    }
+
+    /// What adapters add to the gradient of a projection's input: `dx += (dy B) A`.
+    pub fn adapt_back(&mut self, spot: &Spot, fused: Role, dy: &Slice, dx: &Slice, (n, k): (usize, usize)) {
+        let rows = self.shape.rows;
+        for adapter in self.adapters(spot, fused) {
+            let start = self.workspace.mark();
+            let inner = self.workspace.take(rows * adapter.rank);
+            let wide = self.widened(&adapter, n);
+            self.project_back(dy, wide, &inner, adapter.rank, n);
+            let operands = [inner, adapter.a.clone(), dx.clone()];
+            self.push(KernelOp::MatmulNn, &[rows, k, adapter.rank], operands, Detail::Accumulate);
+            self.workspace.release(start);
+        }
+    }
+
+    /// The gradients of a projection's matrix, where it is trained, and of the adapters beside it:
+    /// `dB += dy^T (x A^T)`, `dA += (dy B)^T x`.
+    pub fn learn(&mut self, spot: &Spot, role: Role, dy: &Slice, x: &Slice, (n, k): (usize, usize)) {
+        if let Some(gradient) = self.gradient(spot, role) {
+            self.accumulate(dy, x, gradient, n, k);
+        }
+        let rows = self.shape.rows;
+        for adapter in self.adapters(spot, role) {
+            let (rank, start) = (adapter.rank, self.workspace.mark());
+            let inner = self.workspace.take(rows * rank);
+            self.project(x, adapter.a.clone(), &inner, rank, k);
+            let own = adapter.matrix.within(&self.workload.model).1;
+            if own.len() == n {
+                self.accumulate(dy, &inner, adapter.into_b.clone(), n, rank);
+            } else {
+                let wide = self.workspace.take(n * rank);
+                self.elements(KernelOp::Zero, n * rank, [&wide]);
+                self.accumulate(dy, &inner, wide.clone(), n, rank);
+                let own = part(&wide, own.start * rank..own.end * rank);
+                self.elements(KernelOp::Add, adapter.into_b.range.len(), [&own, &adapter.into_b]);
+            }
+            let wide = self.widened(&adapter, n);
+            self.project_back(dy, wide, &inner, rank, n);
+            self.accumulate(&inner, x, adapter.into_a.clone(), rank, k);
+            self.workspace.release(start);
+        }
     }
 
     /// Ids of the microbatch's tokens or targets.
@@ -286,9 +398,9 @@ impl Builder<'_> {
         }
     }
 
-    /// Accumulates the gradient of a bias, if the layer has it.
+    /// Accumulates the gradient of a bias, if the layer has it and it is trained.
     pub fn bias_gradient(&mut self, spot: &Spot, role: Role, dy: &Slice, cols: usize) {
-        if let Some(bias) = self.parameter(spot, role, true) {
+        if let Some(bias) = self.gradient(spot, role) {
             self.push(KernelOp::BiasGradient, &[self.shape.rows, cols], [dy.clone(), bias], Detail::None);
         }
     }
@@ -296,7 +408,7 @@ impl Builder<'_> {
     /// `out = norm(x)`.
     pub fn norm(&mut self, spot: &Spot, (weight, bias): (Role, Role), x: &Slice, out: &Slice, stats: &Slice) {
         let dims = [self.shape.rows, self.shape.hidden];
-        let gamma = self.weight(spot, weight, false);
+        let gamma = self.weight(spot, weight);
         let op = if self.shape.layer_norm { KernelOp::LayerNorm } else { KernelOp::RmsNorm };
         let beta = self.parameter(spot, bias, false);
         let operands: SmallVec<[Slice; 7]> =
@@ -304,7 +416,7 @@ impl Builder<'_> {
         self.push(op, &dims, operands, Detail::Epsilon(self.workload.model.norm_epsilon));
     }
 
-    /// Accumulates the gradients of a norm: of its weights, and of its input into `dx`.
+    /// Accumulates the gradients of a norm: of its weights, where they are trained, and of its input into `dx`.
     pub fn norm_backward(
         &mut self,
         spot: &Spot,
@@ -319,12 +431,13 @@ impl Builder<'_> {
         } else {
             (KernelOp::RmsNormBackwardWeight, KernelOp::RmsNormBackwardInput)
         };
-        let d_gamma = self.weight(spot, weight, true);
-        let d_beta = self.parameter(spot, bias, true);
-        let operands: SmallVec<[Slice; 7]> =
-            [x.clone(), stats.clone(), dy.clone(), d_gamma].into_iter().chain(d_beta).collect();
-        self.push(for_weight, &dims, operands, Detail::None);
-        let gamma = self.weight(spot, weight, false);
+        if let Some(d_gamma) = self.gradient(spot, weight) {
+            let d_beta = self.gradient(spot, bias);
+            let operands: SmallVec<[Slice; 7]> =
+                [x.clone(), stats.clone(), dy.clone(), d_gamma].into_iter().chain(d_beta).collect();
+            self.push(for_weight, &dims, operands, Detail::None);
+        }
+        let gamma = self.weight(spot, weight);
         self.push(for_input, &dims, [x.clone(), gamma, stats.clone(), dy.clone(), dx.clone()], Detail::None);
     }
 
@@ -349,10 +462,13 @@ impl Builder<'_> {
     /// Class and elements of a tensor.
     fn size(&self, tensor: Tensor, microbatches: u32) -> (MemoryClass, usize) {
         let kept = |unit: u16, holder| held(&self.shape, self.workload.recompute, self.unit_spots(unit), holder);
-        let whole = |stage, unit| unit_parameters(self.workload, self.stages, stage, unit);
+        let whole = |stage, unit| self.held.len(stage, unit, Array::Trained);
         match tensor {
             Tensor::Parameters { stage, unit } | Tensor::ParameterShard { stage, unit } => {
                 (MemoryClass::Parameter, whole(stage, unit))
+            }
+            Tensor::Frozen { stage, unit } | Tensor::FrozenShard { stage, unit } => {
+                (MemoryClass::Parameter, self.held.len(stage, unit, Array::Frozen))
             }
             Tensor::Gradients { stage, unit }
             | Tensor::GradientShard { stage, unit }

@@ -44,6 +44,8 @@ pub enum Detail {
     },
     /// Tokens per sequence, for positions.
     Seq(u32),
+    /// A product that is added to what is there.
+    Accumulate,
 }
 
 /// Dimensions of an attention.

@@ -9,7 +9,14 @@ use std::path::Path;
 
 fn workload(model: &str, recompute: Recompute) -> TransformerWorkload {
     let model = ModelConfig::preset(model).unwrap();
-    TransformerWorkload { model, micro_batch: 2, seq: 64, recompute, tied_on_one_rank: false }
+    TransformerWorkload {
+        model,
+        micro_batch: 2,
+        seq: 64,
+        recompute,
+        tied_on_one_rank: false,
+        trainable: Trainable::Full,
+    }
 }
 
 /// Stages of one unit per layer, with so many blocks each; the ends go to the first and the last.

@@ -141,6 +141,7 @@ impl TransformerWorkload {
                 format!("such that activations are at most {LARGEST} elements; use a smaller microbatch or seq");
             return refuse("micro_batch", self.micro_batch, allowed);
         }
+        self.trainable.validate(model)?;
         self.validate_stages(stages)
     }
 

@@ -1,6 +1,7 @@
 //! How much a model computes: FLOPs by convention, for MFU and HFU.
 
-use super::{Layer, ModelConfig};
+use super::{Layer, ModelConfig, trained_elements};
+use crate::program::TransformerWorkload;
 
 /// FLOPs per token of one forward pass.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -54,4 +55,10 @@ impl Flops {
 /// attention counts the pairs that are computed, half of the square (PaLM, arXiv 2204.02311, appendix B, counts the whole square).
 pub fn model_flops_per_token(model: &ModelConfig, seq: u32) -> f64 {
     3.0 * Flops::per_token(model, seq).total()
+}
+
+/// [`model_flops_per_token`] of what is trained: the backward for the weights counts for their trained share.
+pub fn trained_flops_per_token(workload: &TransformerWorkload) -> f64 {
+    let share = trained_elements(&workload.model, &workload.trainable) as f64 / workload.model.parameters() as f64;
+    model_flops_per_token(&workload.model, workload.seq) * (2.0 + share) / 3.0
 }

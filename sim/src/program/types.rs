@@ -1,7 +1,7 @@
 //! The data types of a program. No behaviour beyond reading them.
 
 use super::Algorithm;
-use crate::model::{Layer, ModelConfig};
+use crate::model::{Layer, ModelConfig, Trainable};
 use crate::units::*;
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
@@ -73,6 +73,9 @@ pub struct TransformerWorkload {
     /// the matrix once. Untied models do not read it.
     #[serde(default)]
     pub tied_on_one_rank: bool,
+    /// Which parameters are trained.
+    #[serde(default, skip_serializing_if = "Trainable::is_full")]
+    pub trainable: Trainable,
 }
 
 /// Which activations F drops and the backward recomputes.
@@ -250,7 +253,7 @@ impl MemoryClass {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Tensor {
-    /// Weights of a unit, flat.
+    /// Weights of a unit that are trained, flat.
     Parameters { stage: StageId, unit: u16 },
     /// Accumulated weight gradients of a unit, flat, same layout.
     Gradients { stage: StageId, unit: u16 },
@@ -295,6 +298,10 @@ pub enum Tensor {
     Master { stage: StageId, unit: u16 },
     /// The weights of a unit before [`OpKind::OptimizerAhead`]; [`OpKind::Validate`] turns them into the true ones.
     Kept { stage: StageId, unit: u16 },
+    /// Weights of a unit that are not trained, flat.
+    Frozen { stage: StageId, unit: u16 },
+    /// The part of them that this rank keeps where weights are partitioned; passes read gathered [`Tensor::Frozen`].
+    FrozenShard { stage: StageId, unit: u16 },
 }
 
 /// A stream of a rank: ops on one stream run in issue order.

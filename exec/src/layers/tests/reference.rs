@@ -77,7 +77,34 @@ impl Reference {
         x.iter().map(row).collect()
     }
 
+    /// With what adapters add to the rows of its matrix.
     fn linear(&self, x: &Rows, name: &str) -> Rows {
+        let mut out = self.matrix(x, name);
+        let ModelConfig { heads, kv_heads, head_dim, intermediate, .. } = self.config;
+        let (query, key) = ((heads * head_dim) as usize, (kv_heads * head_dim) as usize);
+        let beside = match name.rsplit_once('.') {
+            Some((room, "qkv")) => {
+                vec![(format!("{room}.q"), 0), (format!("{room}.k"), query), (format!("{room}.v"), query + key)]
+            }
+            Some((room, "output")) => vec![(format!("{room}.o"), 0)],
+            Some((room, "gate_up")) => vec![(format!("{room}.gate"), 0), (format!("{room}.up"), intermediate as usize)],
+            Some((room, part @ ("up" | "down"))) => vec![(format!("{room}.{part}"), 0)],
+            _ => Vec::new(),
+        };
+        for (adapter, first) in beside {
+            let of = |side: &str| self.values.get(&format!("{adapter}.adapter.{side}"));
+            let (Some(a), Some(b)) = (of("a"), of("b")) else { continue };
+            for (x, out) in x.iter().zip(&mut out) {
+                let inner: Vec<f64> = a.chunks(x.len()).map(|a| a.iter().zip(x).map(|(a, x)| a * x).sum()).collect();
+                for (n, b) in b.chunks(inner.len()).enumerate() {
+                    out[first + n] += b.iter().zip(&inner).map(|(b, u)| b * u).sum::<f64>();
+                }
+            }
+        }
+        out
+    }
+
+    fn matrix(&self, x: &Rows, name: &str) -> Rows {
         let weight = &self.values[&format!("{name}.weight")];
         let bias = self.values.get(&format!("{name}.bias"));
         let row = |x: &Vec<f64>| {

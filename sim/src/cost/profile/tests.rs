@@ -1,6 +1,6 @@
 use super::*;
 use crate::model::parameters::unit_parameters;
-use crate::model::{Layer, ModelConfig};
+use crate::model::{Layer, ModelConfig, Trainable};
 use crate::program::{
     Arrangement, Buffer, Collective, Coordinates, Device, MemoryClass, Message, NetworkLevel, PROGRAM_FORMAT, Payload,
     Recompute, Stage, Stream, Tensor, Unit,
@@ -19,8 +19,14 @@ fn compute(pass: Pass, microbatch: u32, first: u16, end: u16) -> OpKind {
 /// Two replicas that share out the optimizer, each a whole model in one unit, on so many devices.
 fn program(devices: u32) -> Program {
     let model = ModelConfig { layers: 2, ..ModelConfig::preset("demo-1m").unwrap() };
-    let workload =
-        TransformerWorkload { model, micro_batch: 1, seq: 64, recompute: Recompute::None, tied_on_one_rank: true };
+    let workload = TransformerWorkload {
+        model,
+        micro_batch: 1,
+        seq: 64,
+        recompute: Recompute::None,
+        tied_on_one_rank: true,
+        trainable: Trainable::Full,
+    };
     let layers = vec![Layer::Embedding, Layer::Block(0), Layer::Block(1), Layer::Head];
     let stages = vec![Stage { units: vec![Unit { layers }] }];
     let bytes = 4 * unit_parameters(&workload, &stages, STAGE, 0) as u64;

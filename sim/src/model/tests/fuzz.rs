@@ -80,6 +80,7 @@ fn consistent(model: &ModelConfig) -> Result<(), TestCaseError> {
         seq: 1,
         recompute: Recompute::None,
         tied_on_one_rank: true,
+        trainable: Trainable::Full,
     };
     let stages = stages(model, &[model.layers]);
     if workload.validate(&stages).is_ok() {
@@ -123,8 +124,15 @@ fn sizes_beyond_kernels_and_counters_are_refused() {
     let stages = stages(&model, &[126]);
     let of = |micro_batch, seq| {
         let recompute = Recompute::None;
-        TransformerWorkload { model: model.clone(), micro_batch, seq, recompute, tied_on_one_rank: false }
-            .validate(&stages)
+        TransformerWorkload {
+            model: model.clone(),
+            micro_batch,
+            seq,
+            recompute,
+            tied_on_one_rank: false,
+            trainable: Trainable::Full,
+        }
+        .validate(&stages)
     };
     assert_eq!(of(4, 1 << 20), Ok(()), "a long context is no mistake");
     assert!(of(1 << 11, 1 << 20).unwrap_err().to_string().contains("micro_batch = 2048"));
@@ -185,7 +193,7 @@ proptest! {
             ..preset
         };
         let stages = stages(&model, &blocks);
-        let workload = TransformerWorkload { model, micro_batch, seq, recompute, tied_on_one_rank: false };
+        let workload = TransformerWorkload { model, micro_batch, seq, recompute, tied_on_one_rank: false, trainable: Trainable::Full };
         prop_assert_eq!(workload.validate(&stages), Ok(()));
         within(&workload, &stages)?;
         let all = (0..).zip(&stages).flat_map(|(stage, held)| (0..held.units.len() as u16).map(move |unit| (StageId(stage), unit)));

@@ -174,6 +174,7 @@ fn passes_keep_what_later_passes_read_and_nothing_else() {
                 seq: 3,
                 recompute,
                 tied_on_one_rank: false,
+                trainable: Trainable::Full,
             };
             let each = stages(&model, &[2, 1, 2]);
             // The same layers, all of a stage in one unit.
