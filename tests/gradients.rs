@@ -8,7 +8,7 @@ use paceline_planner::schedules::{self, Request, SCHEDULES};
 use paceline_sim::memory::walk;
 use paceline_sim::model::{Activation, ModelConfig, Norm, Positions, Trainable};
 use paceline_sim::partition::StatePartition;
-use paceline_sim::program::{Device, Program, Recompute, TransformerWorkload};
+use paceline_sim::program::{Device, Precision, Program, Recompute, TransformerWorkload};
 use paceline_sim::units::RankId;
 use std::collections::BTreeMap;
 
@@ -84,6 +84,7 @@ fn program(case: &Case) -> Program {
         recompute,
         tied_on_one_rank: false,
         trainable: Trainable::Full,
+        precision: Precision::Fp32,
     };
     let devices = (0..case.devices).map(|n| Device { name: format!("cpu:{n}"), node: 0 }).collect();
     lower(&Blueprint {

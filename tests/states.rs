@@ -7,7 +7,7 @@ use paceline_planner::schedules::{self, Request};
 use paceline_sim::memory::walk;
 use paceline_sim::model::ModelConfig;
 use paceline_sim::partition::{Level, StatePartition};
-use paceline_sim::program::{Device, MemoryClass, Program, Recompute, TransformerWorkload};
+use paceline_sim::program::{Device, MemoryClass, Precision, Program, Recompute, TransformerWorkload};
 use paceline_sim::units::RankId;
 use std::collections::BTreeMap;
 
@@ -72,6 +72,7 @@ fn try_program(case: &Case) -> Result<Program, LowerError> {
         recompute: case.recompute,
         tied_on_one_rank: false,
         trainable: case.trainable.parse().unwrap(),
+        precision: Precision::Fp32,
     };
     lower(&Blueprint {
         order: &order,

@@ -13,7 +13,7 @@ use paceline_sim::engine::simulate;
 use paceline_sim::model::{ModelConfig, Trainable};
 use paceline_sim::partition::StatePartition;
 use paceline_sim::program::{
-    Algorithm, Arrangement, Device, Link, OpKind, Program, Recompute, TransformerWorkload, rounds,
+    Algorithm, Arrangement, Device, Link, OpKind, Precision, Program, Recompute, TransformerWorkload, rounds,
 };
 use paceline_sim::units::Nanos;
 use std::path::Path;
@@ -35,6 +35,7 @@ fn program(states: &str, collectives: Algorithm, link: Option<Link>) -> Program 
         recompute: Recompute::None,
         tied_on_one_rank: true,
         trainable: Trainable::Full,
+        precision: Precision::Fp32,
     };
     let partition: StatePartition = states.parse().unwrap();
     lower(&Blueprint {

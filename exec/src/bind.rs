@@ -2,7 +2,7 @@
 //! collective, on which device everything happens.
 
 use crate::error::ExecError;
-use paceline_sim::program::{Arrangement, Collective, Message, OpKind, Payload, Program, Stream};
+use paceline_sim::program::{Arrangement, Collective, Element, Message, OpKind, Program, Stream};
 use paceline_sim::units::{OpId, RankId};
 use std::collections::HashMap;
 
@@ -25,12 +25,13 @@ pub struct Transfer {
 #[derive(Debug, Clone)]
 pub struct Meeting {
     pub collective: Collective,
-    pub payload: Payload,
     /// Index into [`Program::groups`].
     pub group: usize,
     pub members: Vec<OpRef>,
     /// Size of the whole array.
     pub bytes: u64,
+    /// What it is an array of.
+    pub element: Element,
     /// How it is cut, as the first member says it.
     pub arrangement: Arrangement,
 }
@@ -81,7 +82,7 @@ impl<'p> Bound<'p> {
                             return wrong(format!("{} {} sends {message:?} twice", RankId(here.rank), OpId(here.op)));
                         }
                     }
-                    OpKind::Collective { collective, group, payload, bytes, arrangement, .. } => {
+                    OpKind::Collective { collective, group, buffer, bytes, arrangement, .. } => {
                         let g = group.index();
                         let ranks = &program.groups[g].ranks;
                         if ranks.len() != program.groups[g].size as usize {
@@ -103,19 +104,22 @@ impl<'p> Bound<'p> {
                         if *turn == of_group[g].len() {
                             of_group[g].push(meetings.len() as u32);
                             let members = vec![OpRef { rank: u32::MAX, op: 0 }; ranks.len()];
-                            meetings.push(Meeting { collective, payload, group: g, members, bytes, arrangement });
+                            let element = rank.buffers[buffer.index()].element;
+                            meetings.push(Meeting { collective, group: g, members, bytes, element, arrangement });
                         }
                         let meeting = of_group[g][*turn];
                         *turn += 1;
                         let found = &mut meetings[meeting as usize];
-                        let same = (found.collective, found.bytes) == (collective, bytes);
+                        let element = rank.buffers[buffer.index()].element;
+                        let same = (found.collective, found.bytes, found.element) == (collective, bytes, element);
                         if !same || !found.arrangement.meets(&arrangement) {
                             return wrong(format!(
-                                "{} {} brings {collective:?} of {bytes} bytes where its group runs {:?} of {}",
+                                "{} {} brings {collective:?} of {bytes} bytes of {element:?} where its group runs {:?} of {} of {:?}",
                                 RankId(here.rank),
                                 OpId(here.op),
                                 found.collective,
-                                found.bytes
+                                found.bytes,
+                                found.element
                             ));
                         }
                         found.members[member] = here;

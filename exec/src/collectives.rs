@@ -7,9 +7,10 @@
 //! A member's part may lie apart from its array (its shard): then the last round of a reduction adds the sum to what is
 //! there, and the first round of a gather takes the part from there.
 
+use crate::numbers::Addend;
 use paceline_sim::program::Step;
 use smallvec::SmallVec;
-use std::ops::{AddAssign, Range};
+use std::ops::Range;
 
 /// How an array is cut: member `i` has `part` elements from `i * part` on, the last ones fewer or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -174,13 +175,7 @@ pub struct Member<T> {
 /// # Safety
 /// Each array leads to `parts.len` live, aligned, initialised elements, each shard to as many as the member's part has; no two
 /// overlap, every member has entered the round, and no one but the members' own calls for this round touches them meanwhile.
-pub unsafe fn perform<T: Copy + AddAssign + Default>(
-    step: Step,
-    members: &[Member<T>],
-    groups: usize,
-    parts: Parts,
-    member: usize,
-) {
+pub unsafe fn perform<T: Addend>(step: Step, members: &[Member<T>], groups: usize, parts: Parts, member: usize) {
     let shape = Shape { members: members.len(), groups };
     // SAFETY: the element lies within the array; a place in a shard is asked for only where there is one.
     let at = |place: Place| match place {
@@ -204,10 +199,10 @@ pub unsafe fn perform<T: Copy + AddAssign + Default>(
 ///
 /// # Safety
 /// As for [`perform`].
-unsafe fn sum<T: Copy + AddAssign + Default>(members: &[Member<T>], part: Range<usize>, out: *mut T, adds: bool) {
+unsafe fn sum<T: Addend>(members: &[Member<T>], part: Range<usize>, out: *mut T, adds: bool) {
     /// Elements that are summed before they are written: `out` may be read by a later addend, and the sum stays in cache.
     const BLOCK: usize = 1024;
-    let mut block = [T::default(); BLOCK];
+    let mut block = [T::Sum::default(); BLOCK];
     let mut start = part.start;
     while start < part.end {
         let len = BLOCK.min(part.end - start);
@@ -215,16 +210,22 @@ unsafe fn sum<T: Copy + AddAssign + Default>(members: &[Member<T>], part: Range<
         // SAFETY: `start..start + len` lies within the arrays, and as far into `out` as into the part.
         unsafe {
             let out = out.add(start - part.start);
-            total.copy_from_slice(std::slice::from_raw_parts(members[0].array.add(start), len));
+            let first = std::slice::from_raw_parts(members[0].array.add(start), len);
+            total.iter_mut().zip(first).for_each(|(t, a)| *t = a.widen());
             for member in &members[1..] {
                 let addend = std::slice::from_raw_parts(member.array.add(start), len);
-                total.iter_mut().zip(addend).for_each(|(t, &a)| *t += a);
+                total.iter_mut().zip(addend).for_each(|(t, a)| *t += a.widen());
             }
+            let there = std::slice::from_raw_parts_mut(out, len);
+            let pairs = there.iter_mut().zip(&*total);
             if adds {
-                let there = std::slice::from_raw_parts_mut(out, len);
-                there.iter_mut().zip(&*total).for_each(|(there, &t)| *there += t);
+                pairs.for_each(|(there, &t)| {
+                    let mut sum = there.widen();
+                    sum += t;
+                    *there = T::narrow(sum);
+                });
             } else {
-                std::ptr::copy_nonoverlapping(total.as_ptr(), out, len);
+                pairs.for_each(|(there, &t)| *there = T::narrow(t));
             }
         }
         start += len;
@@ -238,7 +239,7 @@ mod tests {
     use proptest::prelude::*;
 
     /// All members' parts of all rounds, in an order of members that the algorithm must not depend on.
-    fn run_over<T: Copy + AddAssign + Default>(
+    fn run_over<T: Addend>(
         (collective, algorithm): (Collective, Algorithm),
         groups: usize,
         arrays: &mut [Vec<T>],
@@ -261,7 +262,7 @@ mod tests {
         }
     }
 
-    fn run<T: Copy + AddAssign + Default>(collective: Collective, arrays: &mut [Vec<T>], reversed: bool) {
+    fn run<T: Addend>(collective: Collective, arrays: &mut [Vec<T>], reversed: bool) {
         run_over((collective, Algorithm::Direct), 1, arrays, None, reversed);
     }
 
@@ -345,6 +346,20 @@ mod tests {
         let mut arrays = vec![vec![1e8f32; 5], vec![-1e8; 5], vec![1.0; 5]];
         run(Collective::AllReduce, &mut arrays, false);
         assert_eq!(arrays, vec![vec![1.0; 5]; 3]);
+    }
+
+    #[test]
+    fn narrow_elements_are_summed_wide_and_rounded_once() {
+        use half::bf16;
+        // Half a unit in the last place of 256 is lost in each narrow sum, and together they make one unit.
+        let of = |value: f32| vec![bf16::from_f32(value); 3];
+        let mut arrays = vec![of(256.0), of(1.0), of(1.0)];
+        run(Collective::AllReduce, &mut arrays, false);
+        assert_eq!(arrays, vec![of(258.0); 3]);
+        let mut shards = vec![vec![bf16::from_f32(1.0)]; 3];
+        let mut arrays = vec![of(254.0), of(1.0), of(1.0)];
+        run_over((Collective::ReduceScatter, Algorithm::Direct), 1, &mut arrays, Some(&mut shards), false);
+        assert_eq!(shards, vec![vec![bf16::from_f32(256.0)]; 3], "257 is rounded to even");
     }
 
     #[test]

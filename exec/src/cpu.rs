@@ -7,9 +7,10 @@ use crate::error::ExecError;
 use crate::interpreter::Hands;
 use crate::kernel_times::KernelTally;
 use crate::memory::RankMemory;
+use crate::numbers::{self, dtype};
 use crate::seam::{Launch, Operands, Passes};
 use crate::settings::OptimizerSettings;
-use paceline_kernels::{AdamW, Call, DType, Device, KernelError, View};
+use paceline_kernels::{AdamW, Call, Device, KernelError, View};
 use paceline_sim::model::parameters::{DecayRun, decay_runs};
 use paceline_sim::program::{
     Collective, Op, OpKind, Payload, Piece, Program, RankProgram, Shares, Tensor, Update, begun_gradients,
@@ -162,7 +163,7 @@ impl<'a> CpuHands<'a> {
 
     /// The whole of a living buffer.
     fn view(&self, buffer: usize) -> Option<View> {
-        let dtype = dtype(self.rank.buffers[buffer].tensor);
+        let dtype = dtype(self.rank.buffers[buffer].element);
         self.memory.block(buffer).map(|block| block.view(0, block.bytes() / dtype.bytes(), dtype))
     }
 
@@ -187,10 +188,7 @@ impl<'a> CpuHands<'a> {
         if !within(&update.parameters, &update.range) || !within(&update.gradients, &update.range) {
             return wrong("has moments of elements whose weights or gradients it lacks");
         }
-        match &update.kept {
-            Some(kept) if !within(&update.parameters, &kept.holds) => wrong("keeps weights that it does not update"),
-            _ => Ok(update),
-        }
+        Ok(update)
     }
 
     /// Prepares a run of the program.
@@ -326,8 +324,9 @@ impl Hands for CpuHands<'_> {
                     return Err(ExecError::Program(format!("{tensor:?} holds no tied embedding matrix")));
                 };
                 let copy = self.job.passes.tied_copy(stage, unit).map(|copy| copy.range).unwrap_or_default();
-                range.address += 4 * copy.start as u64;
-                range.bytes = 4 * copy.len() as u64;
+                let width = self.rank.buffers[buffer.index()].element.bytes();
+                range.address += width * copy.start as u64;
+                range.bytes = width * copy.len() as u64;
             }
             if range.bytes < bytes {
                 let bytes_there = range.bytes;
@@ -383,7 +382,7 @@ impl Hands for CpuHands<'_> {
             }
             OpKind::OptimizerAhead { stage, unit, .. } => {
                 let Some((update, step)) = update else { return Ok(job.clock.now()) };
-                let Some(guessed) = &update.kept else { return Ok(job.clock.now()) };
+                let Some(((guessed, _), others)) = update.copies.split_first() else { return Ok(job.clock.now()) };
                 let kept = operands.view(update.parameters.tensor)?;
                 let parameters = operands.view(guessed.tensor)?;
                 let gradients = operands.view(update.gradients.tensor)?;
@@ -400,6 +399,7 @@ impl Hands for CpuHands<'_> {
                         with: job.adamw(self.orders.step + u64::from(step), decay),
                     })?;
                 }
+                hand_on(&launch, &operands, guessed, others)?;
             }
             OpKind::Optimizer { stage, unit } | OpKind::Validate { stage, unit, .. } => {
                 let Some((update, step)) = update else { return Ok(job.clock.now()) };
@@ -418,7 +418,7 @@ impl Hands for CpuHands<'_> {
                         op: OpId(op),
                         source,
                     })?;
-                    let values = bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_ne_bytes(b)).collect();
+                    let values = numbers::values(&bytes, shard.dtype());
                     self.gradients.insert((stage, unit), (own.clone(), values));
                 }
                 let all = self.parameters[&(stage, unit)].iter().cloned();
@@ -456,10 +456,8 @@ impl Hands for CpuHands<'_> {
                     }
                 }
                 // A guess that was right has the same bits.
-                if let Some(kept) = update.kept.as_ref().filter(|_| !stays) {
-                    let place = update.parameters.place(&kept.holds);
-                    let from = parameters.slice(place.start, place.len());
-                    launch.launch(Call::Copy { from, to: operands.view(kept.tensor)? })?;
+                if !stays {
+                    hand_on(&launch, &operands, &update.parameters, &update.copies)?;
                 }
             }
             OpKind::Join | OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } => {}
@@ -527,12 +525,24 @@ pub(crate) fn is_weight(tensor: Tensor) -> bool {
     )
 }
 
-fn dtype(tensor: Tensor) -> DType {
-    match tensor {
-        Tensor::Tokens { .. } | Tensor::Targets { .. } => DType::U32,
-        Tensor::GradientNorm => DType::F64,
-        _ => DType::F32,
+/// Hands weights on from one piece to the next.
+fn hand_on(
+    launch: &dyn Launch,
+    operands: &dyn Operands,
+    from: &Piece,
+    copies: &[(Piece, Range<usize>)],
+) -> Result<(), ExecError> {
+    let part = |piece: &Piece, both: &Range<usize>| -> Result<View, ExecError> {
+        Ok(operands.view(piece.tensor)?.slice(piece.place(both).start, both.len()))
+    };
+    let mut before = from;
+    for (piece, both) in copies {
+        let (from, to) = (part(before, both)?, part(piece, both)?);
+        let same = from.dtype() == to.dtype();
+        launch.launch(if same { Call::Copy { from, to } } else { Call::Cast { from, to } })?;
+        before = piece;
     }
+    Ok(())
 }
 
 struct OpOperands<'a> {
@@ -555,11 +565,11 @@ impl OpOperands<'_> {
 
 impl Operands for OpOperands<'_> {
     fn view(&self, tensor: Tensor) -> Result<View, ExecError> {
-        let block = self.buffer(tensor).and_then(|buffer| self.memory.block(buffer));
-        let Some(block) = block else {
+        let found = self.buffer(tensor).and_then(|buffer| Some((buffer, self.memory.block(buffer)?)));
+        let Some((buffer, block)) = found else {
             return Err(ExecError::Undeclared { rank: self.id, op: self.op, tensor });
         };
-        let dtype = dtype(tensor);
+        let dtype = dtype(self.rank.buffers[buffer].element);
         Ok(block.view(0, block.bytes() / dtype.bytes(), dtype))
     }
 

@@ -39,7 +39,9 @@ impl<'d> DeviceExchange<'d> {
     /// # Safety
     /// Both ranges are live memory of the device, and only this call touches them.
     pub unsafe fn copy(&self, from: HostRange, to: HostRange) {
-        let words = |range: HostRange| View::at(range.address, range.bytes as usize / 4, DType::U32);
+        // In the widest words that fill it.
+        let dtype = if from.bytes.is_multiple_of(4) { DType::U32 } else { DType::BF16 };
+        let words = |range: HostRange| View::at(range.address, range.bytes as usize / dtype.bytes(), dtype);
         // SAFETY: the caller's promise.
         self.note(unsafe { self.device.run(&Call::Copy { from: words(from), to: words(to) }) });
     }
@@ -86,17 +88,27 @@ impl<'d> DeviceExchange<'d> {
         let mut start = part.start;
         while start < part.end {
             let len = BLOCK.min(part.end - start);
-            let sum = block.view(0, len, dtype);
             let of = |member: usize| View::at(members[member].address + (start * width) as u64, len, dtype);
             let out = View::at(to + ((start - part.start) * width) as u64, len, dtype);
-            let last = if adds { Call::Add { x: sum, into: out } } else { Call::Copy { from: sum, to: out } };
-            // SAFETY: the caller's promise; the sum is nobody else's while the lock is held, and calls run in order.
-            unsafe {
-                self.device.run(&Call::Copy { from: of(addends[0]), to: sum })?;
-                for &other in &addends[1..] {
-                    self.device.run(&Call::Add { x: of(other), into: sum })?;
+            // SAFETY: the caller's promise; the room is nobody else's while the lock is held, and calls run in order.
+            let run = |call: Call| unsafe { self.device.run(&call) };
+            if dtype == DType::BF16 {
+                // In 32 bits, rounded once.
+                let (sum, wide) = (block.view(0, len, DType::F32), block.view(BLOCK * 4, len, DType::F32));
+                run(Call::Cast { from: of(addends[0]), to: sum })?;
+                let there = adds.then_some(out);
+                for other in addends[1..].iter().map(|&other| of(other)).chain(there) {
+                    run(Call::Cast { from: other, to: wide })?;
+                    run(Call::Add { x: wide, into: sum })?;
                 }
-                self.device.run(&last)?;
+                run(Call::Cast { from: sum, to: out })?;
+            } else {
+                let sum = block.view(0, len, dtype);
+                run(Call::Copy { from: of(addends[0]), to: sum })?;
+                for &other in &addends[1..] {
+                    run(Call::Add { x: of(other), into: sum })?;
+                }
+                run(if adds { Call::Add { x: sum, into: out } } else { Call::Copy { from: sum, to: out } })?;
             }
             start += len;
         }

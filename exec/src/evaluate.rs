@@ -6,9 +6,10 @@
 use crate::cpu::Job;
 use crate::error::ExecError;
 use crate::memory::RankMemory;
+use crate::numbers::{self, dtype};
 use crate::seam::{Launch, Operands};
 use crate::state::Holders;
-use paceline_kernels::{Block, Call, DType, Device, KernelError, View};
+use paceline_kernels::{Block, Call, Device, KernelError, View};
 use paceline_sim::program::{OpKind, Pass, Program, Tensor};
 use paceline_sim::units::{MicrobatchId, OpId, RankId, StageId};
 use std::collections::HashMap;
@@ -84,9 +85,10 @@ fn parameters(
         if found.contains_key(&tensor) {
             continue;
         }
-        let block = holders.job.device.allocate(4 * values.len()).map_err(refused)?;
-        let view = block.view(0, values.len(), DType::F32);
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        let dtype = dtype(holders.job.program.workload.precision().element(tensor));
+        let block = holders.job.device.allocate(dtype.bytes() * values.len()).map_err(refused)?;
+        let view = block.view(0, values.len(), dtype);
+        let bytes = numbers::bytes(&values, dtype);
         // SAFETY: the block was just allocated; no other view of it exists.
         unsafe { holders.job.device.upload(&bytes, view) }.map_err(refused)?;
         found.insert(tensor, view);
@@ -123,10 +125,7 @@ fn microbatch_loss(
                 continue;
             }
             memory.allocate(buffer, class, bytes).map_err(refused)?;
-            let dtype = match tensor {
-                Tensor::Tokens { .. } | Tensor::Targets { .. } => DType::U32,
-                _ => DType::F32,
-            };
+            let dtype = dtype(job.program.workload.precision().element(tensor));
             let Some(block) = memory.block(buffer) else { continue };
             let view = block.view(0, block.bytes() / dtype.bytes(), dtype);
             match tensor {

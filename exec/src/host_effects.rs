@@ -5,8 +5,10 @@ use crate::collectives::{Member, Parts, perform};
 use crate::crew::Clock;
 use crate::device_exchange::DeviceExchange;
 use crate::effects::{Effects, HostRange, Passage, Span};
+use crate::numbers::dtype;
+use half::bf16;
 use paceline_kernels::{DType, Device, KernelError};
-use paceline_sim::program::{Payload, Step, rounds};
+use paceline_sim::program::{Step, rounds};
 use smallvec::SmallVec;
 use std::sync::{Mutex, PoisonError};
 
@@ -35,7 +37,7 @@ pub(crate) struct HostEffects<'d> {
 impl<'d> HostEffects<'d> {
     pub fn new(bound: &Bound, clock: Clock, device: &'d dyn Device) -> HostEffects<'d> {
         let exchange = |meeting: &Meeting| {
-            let dtype = if meeting.payload == Payload::GradientNorm { DType::F64 } else { DType::F32 };
+            let dtype = dtype(meeting.element);
             let (width, members) = (dtype.bytes() as u64, meeting.members.len() as u32);
             let part = meeting.arrangement.part_of(meeting.bytes, members, width) / width;
             let parts = Parts { len: (meeting.bytes / width) as usize, part: part as usize };
@@ -127,6 +129,7 @@ impl Effects for HostEffects<'_> {
             }
             match dtype {
                 DType::F64 => perform(steps[round], &members::<f64>(ranges), groups, parts, member),
+                DType::BF16 => perform(steps[round], &members::<bf16>(ranges), groups, parts, member),
                 _ => perform(steps[round], &members::<f32>(ranges), groups, parts, member),
             }
         })

@@ -2,7 +2,7 @@
 //! from.
 
 use paceline_kernels::{AttentionShape, Call};
-use paceline_profiles::{KernelKey, KernelOp};
+use paceline_profiles::{DType, KernelKey, KernelOp};
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 use std::collections::HashMap;
@@ -92,6 +92,44 @@ impl KernelTally {
 
 /// The name under which the time of a call is stored.
 pub fn kernel_key(call: &Call) -> KernelKey {
+    shape_key(call).with(number_format(call))
+}
+
+/// Values as their kind, with 32-bit gradients of parameters apart.
+fn number_format(call: &Call) -> DType {
+    use paceline_kernels::DType::{BF16, F32};
+    let (values, result) = match *call {
+        Call::MatMul { a, c, .. } => (a, Some(c)),
+        Call::BiasGradient { dy, d_bias, .. } => (dy, Some(d_bias)),
+        Call::NormBackwardWeight { x, d_gamma, .. } => (x, Some(d_gamma)),
+        Call::EmbeddingBackward { d_out, d_table, .. } => (d_out, Some(d_table)),
+        Call::HeadBackward { x, d_weight, .. } => (x, d_weight),
+        Call::Cast { from, to } => (if from.dtype() == BF16 { from } else { to }, None),
+        // The weights are 32-bit always.
+        Call::AdamW { gradients, .. } | Call::AdamWAhead { gradients, .. } => (gradients, None),
+        Call::AddBias { x, .. }
+        | Call::Norm { x, .. }
+        | Call::NormBackwardInput { x, .. }
+        | Call::HeadLoss { x, .. }
+        | Call::Gelu { x, .. }
+        | Call::GeluBackward { x, .. }
+        | Call::Add { x, .. }
+        | Call::Zero { x }
+        | Call::SumSquares { x, .. } => (x, None),
+        Call::Rotary { qkv, .. } | Call::Attention { qkv, .. } | Call::AttentionBackward { qkv, .. } => (qkv, None),
+        Call::SwiGlu { gate_up, .. } | Call::SwiGluBackward { gate_up, .. } => (gate_up, None),
+        Call::Embedding { table, .. } => (table, None),
+        Call::Sum { a, .. } => (a, None),
+        Call::Copy { from, .. } => (from, None),
+    };
+    match (values.dtype(), result.map(|result| result.dtype())) {
+        (BF16, Some(F32)) => DType::Bf16F32,
+        (BF16, _) => DType::Bf16,
+        _ => DType::F32,
+    }
+}
+
+fn shape_key(call: &Call) -> KernelKey {
     use KernelOp as Op;
     let attention = |op, s: &AttentionShape| key(op, &[s.batch, s.seq, s.heads, s.kv_heads, s.head_dim]);
     match *call {
@@ -138,7 +176,7 @@ pub fn kernel_key(call: &Call) -> KernelKey {
         }
         Call::Add { x, .. } => key(Op::Add, &[x.len() as u32]),
         Call::Sum { out, .. } => key(Op::Sum, &[out.len() as u32]),
-        // Bound by memory as a copy is; its narrower side makes it a little faster.
+        Call::Cast { from, to } if from.dtype() != to.dtype() => key(Op::Cast, &[to.len() as u32]),
         Call::Copy { to, .. } | Call::Cast { to, .. } => key(Op::Copy, &[to.len() as u32]),
         Call::Zero { x } => key(Op::Zero, &[x.len() as u32]),
         Call::SumSquares { x, .. } => key(Op::SumSquares, &[x.len() as u32]),
@@ -148,5 +186,5 @@ pub fn kernel_key(call: &Call) -> KernelKey {
 }
 
 fn key(op: KernelOp, dims: &[u32]) -> KernelKey {
-    KernelKey { op, dims: SmallVec::from_slice(dims) }
+    KernelKey { op, dims: SmallVec::from_slice(dims), dtype: DType::F32 }
 }

@@ -25,6 +25,7 @@ mod kernel_times;
 mod layers;
 mod learning_rate;
 mod memory;
+mod numbers;
 mod paced;
 mod record;
 mod report;

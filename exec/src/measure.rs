@@ -218,7 +218,6 @@ impl Run<'_> {
         progress(MeasureProgress { phase: what, fraction: after });
         let date = machine::today();
         self.rows.extend(measured.into_iter().map(|m| Row {
-            dtype: m.dtype.into(),
             subject: m.subject,
             busy_devices: m.busy_devices,
             context: None,
@@ -236,7 +235,6 @@ impl Run<'_> {
 /// A result, before it becomes a row.
 struct Measured {
     subject: Subject,
-    dtype: &'static str,
     busy_devices: u32,
     summary: Summary,
 }

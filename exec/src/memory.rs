@@ -138,8 +138,9 @@ impl<'d> RankMemory<'d> {
                 }
             };
         if self.poison {
-            let nan = f32::NAN.to_ne_bytes().repeat(block.bytes() / 4);
-            let view = block.view(0, block.bytes() / 4, DType::F32);
+            // Whatever the format, all ones are not a number; as an index they are beyond every table.
+            let nan = vec![u8::MAX; block.bytes()];
+            let view = block.view(0, block.bytes() / 2, DType::BF16);
             // SAFETY: the block was just allocated; no other view of it exists.
             unsafe { self.device.upload(&nan, view) }?;
         }

@@ -5,7 +5,7 @@
 //! wake, so late wake-ups do not add up: whatever order the threads really took, the makespan is the plan's plus the
 //! lateness of the last wake-up. Threads only sleep, so many ranks fit on few cores.
 
-use crate::bind::Bound;
+use crate::bind::{Bound, Meeting};
 use crate::crew::{Clock, StepTimes, with_crew};
 use crate::effects::{Effects, HostRange, Passage, Span};
 use crate::error::ExecError;
@@ -99,7 +99,8 @@ impl Pace {
                 .collect(),
             meetings: meetings
                 .map(|m| {
-                    let exchange = Exchange { collective: m.collective, bytes: m.bytes, arrangement: m.arrangement };
+                    let &Meeting { collective, bytes, element, arrangement, .. } = m;
+                    let exchange = Exchange { collective, bytes, element, arrangement };
                     costs.collective(program, exchange, &program.groups[m.group])
                 })
                 .collect(),

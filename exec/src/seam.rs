@@ -15,7 +15,7 @@ pub trait Launch {
 
 /// Finds the operands of an op by name.
 pub trait Operands {
-    /// The whole buffer of a tensor: `u32` for tokens and targets, `f64` for the gradient norm, `f32` for everything else.
+    /// The whole buffer of a tensor, in its elements ([`paceline_sim::program::Precision::element`]).
     /// Any [`Tensor::Workspace`] names the workspace of the op.
     ///
     /// # Errors

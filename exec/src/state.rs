@@ -4,6 +4,7 @@
 use crate::cpu::{CpuHands, Job};
 use crate::error::ExecError;
 use crate::initialise::fill;
+use crate::numbers;
 use crate::seam::Parameter;
 use paceline_kernels::{DType, View};
 use paceline_sim::program::Tensor;
@@ -32,6 +33,13 @@ struct Weights {
     view: View,
     /// Which elements of the unit's array.
     holds: Range<usize>,
+}
+
+impl Weights {
+    /// Whether they are rounded copies of those that the optimizer updates.
+    fn are_rounded(&self) -> bool {
+        matches!(self.whole, Tensor::Parameters { .. }) && self.view.dtype() != DType::F32
+    }
 }
 
 /// Copies the elements that two parts of one array have in common.
@@ -77,8 +85,7 @@ impl<'h, 'a> Holders<'h, 'a> {
                     _ => continue,
                 };
                 let Some(view) = hands.persistent(held.tensor) else { continue };
-                let start = held.start as usize / 4;
-                let weights = Weights { stage, whole, view, holds: start..start + view.len() };
+                let weights = Weights { stage, whole, view, holds: held.holds() };
                 visit(&hands, &weights, &parameters).map_err(|source| ExecError::Kernel {
                     rank: RankId(r as u32),
                     op: OpId(0),
@@ -125,6 +132,9 @@ impl<'h, 'a> Holders<'h, 'a> {
     pub fn gather(&self) -> Result<ModelState, ExecError> {
         let mut state = ModelState::new();
         self.for_each_piece(|_, weights, parameters| {
+            if weights.are_rounded() {
+                return Ok(());
+            }
             let values = self.read(weights.view)?;
             for parameter in parameters {
                 let range = parameter.range.clone();
@@ -220,15 +230,14 @@ impl<'h, 'a> Holders<'h, 'a> {
     }
 
     fn read(&self, view: View) -> Result<Vec<f32>, paceline_kernels::KernelError> {
-        debug_assert!(view.dtype() == DType::F32);
         let mut bytes = vec![0; view.bytes()];
         // SAFETY: between steps nobody else touches the ranks' buffers.
         unsafe { self.job.device.download(view, &mut bytes) }?;
-        Ok(bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_ne_bytes(b)).collect())
+        Ok(numbers::values(&bytes, view.dtype()))
     }
 
     fn write(&self, view: View, values: &[f32]) -> Result<(), paceline_kernels::KernelError> {
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        let bytes = numbers::bytes(values, view.dtype());
         // SAFETY: between steps nobody else touches the ranks' buffers.
         unsafe { self.job.device.upload(&bytes, view) }
     }

@@ -69,6 +69,14 @@ impl View {
         View { address: self.address + (start * self.dtype.bytes()) as u64, len, dtype: self.dtype }
     }
 
+    /// `len` elements of another type, from a byte of this view on. Panics when out of range or misaligned, as [`View::slice`].
+    pub fn within(&self, byte_offset: usize, len: usize, dtype: DType) -> View {
+        let end = byte_offset + len * dtype.bytes();
+        assert!(end <= self.bytes(), "view of {} bytes cut at {byte_offset}..{end}", self.bytes());
+        assert!(byte_offset.is_multiple_of(dtype.bytes()), "view at byte {byte_offset} is not aligned to {dtype:?}");
+        View { address: self.address + byte_offset as u64, len, dtype }
+    }
+
     /// Whether two views share a byte.
     pub fn overlaps(&self, other: &View) -> bool {
         let end = |v: &View| v.address + v.bytes() as u64;

@@ -252,6 +252,7 @@ impl Configuration {
             recompute: self.recompute,
             tied_on_one_rank: false,
             trainable: job.trainable.clone(),
+            precision: job.precision,
         };
         let blueprint = Blueprint {
             order: &order,

@@ -64,6 +64,8 @@ pub enum KernelOp {
     Sum,
     /// `elements`.
     Copy,
+    /// `elements`: between 32 bits and the narrower type of the key.
+    Cast,
     /// `elements`.
     Zero,
     /// `elements`.
@@ -74,6 +76,49 @@ pub enum KernelOp {
     AdamWAhead,
 }
 
+/// Number formats of a kernel call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DType {
+    /// All 32-bit.
+    #[default]
+    F32,
+    /// Values and results bfloat16, sums 32-bit inside.
+    Bf16,
+    /// Values bfloat16, the result 32-bit: gradients of weights that are kept so.
+    Bf16F32,
+}
+
+impl DType {
+    /// Every one.
+    pub const ALL: [DType; 3] = [DType::F32, DType::Bf16, DType::Bf16F32];
+
+    /// Its name in files, the same as in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::Bf16 => "bf16",
+            DType::Bf16F32 => "bf16-f32",
+        }
+    }
+
+    /// Bytes of a value.
+    pub fn bytes(self) -> u64 {
+        if self == DType::F32 { 4 } else { 2 }
+    }
+
+    /// Whether it is the usual one, which files leave out.
+    fn is_usual(&self) -> bool {
+        *self == DType::F32
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 /// An operator at a shape.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct KernelKey {
@@ -81,6 +126,9 @@ pub struct KernelKey {
     pub op: KernelOp,
     /// Its dimensions, in the order that [`KernelOp`] documents.
     pub dims: SmallVec<[u32; 5]>,
+    /// The number formats of its operands.
+    #[serde(default, skip_serializing_if = "DType::is_usual")]
+    pub dtype: DType,
 }
 
 /// Operators that cost alike: a correction learnt for one is the best guess for another of the same family.
@@ -99,7 +147,7 @@ pub enum Family {
 
 impl KernelOp {
     /// Every operator.
-    pub const ALL: [KernelOp; 31] = [
+    pub const ALL: [KernelOp; 32] = [
         KernelOp::MatmulNn,
         KernelOp::MatmulNt,
         KernelOp::MatmulTn,
@@ -127,6 +175,7 @@ impl KernelOp {
         KernelOp::Add,
         KernelOp::Sum,
         KernelOp::Copy,
+        KernelOp::Cast,
         KernelOp::Zero,
         KernelOp::SumSquares,
         KernelOp::AdamW,
@@ -163,6 +212,7 @@ impl KernelOp {
             KernelOp::Add => "add",
             KernelOp::Sum => "sum",
             KernelOp::Copy => "copy",
+            KernelOp::Cast => "cast",
             KernelOp::Zero => "zero",
             KernelOp::SumSquares => "sum-squares",
             KernelOp::AdamW => "adam-w",
@@ -184,6 +234,7 @@ impl KernelOp {
             | KernelOp::Add
             | KernelOp::Sum
             | KernelOp::Copy
+            | KernelOp::Cast
             | KernelOp::Zero
             | KernelOp::SumSquares
             | KernelOp::AdamW
@@ -232,17 +283,22 @@ pub enum KeyError {
 }
 
 impl KernelKey {
-    /// A key from its parts.
+    /// A key from its parts, of 32-bit operands.
     ///
     /// # Errors
     /// When the number of dimensions is not the operator's, or one is zero.
     pub fn new(op: KernelOp, dims: &[u32]) -> Result<KernelKey, KeyError> {
-        let key = KernelKey { op, dims: SmallVec::from_slice(dims) };
+        let key = KernelKey { op, dims: SmallVec::from_slice(dims), dtype: DType::F32 };
         if dims.len() == op.dimensions().len() && dims.iter().all(|&d| d > 0) {
             Ok(key)
         } else {
             Err(shape_error(op, &key.shape()))
         }
+    }
+
+    /// The same call on operands of another type.
+    pub fn with(self, dtype: DType) -> KernelKey {
+        KernelKey { dtype, ..self }
     }
 
     /// Its dimensions by name, for example `m=512;n=768;k=256`.
@@ -252,7 +308,7 @@ impl KernelKey {
         parts.join(";")
     }
 
-    /// The key of an operator with the dimensions of [`KernelKey::shape`], in that order.
+    /// The key of an operator on 32-bit operands with the dimensions of [`KernelKey::shape`], in that order.
     ///
     /// # Errors
     /// When a name is missing, unknown or out of place, or a value is not a whole number from 1 on.
@@ -266,7 +322,11 @@ impl KernelKey {
             };
             dims.push(value);
         }
-        if dims.len() == names.len() { Ok(KernelKey { op, dims }) } else { Err(shape_error(op, shape)) }
+        if dims.len() == names.len() {
+            Ok(KernelKey { op, dims, dtype: DType::F32 })
+        } else {
+            Err(shape_error(op, shape))
+        }
     }
 }
 
@@ -277,7 +337,8 @@ fn shape_error(op: KernelOp, shape: &str) -> KeyError {
 
 impl fmt::Display for KernelKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.op, self.shape())
+        write!(f, "{} {}", self.op, self.shape())?;
+        if self.dtype == DType::F32 { Ok(()) } else { write!(f, " {}", self.dtype) }
     }
 }
 
@@ -291,6 +352,18 @@ mod tests {
             assert_eq!(serde_json::to_value(op).unwrap(), op.name());
             assert_eq!(op.name().parse(), Ok(op));
         }
+    }
+
+    #[test]
+    fn number_formats_show_where_they_are_not_the_usual() {
+        for dtype in DType::ALL {
+            assert_eq!(serde_json::to_value(dtype).unwrap(), dtype.name());
+        }
+        let key = KernelKey::new(KernelOp::Add, &[8]).unwrap();
+        assert_eq!(serde_json::to_string(&key).unwrap(), r#"{"op":"add","dims":[8]}"#);
+        let narrow = key.with(DType::Bf16);
+        assert_eq!(narrow.to_string(), "add elements=8 bf16");
+        assert_eq!(serde_json::from_str::<KernelKey>(&serde_json::to_string(&narrow).unwrap()).unwrap(), narrow);
     }
 
     #[test]

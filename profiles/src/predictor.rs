@@ -13,7 +13,7 @@ use crate::context::{Conditions, Context};
 use crate::curve::{Ladder, Sample, Surface};
 use crate::estimate::{Estimate, Provenance};
 use crate::fit::{Line, Point};
-use crate::kernel_key::{Family, KernelKey, KernelOp};
+use crate::kernel_key::{DType, Family, KernelKey, KernelOp};
 use crate::profile::{Profile, ProfileError};
 use crate::row::{CollectiveRound, Overhead, Row, Source, Subject};
 use crate::work::Work;
@@ -26,8 +26,8 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Class {
-    /// All shapes of a kernel.
-    Kernel(KernelOp),
+    /// All shapes of a kernel on operands of one type.
+    Kernel(KernelOp, DType),
     /// Messages of all sizes.
     Transfer,
     /// A round of collectives of all sizes.
@@ -40,7 +40,7 @@ impl Class {
     /// The class of a subject.
     pub fn of(subject: &Subject) -> Class {
         match subject {
-            Subject::Kernel(key) => Class::Kernel(key.op),
+            Subject::Kernel(key) => Class::Kernel(key.op, key.dtype),
             Subject::Transfer { .. } => Class::Transfer,
             Subject::Collective { round, .. } => Class::Collective(*round),
             Subject::Overhead(overhead) => Class::Overhead(*overhead),
@@ -49,7 +49,7 @@ impl Class {
 
     fn family(self) -> Family {
         match self {
-            Class::Kernel(op) => op.family(),
+            Class::Kernel(op, _) => op.family(),
             _ => Family::Memory,
         }
     }
@@ -58,7 +58,8 @@ impl Class {
 impl fmt::Display for Class {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Class::Kernel(op) => write!(f, "{op}"),
+            Class::Kernel(op, DType::F32) => write!(f, "{op}"),
+            Class::Kernel(op, dtype) => write!(f, "{op} {dtype}"),
             Class::Transfer => f.write_str("transfer"),
             Class::Collective(round) => write!(f, "collective {}", round.name()),
             Class::Overhead(overhead) => write!(f, "overhead {}", overhead.name()),
@@ -130,7 +131,7 @@ type Run = (Option<Context>, u32);
 /// What one curve goes through: a class, collectives by number of members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Group {
-    Kernel(KernelOp),
+    Kernel(KernelOp, DType),
     Transfer,
     Collective(CollectiveRound, u32),
 }
@@ -186,7 +187,7 @@ impl Place {
             Subject::Kernel(key) => {
                 let Work { flops, bytes } = Work::of(key);
                 let place = key.dims.iter().map(|&d| f64::from(d.max(1)).ln()).collect();
-                Some((Group::Kernel(key.op), Place { flops, bytes, place }))
+                Some((Group::Kernel(key.op, key.dtype), Place { flops, bytes, place }))
             }
             Subject::Transfer { bytes } => Some((Group::Transfer, moved(2.0 * *bytes as f64))),
             &Subject::Collective { round, members, bytes } => {
@@ -310,7 +311,7 @@ impl Predictor {
         let mut all = Vec::new();
         let mut curves = BTreeMap::new();
         for (group, (class, samples, datasheet)) in groups {
-            if let Group::Kernel(op) = group {
+            if let Group::Kernel(op, _) = group {
                 families.entry(op.family()).or_default().extend(samples.iter().map(|s| s.point));
                 all.extend(samples.iter().map(|s| s.point));
             }
@@ -382,14 +383,19 @@ impl Predictor {
         of(&|context| context == wanted).or_else(|| of(&|context| context.recomputed == wanted.recomputed))
     }
 
-    /// Time of a kernel.
+    /// Time of a kernel. Where nothing of its number format was measured, the time of the same call on 32-bit operands stands
+    /// for it.
     pub fn kernel(&self, key: &KernelKey, under: impl Into<Conditions>) -> Estimate {
         let under = under.into();
-        let found = self.seconds(&Subject::Kernel(key.clone()), under);
+        let found = self.seconds(&Subject::Kernel(key.clone()), under).or_else(|| {
+            let wide = (key.dtype != DType::F32).then(|| key.clone().with(DType::F32))?;
+            let found = self.seconds(&Subject::Kernel(wide), under)?;
+            Some(Estimate { provenance: Provenance::Assumed, ..found })
+        });
         found.unwrap_or_else(|| {
             let Work { flops, bytes } = Work::of(key);
             let line = self.families.get(&key.op.family()).unwrap_or(&self.general);
-            let class = Class::Kernel(key.op);
+            let class = Class::Kernel(key.op, key.dtype);
             let contention = nearest(&self.busy, under.busy).map_or(1.0, |ratios| ratios.of(class));
             let inside = self.like(under).unwrap_or(&self.all_runs).of(class);
             Estimate { seconds: line.seconds(flops, bytes) * contention * inside, provenance: Provenance::Assumed }

@@ -4,7 +4,7 @@
 //! reads tables, and a row keeps its meaning wherever it is copied to. Rows of two machines in one file are refused.
 
 use crate::context::Context;
-use crate::kernel_key::{KernelKey, KernelOp};
+use crate::kernel_key::{DType, KernelKey, KernelOp};
 use crate::row::{CollectiveRound, Machine, Overhead, Row, Source, Subject};
 use csv::{Position, StringRecord};
 use std::collections::HashSet;
@@ -197,7 +197,7 @@ impl Profile {
                     row.subject.kind(),
                     row.subject.op(),
                     &row.subject.shape(),
-                    &row.dtype,
+                    row.subject.dtype(),
                     &row.busy_devices.to_string(),
                     &row.context.map_or_else(String::new, |context| context.to_string()),
                     // `{:e}` prints the shortest text that reads back as the same number.
@@ -267,7 +267,6 @@ impl Fields<'_> {
         };
         let row = Row {
             subject: self.subject()?,
-            dtype: self.get("dtype").into(),
             busy_devices: self.whole("busy_devices_count")?,
             context: self.context()?,
             median_seconds: self.seconds("median_seconds", |s| s > 0.0, "a time above zero is needed")?,
@@ -293,7 +292,12 @@ impl Fields<'_> {
                 let op: KernelOp =
                     self.get("op").parse().map_err(|e: crate::KeyError| self.refuse("op", e.to_string()))?;
                 let key = KernelKey::from_shape(op, self.get("shape"));
-                key.map(Subject::Kernel).map_err(|e| self.refuse("shape", e.to_string()))
+                let key = key.map_err(|e| self.refuse("shape", e.to_string()))?;
+                let dtype = match self.get("dtype") {
+                    "" => DType::F32,
+                    _ => self.one_of("dtype", &DType::ALL, DType::name)?,
+                };
+                Ok(Subject::Kernel(key.with(dtype)))
             }
             "transfer" => {
                 self.one_of("op", &["copy"], |name| name)?;

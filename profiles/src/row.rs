@@ -1,7 +1,7 @@
 //! One measurement: what was timed, on what machine, how often, and with what result.
 
 use crate::context::Context;
-use crate::kernel_key::KernelKey;
+use crate::kernel_key::{DType, KernelKey};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -16,7 +16,7 @@ pub enum Subject {
         /// Size of the message.
         bytes: u64,
     },
-    /// One member's part of one round of a collective.
+    /// One member's part of one round of a collective over 32-bit elements.
     Collective {
         /// The round.
         round: CollectiveRound,
@@ -106,6 +106,15 @@ impl Subject {
         }
     }
 
+    /// The number format, where it matters.
+    pub fn dtype(&self) -> &'static str {
+        match self {
+            Subject::Kernel(key) => key.dtype.name(),
+            Subject::Collective { .. } => "f32",
+            Subject::Transfer { .. } | Subject::Overhead(_) => "",
+        }
+    }
+
     /// The dimensions by name.
     pub fn shape(&self) -> String {
         match self {
@@ -119,7 +128,11 @@ impl Subject {
 
 impl fmt::Display for Subject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} {}", self.kind(), self.op(), self.shape())
+        write!(f, "{} {} {}", self.kind(), self.op(), self.shape())?;
+        match self {
+            Subject::Kernel(key) if key.dtype != DType::F32 => write!(f, " {}", key.dtype),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -171,8 +184,6 @@ impl fmt::Display for Machine {
 pub struct Row {
     /// What was timed.
     pub subject: Subject,
-    /// Element type, for example `f32`; empty where it does not matter.
-    pub dtype: String,
     /// How many devices of the machine worked at that time: they share caches and memory bandwidth.
     pub busy_devices: u32,
     /// The circumstances of the run, where it was timed inside one.

@@ -8,7 +8,7 @@ use crate::kernel_key::{KernelKey, KernelOp};
 pub struct Work {
     /// Additions and multiplications of the matrix products in it; causal attention is counted as causal.
     pub flops: f64,
-    /// Bytes of its operands, each read and each written operand once (f32).
+    /// Bytes of its operands, each read and each written operand once.
     pub bytes: f64,
 }
 
@@ -17,8 +17,9 @@ impl Work {
     pub fn of(key: &KernelKey) -> Work {
         let dim = |n: usize| key.dims.get(n).map_or(1.0, |&d| f64::from(d));
         let first_two = dim(0) * dim(1);
-        // (flops, floats moved)
-        let (flops, floats) = match key.op {
+        let width = key.dtype.bytes() as f64;
+        // (flops, values moved)
+        let (flops, values) = match key.op {
             // c is written (W: read too).
             KernelOp::MatmulNn | KernelOp::MatmulNt => product(dim(0), dim(1), dim(2), 1.0),
             KernelOp::MatmulTn => product(dim(0), dim(1), dim(2), 2.0),
@@ -29,7 +30,7 @@ impl Work {
             // Logits again, then one product each.
             KernelOp::HeadBackwardInput | KernelOp::HeadBackwardWeight => head(dim(0), dim(1), dim(2), dim(3), 2.0),
             KernelOp::HeadBackward => head(dim(0), dim(1), dim(2), dim(3), 3.0),
-            // The numbers are floats moved per element of the shape.
+            // The numbers are values moved per element of the shape.
             KernelOp::AddBias => (0.0, 2.0 * first_two),
             KernelOp::BiasGradient => (0.0, first_two),
             KernelOp::RmsNorm | KernelOp::LayerNorm => (0.0, 2.0 * first_two),
@@ -41,12 +42,16 @@ impl Work {
             KernelOp::Embedding => (0.0, 2.0 * first_two),
             KernelOp::EmbeddingBackward => (0.0, 3.0 * first_two),
             KernelOp::Gelu | KernelOp::Copy => (0.0, 2.0 * dim(0)),
+            // One side is 32-bit.
+            KernelOp::Cast => (0.0, (1.0 + 4.0 / width) * dim(0)),
             KernelOp::GeluBackward | KernelOp::Add | KernelOp::Sum => (0.0, 3.0 * dim(0)),
             KernelOp::Zero | KernelOp::SumSquares => (0.0, dim(0)),
             KernelOp::AdamW => (0.0, 8.0 * dim(0)),
             KernelOp::AdamWAhead => (0.0, 6.0 * dim(0)),
         };
-        Work { flops, bytes: 4.0 * floats }
+        // Moments and master weights are 32-bit whatever the gradients are.
+        let width = if matches!(key.op, KernelOp::AdamW | KernelOp::AdamWAhead) { 4.0 } else { width };
+        Work { flops, bytes: width * values }
     }
 }
 
@@ -70,6 +75,7 @@ fn head(rows: f64, cols: f64, vocab: f64, chunk: f64, products: f64) -> (f64, f6
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel_key::DType;
 
     fn work(op: KernelOp, dims: &[u32]) -> Work {
         Work::of(&KernelKey::new(op, dims).unwrap())
@@ -79,6 +85,14 @@ mod tests {
     fn products_count_each_multiplication_and_addition() {
         assert_eq!(work(KernelOp::MatmulNt, &[2, 3, 5]), Work { flops: 60.0, bytes: 4.0 * (10.0 + 15.0 + 6.0) });
         assert_eq!(work(KernelOp::MatmulTn, &[2, 3, 5]).bytes, 4.0 * (10.0 + 15.0 + 12.0));
+    }
+
+    #[test]
+    fn narrow_values_move_half_the_bytes() {
+        let bytes = |op, dims: &[u32], dtype| Work::of(&KernelKey::new(op, dims).unwrap().with(dtype)).bytes;
+        assert_eq!(bytes(KernelOp::Add, &[10], DType::Bf16), 2.0 * 30.0);
+        assert_eq!(bytes(KernelOp::Cast, &[10], DType::Bf16), 6.0 * 10.0);
+        assert_eq!(bytes(KernelOp::AdamW, &[10], DType::Bf16), 4.0 * 80.0);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What an op costs. The engine asks; a cost model answers from a profile (or from given times).
 
-use crate::program::{Arrangement, Collective, Group, Op, Program};
+use crate::program::{Arrangement, Collective, Element, Group, Op, Program};
 use crate::units::{Nanos, RankId};
 use smallvec::SmallVec;
 
@@ -29,6 +29,8 @@ pub struct Exchange {
     pub collective: Collective,
     /// Size of the whole array.
     pub bytes: u64,
+    /// What it is an array of.
+    pub element: Element,
     /// How the array is cut.
     pub arrangement: Arrangement,
 }

@@ -1,6 +1,7 @@
 //! A step as a kernel call.
 
 use crate::error::ExecError;
+use crate::numbers::dtype;
 use crate::seam::Operands;
 use paceline_kernels::{AttentionShape, Call, View};
 use paceline_profiles::KernelOp;
@@ -13,7 +14,8 @@ use paceline_sim::model::{AttentionDims, Detail, Step};
 pub(super) fn call(step: &Step, operands: &dyn Operands, scale: f32) -> Result<Call, ExecError> {
     let mut views = Vec::with_capacity(step.operands.len());
     for slice in &step.operands {
-        views.push(operands.view(slice.tensor)?.slice(slice.range.start, slice.range.len()));
+        let dtype = dtype(slice.element);
+        views.push(operands.view(slice.tensor)?.within(slice.range.start * dtype.bytes(), slice.range.len(), dtype));
     }
     of_views(step, &views, scale).ok_or_else(|| {
         ExecError::Program(format!("{} with {} operands and {:?} is no call", step.key, views.len(), step.detail))

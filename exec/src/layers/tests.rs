@@ -6,7 +6,7 @@ use crate::kernel_times::kernel_key;
 use paceline_kernels::{Block, Call, CpuDevice, DType, View};
 use paceline_profiles::KernelKey;
 use paceline_sim::model::{Activation, ModelConfig, Norm, Positions, trained_elements};
-use paceline_sim::program::{Pass, Recompute, Unit};
+use paceline_sim::program::{Pass, Precision, Recompute, Unit};
 use paceline_sim::units::{MicrobatchId, OpId, RankId};
 use reference::Reference;
 use std::cell::RefCell;
@@ -89,8 +89,15 @@ impl Model {
     }
 
     fn training(model: ModelConfig, recompute: Recompute, trainable: Trainable) -> Model {
-        let workload =
-            TransformerWorkload { model, micro_batch: 2, seq: 5, recompute, tied_on_one_rank: true, trainable };
+        let workload = TransformerWorkload {
+            model,
+            micro_batch: 2,
+            seq: 5,
+            recompute,
+            tied_on_one_rank: true,
+            trainable,
+            precision: Precision::Fp32,
+        };
         let layers: Vec<Layer> = workload.model.all_layers().collect();
         let unit = |layers: &[Layer]| Unit { layers: layers.to_vec() };
         // A unit of two layers shows whether layers find their part of it.

@@ -1,7 +1,7 @@
 //! A kernel at a shape, as a call on real operands.
 
-use paceline_kernels::{AdamW, AttentionShape, Call, View, attention_scratch};
-use paceline_profiles::{KernelKey, KernelOp};
+use paceline_kernels::{AdamW, AttentionShape, Call, DType, View, attention_scratch};
+use paceline_profiles::{DType as Format, KernelKey, KernelOp};
 
 /// What an operand is to its call; decides where it lies when the call is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,20 +65,24 @@ fn attention_shape(key: &KernelKey) -> AttentionShape {
 }
 
 /// The call of a key; `place` finds room for `len` elements of a role, in the order of the call's operands.
-pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Role, usize) -> View) -> Call {
+pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Role, DType, usize) -> View) -> Call {
+    use DType::{BF16, F32, F64, U32};
     use Role::{Fresh, Read, Tokens, Wide, Written};
+    // What values are, and gradients of parameters; statistics, logits, weights and moments of the optimizer are 32-bit.
+    let values = if key.dtype == Format::F32 { F32 } else { BF16 };
+    let gradients = if key.dtype == Format::Bf16 { BF16 } else { F32 };
     let dim = |n: usize| key.dims[n];
     let size = |dims: &[u32]| dims.iter().fold(1usize, |all, &d| all.saturating_mul(d as usize));
-    let mut put = |role, dims: &[u32]| place(role, size(dims));
+    let mut put = |role, dtype, dims: &[u32]| place(role, dtype, size(dims));
     match key.op {
         KernelOp::MatmulNn | KernelOp::MatmulNt | KernelOp::MatmulTn => {
             let (m, n, k) = (dim(0), dim(1), dim(2));
             // Weight gradients add up over microbatches.
             let weights = key.op == KernelOp::MatmulTn;
             Call::MatMul {
-                a: put(Fresh, &[m, k]),
-                b: put(Read, &[k, n]),
-                c: put(Written, &[m, n]),
+                a: put(Fresh, values, &[m, k]),
+                b: put(Read, values, &[k, n]),
+                c: put(Written, if weights { gradients } else { values }, &[m, n]),
                 m,
                 n,
                 k,
@@ -89,21 +93,26 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
         }
         KernelOp::AddBias => {
             let (rows, cols) = (dim(0), dim(1));
-            Call::AddBias { x: put(Fresh, &[rows, cols]), bias: put(Read, &[cols]), rows, cols }
+            Call::AddBias { x: put(Fresh, values, &[rows, cols]), bias: put(Read, values, &[cols]), rows, cols }
         }
         KernelOp::BiasGradient => {
             let (rows, cols) = (dim(0), dim(1));
-            Call::BiasGradient { dy: put(Fresh, &[rows, cols]), d_bias: put(Written, &[cols]), rows, cols }
+            Call::BiasGradient {
+                dy: put(Fresh, values, &[rows, cols]),
+                d_bias: put(Written, gradients, &[cols]),
+                rows,
+                cols,
+            }
         }
         KernelOp::RmsNorm | KernelOp::LayerNorm => {
             let (rows, cols) = (dim(0), dim(1));
             let layer = key.op == KernelOp::LayerNorm;
             Call::Norm {
-                x: put(Fresh, &[rows, cols]),
-                gamma: put(Read, &[cols]),
-                beta: layer.then(|| put(Read, &[cols])),
-                out: put(Written, &[rows, cols]),
-                stats: put(Written, &[rows, 1 + u32::from(layer)]),
+                x: put(Fresh, values, &[rows, cols]),
+                gamma: put(Read, values, &[cols]),
+                beta: layer.then(|| put(Read, values, &[cols])),
+                out: put(Written, values, &[rows, cols]),
+                stats: put(Written, F32, &[rows, 1 + u32::from(layer)]),
                 rows,
                 cols,
                 epsilon: 1e-5,
@@ -113,11 +122,11 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
             let (rows, cols) = (dim(0), dim(1));
             let layer_norm = key.op == KernelOp::LayerNormBackwardInput;
             Call::NormBackwardInput {
-                x: put(Read, &[rows, cols]),
-                gamma: put(Read, &[cols]),
-                stats: put(Read, &[rows, 1 + u32::from(layer_norm)]),
-                dy: put(Fresh, &[rows, cols]),
-                dx: put(Written, &[rows, cols]),
+                x: put(Read, values, &[rows, cols]),
+                gamma: put(Read, values, &[cols]),
+                stats: put(Read, F32, &[rows, 1 + u32::from(layer_norm)]),
+                dy: put(Fresh, values, &[rows, cols]),
+                dx: put(Written, values, &[rows, cols]),
                 rows,
                 cols,
                 layer_norm,
@@ -127,27 +136,27 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
             let (rows, cols) = (dim(0), dim(1));
             let layer = key.op == KernelOp::LayerNormBackwardWeight;
             Call::NormBackwardWeight {
-                x: put(Read, &[rows, cols]),
-                stats: put(Read, &[rows, 1 + u32::from(layer)]),
-                dy: put(Fresh, &[rows, cols]),
-                d_gamma: put(Written, &[cols]),
-                d_beta: layer.then(|| put(Written, &[cols])),
+                x: put(Read, values, &[rows, cols]),
+                stats: put(Read, F32, &[rows, 1 + u32::from(layer)]),
+                dy: put(Fresh, values, &[rows, cols]),
+                d_gamma: put(Written, gradients, &[cols]),
+                d_beta: layer.then(|| put(Written, gradients, &[cols])),
                 rows,
                 cols,
             }
         }
         KernelOp::Rotary => {
             let shape = context.rotary(dim(0), dim(1));
-            let qkv = put(Fresh, &[dim(0), shape.heads + 2 * shape.kv_heads, shape.head_dim]);
+            let qkv = put(Fresh, values, &[dim(0), shape.heads + 2 * shape.kv_heads, shape.head_dim]);
             Call::Rotary { qkv, shape, theta: 10_000.0, inverse: false }
         }
         KernelOp::Attention => {
             let shape = attention_shape(key);
             let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
             Call::Attention {
-                qkv: put(Fresh, &[batch, seq, heads.saturating_add(2 * kv_heads), head_dim]),
-                out: put(Written, &[batch, seq, heads, head_dim]),
-                lse: put(Written, &[batch, heads, seq]),
+                qkv: put(Fresh, values, &[batch, seq, heads.saturating_add(2 * kv_heads), head_dim]),
+                out: put(Written, values, &[batch, seq, heads, head_dim]),
+                lse: put(Written, F32, &[batch, heads, seq]),
                 shape,
             }
         }
@@ -156,40 +165,47 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
             let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
             let fused = heads.saturating_add(2 * kv_heads);
             Call::AttentionBackward {
-                qkv: put(Read, &[batch, seq, fused, head_dim]),
-                out: put(Read, &[batch, seq, heads, head_dim]),
-                lse: put(Read, &[batch, heads, seq]),
-                d_out: put(Fresh, &[batch, seq, heads, head_dim]),
-                d_qkv: put(Written, &[batch, seq, fused, head_dim]),
-                scratch: place(Written, attention_scratch(&shape)),
+                qkv: put(Read, values, &[batch, seq, fused, head_dim]),
+                out: put(Read, values, &[batch, seq, heads, head_dim]),
+                lse: put(Read, F32, &[batch, heads, seq]),
+                d_out: put(Fresh, values, &[batch, seq, heads, head_dim]),
+                d_qkv: put(Written, values, &[batch, seq, fused, head_dim]),
+                scratch: place(Written, F32, attention_scratch(&shape)),
                 shape,
             }
         }
         KernelOp::SwiGlu => {
             let (rows, cols) = (dim(0), dim(1));
-            Call::SwiGlu { gate_up: put(Fresh, &[rows, 2, cols]), out: put(Written, &[rows, cols]), rows, cols }
-        }
-        KernelOp::SwiGluBackward => {
-            let (rows, cols) = (dim(0), dim(1));
-            Call::SwiGluBackward {
-                gate_up: put(Read, &[rows, 2, cols]),
-                d_out: put(Fresh, &[rows, cols]),
-                d_gate_up: put(Written, &[rows, 2, cols]),
+            Call::SwiGlu {
+                gate_up: put(Fresh, values, &[rows, 2, cols]),
+                out: put(Written, values, &[rows, cols]),
                 rows,
                 cols,
             }
         }
-        KernelOp::Gelu => Call::Gelu { x: put(Fresh, &[dim(0)]), out: put(Written, &[dim(0)]) },
-        KernelOp::GeluBackward => {
-            Call::GeluBackward { x: put(Read, &[dim(0)]), d_out: put(Fresh, &[dim(0)]), d_x: put(Written, &[dim(0)]) }
+        KernelOp::SwiGluBackward => {
+            let (rows, cols) = (dim(0), dim(1));
+            Call::SwiGluBackward {
+                gate_up: put(Read, values, &[rows, 2, cols]),
+                d_out: put(Fresh, values, &[rows, cols]),
+                d_gate_up: put(Written, values, &[rows, 2, cols]),
+                rows,
+                cols,
+            }
         }
+        KernelOp::Gelu => Call::Gelu { x: put(Fresh, values, &[dim(0)]), out: put(Written, values, &[dim(0)]) },
+        KernelOp::GeluBackward => Call::GeluBackward {
+            x: put(Read, values, &[dim(0)]),
+            d_out: put(Fresh, values, &[dim(0)]),
+            d_x: put(Written, values, &[dim(0)]),
+        },
         KernelOp::Embedding => {
             let (rows, cols) = (dim(0), dim(1));
             Call::Embedding {
-                tokens: put(Tokens, &[rows]),
-                table: put(Read, &[context.vocab, cols]),
+                tokens: put(Tokens, U32, &[rows]),
+                table: put(Read, values, &[context.vocab, cols]),
                 positions: None,
-                out: put(Written, &[rows, cols]),
+                out: put(Written, values, &[rows, cols]),
                 rows,
                 cols,
                 seq: rows,
@@ -198,9 +214,9 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
         KernelOp::EmbeddingBackward => {
             let (rows, cols) = (dim(0), dim(1));
             Call::EmbeddingBackward {
-                tokens: put(Tokens, &[rows]),
-                d_out: put(Fresh, &[rows, cols]),
-                d_table: put(Written, &[context.vocab, cols]),
+                tokens: put(Tokens, U32, &[rows]),
+                d_out: put(Fresh, values, &[rows, cols]),
+                d_table: put(Written, gradients, &[context.vocab, cols]),
                 d_positions: None,
                 rows,
                 cols,
@@ -210,12 +226,12 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
         KernelOp::HeadLoss => {
             let (rows, cols, vocab, chunk) = (dim(0), dim(1), dim(2), dim(3));
             Call::HeadLoss {
-                x: put(Fresh, &[rows, cols]),
-                weight: put(Read, &[vocab, cols]),
-                targets: put(Tokens, &[rows]),
-                lse: put(Written, &[rows]),
-                loss: put(Written, &[1]),
-                scratch: put(Written, &[chunk.min(rows), vocab]),
+                x: put(Fresh, values, &[rows, cols]),
+                weight: put(Read, values, &[vocab, cols]),
+                targets: put(Tokens, U32, &[rows]),
+                lse: put(Written, F32, &[rows]),
+                loss: put(Written, F32, &[1]),
+                scratch: put(Written, F32, &[chunk.min(rows), vocab]),
                 rows,
                 cols,
                 vocab,
@@ -225,13 +241,13 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
         KernelOp::HeadBackwardInput | KernelOp::HeadBackwardWeight | KernelOp::HeadBackward => {
             let (rows, cols, vocab, chunk) = (dim(0), dim(1), dim(2), dim(3));
             Call::HeadBackward {
-                x: put(Fresh, &[rows, cols]),
-                weight: put(Read, &[vocab, cols]),
-                targets: put(Tokens, &[rows]),
-                lse: put(Read, &[rows]),
-                dx: (key.op != KernelOp::HeadBackwardWeight).then(|| put(Written, &[rows, cols])),
-                d_weight: (key.op != KernelOp::HeadBackwardInput).then(|| put(Written, &[vocab, cols])),
-                scratch: put(Written, &[chunk.min(rows), vocab]),
+                x: put(Fresh, values, &[rows, cols]),
+                weight: put(Read, values, &[vocab, cols]),
+                targets: put(Tokens, U32, &[rows]),
+                lse: put(Read, F32, &[rows]),
+                dx: (key.op != KernelOp::HeadBackwardWeight).then(|| put(Written, values, &[rows, cols])),
+                d_weight: (key.op != KernelOp::HeadBackwardInput).then(|| put(Written, gradients, &[vocab, cols])),
+                scratch: put(Written, F32, &[chunk.min(rows), vocab]),
                 rows,
                 cols,
                 vocab,
@@ -239,25 +255,30 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
                 scale: 1.0,
             }
         }
-        KernelOp::Add => Call::Add { x: put(Fresh, &[dim(0)]), into: put(Written, &[dim(0)]) },
-        KernelOp::Sum => Call::Sum { a: put(Read, &[dim(0)]), b: put(Fresh, &[dim(0)]), out: put(Written, &[dim(0)]) },
-        KernelOp::Copy => Call::Copy { from: put(Fresh, &[dim(0)]), to: put(Written, &[dim(0)]) },
-        KernelOp::Zero => Call::Zero { x: put(Written, &[dim(0)]) },
-        KernelOp::SumSquares => Call::SumSquares { x: put(Read, &[dim(0)]), out: put(Wide, &[1]) },
+        KernelOp::Add => Call::Add { x: put(Fresh, values, &[dim(0)]), into: put(Written, values, &[dim(0)]) },
+        KernelOp::Sum => Call::Sum {
+            a: put(Read, values, &[dim(0)]),
+            b: put(Fresh, values, &[dim(0)]),
+            out: put(Written, values, &[dim(0)]),
+        },
+        KernelOp::Copy => Call::Copy { from: put(Fresh, values, &[dim(0)]), to: put(Written, values, &[dim(0)]) },
+        KernelOp::Cast => Call::Cast { from: put(Fresh, F32, &[dim(0)]), to: put(Written, BF16, &[dim(0)]) },
+        KernelOp::Zero => Call::Zero { x: put(Written, values, &[dim(0)]) },
+        KernelOp::SumSquares => Call::SumSquares { x: put(Read, values, &[dim(0)]), out: put(Wide, F64, &[1]) },
         KernelOp::AdamW => Call::AdamW {
-            parameters: put(Written, &[dim(0)]),
-            gradients: put(Written, &[dim(0)]),
-            first: put(Written, &[dim(0)]),
-            second: put(Written, &[dim(0)]),
-            norm: put(Wide, &[1]),
+            parameters: put(Written, F32, &[dim(0)]),
+            gradients: put(Written, gradients, &[dim(0)]),
+            first: put(Written, F32, &[dim(0)]),
+            second: put(Written, F32, &[dim(0)]),
+            norm: put(Wide, F64, &[1]),
             with: SLOW_MOMENTS,
         },
         KernelOp::AdamWAhead => Call::AdamWAhead {
-            parameters: put(Written, &[dim(0)]),
-            kept: put(Written, &[dim(0)]),
-            gradients: put(Read, &[dim(0)]),
-            first: put(Read, &[dim(0)]),
-            second: put(Read, &[dim(0)]),
+            parameters: put(Written, F32, &[dim(0)]),
+            kept: put(Written, F32, &[dim(0)]),
+            gradients: put(Read, gradients, &[dim(0)]),
+            first: put(Read, F32, &[dim(0)]),
+            second: put(Read, F32, &[dim(0)]),
             with: SLOW_MOMENTS,
         },
     }

@@ -92,8 +92,7 @@ pub(super) fn measure(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> 
     });
     let busy_devices = phase.settings.devices;
     let results = cases.iter().zip(timings).filter_map(|(case, seconds)| {
-        let dtype = if let Case::Part { .. } = case { "f32" } else { "" };
-        Summary::of(seconds).map(|summary| Measured { subject: case.subject(), dtype, busy_devices, summary })
+        Summary::of(seconds).map(|summary| Measured { subject: case.subject(), busy_devices, summary })
     });
     Ok(results.collect())
 }

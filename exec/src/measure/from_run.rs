@@ -15,9 +15,8 @@ use std::collections::BTreeMap;
 pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Predictor>) -> Vec<Row> {
     let busy_devices = program.devices.len() as u32;
     let context = context_of(program);
-    let row = |subject, dtype: &str, seconds: f64, spread: f64, repetitions| Row {
+    let row = |subject, seconds: f64, spread: f64, repetitions| Row {
         subject,
-        dtype: dtype.into(),
         busy_devices,
         context,
         median_seconds: seconds.max(1e-9),
@@ -34,7 +33,7 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
         .filter(|times| times.count > 0)
         .map(|times| {
             let mean = times.total_seconds / times.count as f64;
-            row(Subject::Kernel(times.key.clone()), "f32", mean * typical, 0.0, times.count)
+            row(Subject::Kernel(times.key.clone()), mean * typical, 0.0, times.count)
         })
         .collect();
 
@@ -49,7 +48,7 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
     }
     for (bytes, seconds) in copies {
         if let Some(summary) = super::samples::Summary::of(seconds).filter(|_| bytes > 0) {
-            rows.push(row(Subject::Transfer { bytes }, "", summary.median, summary.spread, summary.count));
+            rows.push(row(Subject::Transfer { bytes }, summary.median, summary.spread, summary.count));
         }
     }
 
@@ -78,7 +77,7 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
         } else {
             outside / (ops[0] + ops[1]) as f64
         };
-        rows.push(row(Subject::Overhead(overhead), "", seconds, 0.0, count));
+        rows.push(row(Subject::Overhead(overhead), seconds, 0.0, count));
     }
     rows
 }

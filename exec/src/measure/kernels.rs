@@ -87,7 +87,7 @@ pub(super) fn measure(phase: &mut Phase, keys: &[&KernelKey], busy: u32) -> Resu
     })?;
     let results = keys.iter().zip(timings).filter_map(|(key, seconds)| {
         let subject = Subject::Kernel((*key).clone());
-        Summary::of(seconds).map(|summary| Measured { subject, dtype: "f32", busy_devices: busy, summary })
+        Summary::of(seconds).map(|summary| Measured { subject, busy_devices: busy, summary })
     });
     Ok(results.collect())
 }
@@ -128,12 +128,12 @@ pub(super) fn sketch(key: &KernelKey, context: &Context) -> Call {
     Sizes::of(key, context).1
 }
 
-/// Elements that the largest case needs.
+/// 32-bit words that the largest case needs.
 #[derive(Debug, Clone, Copy, Default)]
 struct Sizes {
-    /// `f32` that calls only read.
+    /// That calls only read.
     read: usize,
-    /// `f32` that calls write, and fresh operands.
+    /// That calls write, and fresh operands.
     written: usize,
     tokens: usize,
 }
@@ -144,18 +144,16 @@ impl Sizes {
         let nowhere: &dyn Block = &Nowhere;
         let mut sizes = Sizes::default();
         let mut next = 0;
-        let call = call(key, context, &mut |role, len| {
-            let (dtype, sum) = match role {
-                Role::Read => (DType::F32, Some(&mut sizes.read)),
-                Role::Fresh | Role::Written => (DType::F32, Some(&mut sizes.written)),
-                Role::Tokens => (DType::U32, Some(&mut sizes.tokens)),
-                Role::Wide => (DType::F64, None),
-            };
-            if let Some(sum) = sum {
-                *sum += lines(len);
+        let call = call(key, context, &mut |role, dtype, len| {
+            let words = words(len, dtype);
+            match role {
+                Role::Read => sizes.read += words,
+                Role::Fresh | Role::Written => sizes.written += words,
+                Role::Tokens => sizes.tokens += words,
+                Role::Wide => {}
             }
             let start = next;
-            next += lines(len) * 4 + 64;
+            next += words * 4 + 64;
             nowhere.view(start, len, dtype)
         });
         (sizes, call)
@@ -168,9 +166,14 @@ impl Sizes {
     }
 }
 
-/// Elements rounded up to whole cache lines.
-fn lines(len: usize) -> usize {
-    len.div_ceil(LINE) * LINE
+/// 32-bit words of whole cache lines.
+fn lines(words: usize) -> usize {
+    words.div_ceil(LINE) * LINE
+}
+
+/// What `len` elements take of them.
+fn words(len: usize, dtype: DType) -> usize {
+    lines(len.saturating_mul(dtype.bytes()).div_ceil(4))
 }
 
 /// Addresses to count with.
@@ -227,14 +230,16 @@ impl<'d> Arena<'d> {
         let tokens = device.allocate(4 * lines(sizes.tokens.max(1)))?;
         let wide = device.allocate(64)?;
         let mut arena = Arena { device, read, written, tokens, wide, random: seed };
-        // Values between -1 and 1: no product, sum or exponential of them overflows.
+        // Values between -1 and 1, read as 32-bit words and as two narrow ones alike: no product, sum or exponential of them
+        // overflows.
         const CHUNK: usize = 1 << 16;
         let mut values = vec![0u8; 4 * CHUNK];
         for start in (0..arena.read.floats).step_by(CHUNK) {
             let len = CHUNK.min(arena.read.floats - start);
             for bytes in values[..4 * len].chunks_exact_mut(4) {
                 let value = (arena.random() >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
-                bytes.copy_from_slice(&value.to_ne_bytes());
+                let half = value.to_bits() & 0xffff_0000;
+                bytes.copy_from_slice(&(half | half >> 16).to_ne_bytes());
             }
             let to = arena.read.all().slice(start, len);
             // SAFETY: this thread alone knows the block.
@@ -276,24 +281,25 @@ impl<'d> Arena<'d> {
         let mut written = self.written.begin(needed.written, there);
         let mut tokens = 0;
         let mut fresh: Option<View> = None;
-        let call = call(key, context, &mut |role, len| {
-            let take = |at: &mut usize, block: &(dyn Block + 'static), dtype| {
+        let call = call(key, context, &mut |role, dtype, len| {
+            let take = |at: &mut usize, block: &(dyn Block + 'static)| {
                 let view = block.view(*at * 4, len, dtype);
-                *at += lines(len);
+                *at += words(len, dtype);
                 view
             };
             match role {
-                Role::Read => take(&mut read, &*self.read.block, DType::F32),
-                Role::Written => take(&mut written, &*self.written.block, DType::F32),
-                Role::Fresh => *fresh.insert(take(&mut written, &*self.written.block, DType::F32)),
-                Role::Tokens => take(&mut tokens, &*self.tokens, DType::U32),
-                Role::Wide => self.wide.view(0, len, DType::F64),
+                Role::Read => take(&mut read, &*self.read.block),
+                Role::Written => take(&mut written, &*self.written.block),
+                Role::Fresh => *fresh.insert(take(&mut written, &*self.written.block)),
+                Role::Tokens => take(&mut tokens, &*self.tokens),
+                Role::Wide => self.wide.view(0, len, dtype),
             }
         });
         if let Some(to) = fresh {
-            for start in (0..to.len()).step_by(self.read.floats) {
-                let len = self.read.floats.min(to.len() - start);
-                let from = self.read.all().slice(0, len);
+            let most = self.read.floats * 4 / to.dtype().bytes();
+            for start in (0..to.len()).step_by(most) {
+                let len = most.min(to.len() - start);
+                let from = self.read.all().within(0, len, to.dtype());
                 // SAFETY: the blocks live as long as the arena, which this thread alone has.
                 unsafe { self.device.run(&Call::Copy { from, to: to.slice(start, len) }) }?;
             }

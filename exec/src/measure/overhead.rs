@@ -15,7 +15,7 @@ use crate::run::SPINS;
 use paceline_kernels::{Block, Call, DType};
 use paceline_profiles::{Overhead, Subject};
 use paceline_sim::program::{
-    Buffer, Coordinates, Device, Direction, MemoryClass, Message, Op, OpKind, PROGRAM_FORMAT, Pass, Program,
+    Buffer, Coordinates, Device, Direction, Element, MemoryClass, Message, Op, OpKind, PROGRAM_FORMAT, Pass, Program,
     RankProgram, Stage, Stream, Tensor, Unit, Workload,
 };
 use paceline_sim::units::{BufferId, DeviceId, MicrobatchId, OpId, RankId, StageId};
@@ -44,7 +44,7 @@ pub(super) fn measure(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> 
     let share = left / if two_devices { 5 } else { 4 };
     let mut results = Vec::new();
     let mut record = |overhead, summary, busy_devices| {
-        results.push(Measured { subject: Subject::Overhead(overhead), dtype: "", busy_devices, summary });
+        results.push(Measured { subject: Subject::Overhead(overhead), busy_devices, summary });
     };
     let op = steps(phase, &chain(1), 0, share)?;
     let per_op = op.per(f64::from(OPS));
@@ -218,7 +218,13 @@ fn op(stream: Stream, kind: OpKind, wait: Option<OpId>) -> Op {
 }
 
 fn program(devices: u32, ranks: impl Iterator<Item = (DeviceId, Vec<Op>)>) -> Program {
-    let buffer = |tensor| Buffer { class: MemoryClass::Activation, bytes: MESSAGE_BYTES, tensor, start: 0 };
+    let buffer = |tensor| Buffer {
+        class: MemoryClass::Activation,
+        bytes: MESSAGE_BYTES,
+        tensor,
+        start: 0,
+        element: Element::F32,
+    };
     let (stage, microbatch) = (StageId(0), MicrobatchId(0));
     let rank = |(device, ops)| RankProgram {
         device,

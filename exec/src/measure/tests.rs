@@ -1,6 +1,6 @@
 use super::*;
 use paceline_kernels::CpuDevice;
-use paceline_profiles::{Class, CollectiveRound, KernelOp, Overhead, Predictor};
+use paceline_profiles::{Class, CollectiveRound, DType, KernelOp, Overhead, Predictor};
 use std::collections::BTreeMap;
 
 fn key(op: KernelOp, dims: &[u32]) -> KernelKey {
@@ -32,7 +32,8 @@ fn every_operator() -> Vec<KernelKey> {
             _ => &[2, 32, 4, 2, 16],
         }
     };
-    KernelOp::ALL.into_iter().map(|op| key(op, dims(op))).collect()
+    let of = |op| key(op, dims(op)).with(if op == KernelOp::Cast { DType::Bf16 } else { DType::F32 });
+    KernelOp::ALL.into_iter().map(of).collect()
 }
 
 #[test]
@@ -62,9 +63,9 @@ fn a_profile_of_every_operator() {
     for row in &profile.rows {
         *seen.entry((Class::of(&row.subject), row.busy_devices)).or_default() += 1;
     }
-    for op in KernelOp::ALL {
-        assert!(seen.contains_key(&(Class::Kernel(op), devices())), "{op}");
-        assert!(seen.contains_key(&(Class::Kernel(op), 1)), "{op}");
+    for key in &keys {
+        assert!(seen.contains_key(&(Class::Kernel(key.op, key.dtype), devices())), "{key}");
+        assert!(seen.contains_key(&(Class::Kernel(key.op, key.dtype), 1)), "{key}");
     }
     let of_class = |class| seen.iter().filter(|((c, _), _)| *c == class).map(|(_, n)| n).sum::<usize>();
     assert!(of_class(Class::Transfer) >= 5);

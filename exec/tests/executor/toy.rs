@@ -9,7 +9,7 @@ use paceline_kernels::{Block, Call, DType, Device, KernelError, View};
 use paceline_sim::program as sim;
 use paceline_sim::program::{
     Arrangement, Buffer, Collective, Coordinates, Direction, Group, MemoryClass, Message, NetworkLevel, Op, OpKind,
-    PROGRAM_FORMAT, Pass, Payload, Program, RankProgram, Stage, Stream, Tensor, Unit, Workload,
+    PROGRAM_FORMAT, Pass, Payload, Precision, Program, RankProgram, Stage, Stream, Tensor, Unit, Workload,
 };
 use paceline_sim::units::{BufferId, DeviceId, GroupId, MicrobatchId, OpId, RankId, StageId};
 
@@ -53,7 +53,7 @@ struct RankBuilder {
 
 impl RankBuilder {
     fn buffer(&mut self, class: MemoryClass, bytes: u64, tensor: Tensor) -> BufferId {
-        self.buffers.push(Buffer { class, bytes, tensor, start: 0 });
+        self.buffers.push(Buffer { class, bytes, tensor, start: 0, element: Precision::Fp32.element(tensor) });
         BufferId(self.buffers.len() as u32 - 1)
     }
 
@@ -158,7 +158,7 @@ fn rank_program(layout: &Layout, data: u32, pipeline: u32, groups: &[Group]) -> 
             Tensor::Moments { stage, unit: 0 },
         ));
         if let Some(moments) = b.buffers.last_mut().filter(|_| sharded) {
-            moments.start = (data as usize * len.div_ceil(parts)).min(len) as u64 * FLOAT;
+            moments.start = (data as usize * len.div_ceil(parts)).min(len) as u64;
         }
     }
     let losses = stages.contains(&last).then(|| {

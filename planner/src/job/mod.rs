@@ -26,7 +26,7 @@ use crate::schedules;
 use fields::Fields;
 use paceline_sim::model::{ModelConfig, Trainable};
 use paceline_sim::partition::StatePartition;
-use paceline_sim::program::{Algorithm, Link, Recompute};
+use paceline_sim::program::{Algorithm, Link, Precision, Recompute};
 use paceline_sim::units::Nanos;
 use std::path::{Path, PathBuf};
 
@@ -63,6 +63,8 @@ pub struct Job {
     pub trainable: Trainable,
     /// Steps that run without a barrier between them, where there is a pipeline.
     pub barrier_every: u32,
+    /// Number formats on this machine; a cluster has recipes of its own.
+    pub precision: Precision,
     /// Where it runs.
     pub cluster: String,
     /// Nodes of the cluster.
@@ -132,6 +134,7 @@ impl Job {
             sharing: sharing(&fields)?,
             trainable: trainable(&fields)?,
             barrier_every: fields.optional_count("barrier_every")?.unwrap_or(1),
+            precision: if cluster == LOCAL { precision(&fields)? } else { Precision::default() },
             nodes: fields.optional_count("nodes")?,
             gpus_per_node: fields.optional_count("gpus_per_node")?,
             memory_limit: fields.bytes("memory_limit")?,
@@ -170,7 +173,7 @@ impl Job {
         if self.nodes.is_some_and(|nodes| nodes > 1) {
             return Err(fields.unsupported("nodes", fields.show("nodes"), "1"));
         }
-        let only: [(&'static str, &str); 3] = [("sp", "false"), ("precision", "f32"), ("attention", "flash")];
+        let only: [(&'static str, &str); 2] = [("sp", "false"), ("attention", "flash")];
         for (key, allowed) in only {
             let given = fields.show(key);
             if !given.is_empty() && given.trim_matches('"') != allowed {
@@ -290,6 +293,16 @@ fn link(fields: &Fields) -> Result<Option<Link>, JobError> {
 fn trainable(fields: &Fields) -> Result<Trainable, JobError> {
     const ALLOWED: &str = "full, a share above 0 and at most 1 (0.0625 or \"1/16\"), or \"lora:R\" (\"lora:8:q,v\" beside these matrices only)";
     Ok(fields.parsed_or_number("trainable", ALLOWED)?.unwrap_or_default())
+}
+
+/// The recipe of number formats; 32-bit where none is named.
+fn precision(fields: &Fields) -> Result<Precision, JobError> {
+    let known = Precision::ALL.map(|precision| (precision.name(), precision));
+    match fields.choices("precision", &known)?[..] {
+        [] => Ok(Precision::default()),
+        [one] => Ok(one),
+        _ => Err(fields.unsupported("precision", fields.show("precision"), "one recipe")),
+    }
 }
 
 /// Which replicas share states, and for how long.

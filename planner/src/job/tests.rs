@@ -64,7 +64,7 @@ fn wrong_jobs_are_told_what_is_wrong_and_what_is_allowed() {
         ("trainable = 'lora:0'", &["lora:0", "lora:R"]),
         ("trainable = 'lora:8:q,z'", &["trainable = lora:8:q,z", "no matrix \"z\"", "q, k, v, o, gate, up, down"]),
         ("trainable = true", &["trainable = true", "a share"]),
-        ("precision = 'bf16'", &["precision = \"bf16\"", "f32"]),
+        ("precision = 'fp8'", &["precision = \"fp8\"", "fp32, bf16, bf16-fp32-gradients"]),
         ("memory_limit = 'lots'", &["memory_limit = \"lots\"", "80GiB"]),
         ("memory_limit = 0", &["memory_limit = 0"]),
         ("model = 'gpt5'", &["gpt5", "demo-1m"]),

@@ -1,7 +1,7 @@
 //! The program of one rank while it is being made: ops can still be put between others, because they refer to each other
 //! by handles and not by places.
 
-use paceline_sim::program::{Buffer, Ids, MemoryClass, Op, OpKind, Stream, Tensor};
+use paceline_sim::program::{Buffer, Ids, MemoryClass, Op, OpKind, Precision, Stream, Tensor};
 use paceline_sim::units::{BufferId, OpId, RankId};
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -45,9 +45,15 @@ pub(super) struct Draft {
     pub buffers: Vec<Buffer>,
     pub persistent: Vec<BufferId>,
     by_tensor: HashMap<Tensor, BufferId>,
+    precision: Precision,
 }
 
 impl Draft {
+    /// Nothing yet, in these number formats.
+    pub fn new(precision: Precision) -> Draft {
+        Draft { precision, ..Draft::default() }
+    }
+
     /// Adds an op that has no place yet.
     pub fn add(&mut self, op: DraftOp) -> Handle {
         self.ops.push(op);
@@ -80,14 +86,20 @@ impl Draft {
 
     /// A further buffer of a tensor that lives several times.
     pub fn another(&mut self, tensor: Tensor, class: MemoryClass, bytes: u64) -> BufferId {
-        self.buffers.push(Buffer { class, bytes, tensor, start: 0 });
+        let element = self.precision.element(tensor);
+        self.buffers.push(Buffer { class, bytes, tensor, start: 0, element });
         BufferId(self.buffers.len() as u32 - 1)
     }
 
-    /// A persistent buffer that holds a range of a unit's array, `copies` times in a row.
+    /// The same of so many elements.
+    pub fn another_of(&mut self, tensor: Tensor, class: MemoryClass, elements: u64) -> BufferId {
+        self.another(tensor, class, self.precision.element(tensor).bytes() * elements)
+    }
+
+    /// A persistent buffer that holds a range of elements of a unit's array, `copies` times in a row.
     pub fn keep(&mut self, tensor: Tensor, class: MemoryClass, range: &Range<u64>, copies: u64) -> BufferId {
         let id = self.by_tensor.get(&tensor).copied();
-        let id = id.unwrap_or_else(|| self.another(tensor, class, copies * (range.end - range.start)));
+        let id = id.unwrap_or_else(|| self.another_of(tensor, class, copies * (range.end - range.start)));
         self.buffers[id.index()].start = range.start;
         self.by_tensor.insert(tensor, id);
         self.persistent.push(id);

@@ -43,19 +43,21 @@ pub(super) fn exchange(
     grid: &Grid,
     data: u32,
     at: Exchange,
-    bytes: u64,
+    elements: u64,
     action: usize,
 ) -> Option<DraftOp> {
     let Exchange { collective, scope, payload, buffer, shard } = at;
     let (Payload::Gradients { stage, .. } | Payload::Parameters { stage, .. }) = payload else { return None };
     let group = grid.sharers(scope, data, stage)?;
-    let cut = grid.cut(data, stage, bytes);
+    let cut = grid.cut(data, stage, elements);
     let array = cut.array(scope);
-    let bytes = array.end - array.start;
-    let usual = Arrangement::default().part_of(bytes, grid.size(group), 4);
-    let part = Some(cut.part(scope)).filter(|&part| part != usual);
+    let held = &draft.buffers[buffer.index()];
+    let width = held.element.bytes();
+    let bytes = width * (array.end - array.start);
+    let usual = Arrangement::default().part_of(bytes, grid.size(group), width);
+    let part = Some(width * cut.part(scope)).filter(|&part| part != usual);
     let arrangement = Arrangement {
-        offset: array.start - draft.buffers[buffer.index()].start,
+        offset: width * (array.start - held.start),
         part,
         shard,
         algorithm: grid.levels().algorithm(scope),
@@ -70,7 +72,7 @@ pub(super) fn exchange(
 
 type Unit = (StageId, u16);
 
-/// The persistent parts of partitioned states, made by the caller: with the bytes of the whole.
+/// The persistent parts of partitioned states, made by the caller: with the elements of the whole.
 pub(super) struct Shards {
     /// By the tensor that passes read.
     pub parameters: HashMap<Tensor, (BufferId, u64)>,
@@ -100,7 +102,7 @@ fn gather_parameters(draft: &mut Draft, grid: &Grid, data: u32, sizes: &Sizes, s
             let used = draft.ops[pass.0].uses[place];
             let tensor = draft.buffers[used.index()].tensor;
             let (Tensor::Parameters { stage, unit } | Tensor::Frozen { stage, unit }) = tensor else { continue };
-            let Some(&(shard, bytes)) = shards.parameters.get(&tensor) else { continue };
+            let Some(&(shard, elements)) = shards.parameters.get(&tensor) else { continue };
             let known = gathered.get(&tensor).copied();
             // Two passes in a row over one unit share a gather.
             let (buffer, gather) = match known.filter(|known| sharing.keep_gathered || known.2 + 1 >= number) {
@@ -108,7 +110,7 @@ fn gather_parameters(draft: &mut Draft, grid: &Grid, data: u32, sizes: &Sizes, s
                 None => {
                     let buffer = match known {
                         None => used,
-                        Some(_) => draft.another(tensor, MemoryClass::Parameter, bytes),
+                        Some(_) => draft.another_of(tensor, MemoryClass::Parameter, elements),
                     };
                     let before = passes[number.saturating_sub(sharing.prefetch as usize)];
                     let level = grid.levels().unit(sizes.tied(stage, unit).is_some()).parameters;
@@ -120,7 +122,7 @@ fn gather_parameters(draft: &mut Draft, grid: &Grid, data: u32, sizes: &Sizes, s
                         shard: Some(shard),
                     };
                     let action = draft.ops[before.1.0].action;
-                    let Some(op) = exchange(draft, grid, data, at, bytes, action) else { continue };
+                    let Some(op) = exchange(draft, grid, data, at, elements, action) else { continue };
                     let gather = draft.add(op);
                     insertions.entry(before.0).or_default().push(gather);
                     (buffer, gather)
@@ -158,12 +160,12 @@ fn reduce_gradients(draft: &mut Draft, grid: &Grid, data: u32, sizes: &Sizes, sh
     let mut freed: BTreeMap<usize, Vec<(Handle, BufferId)>> = BTreeMap::new();
     let mut first: HashMap<Unit, ()> = HashMap::new();
     for (((stage, unit), _), numbers) in makers {
-        let Some(&(shard, bytes)) = shards.gradients.get(&(stage, unit)) else { continue };
+        let Some(&(shard, elements)) = shards.gradients.get(&(stage, unit)) else { continue };
         let tensor = Tensor::Gradients { stage, unit };
         let Some(original) = draft.find(tensor) else { continue };
         let buffer = match first.insert((stage, unit), ()) {
             None => original,
-            Some(()) => draft.another(tensor, MemoryClass::Gradient, bytes),
+            Some(()) => draft.another_of(tensor, MemoryClass::Gradient, elements),
         };
         for &number in &numbers {
             let op = draft.op(passes[number].1);
@@ -179,7 +181,7 @@ fn reduce_gradients(draft: &mut Draft, grid: &Grid, data: u32, sizes: &Sizes, sh
             shard: Some(shard),
         };
         let action = draft.ops[passes[last].1.0].action;
-        let Some(op) = exchange(draft, grid, data, at, bytes, action) else { continue };
+        let Some(op) = exchange(draft, grid, data, at, elements, action) else { continue };
         let reduction = draft.add(op);
         behind.entry(passes[last].0).or_default().push(reduction);
         freed.entry(last + 1 + REDUCTION_WINDOW).or_default().push((reduction, buffer));

@@ -225,9 +225,9 @@ impl<'a> Grid<'a> {
         self.norms.get(data as usize).copied()
     }
 
-    /// How the states of a unit of `bytes` are cut, as seen by a holder.
-    pub fn cut(&self, data: u32, stage: StageId, bytes: u64) -> Cut {
-        self.levels.cut(data, self.copy_of(stage), bytes)
+    /// How the states of a unit of so many elements are cut, as seen by a holder.
+    pub fn cut(&self, data: u32, stage: StageId, elements: u64) -> Cut {
+        self.levels.cut(data, self.copy_of(stage), elements)
     }
 
     /// The true number of members of a group.

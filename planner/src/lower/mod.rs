@@ -154,7 +154,7 @@ pub fn lower_unchecked(blueprint: &Blueprint) -> Result<Program, LowerError> {
     // The passes of a pipeline rank and its messages are the same in every replica, up to the numbers of its peers.
     let mut drafts = Vec::with_capacity(order.actions.len());
     for device in 0..order.actions.len() {
-        let mut draft = Draft::default();
+        let mut draft = Draft::new(sizes.precision());
         let grain = match grid.reduces() {
             _ if grid.levels().works_by_unit() => Grain::Units,
             true => Grain::LastBackward,

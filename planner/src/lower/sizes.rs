@@ -4,7 +4,7 @@ use super::{Blueprint, LowerError};
 use crate::order::{ComputeOrder, Placement};
 use paceline_sim::model::parameters::{frozen_parameters, tied_matrix, unit_parameters};
 use paceline_sim::model::{ModelPass, Operand};
-use paceline_sim::program::{MemoryClass, OpKind, Pass, Stage, Tensor, TransformerWorkload};
+use paceline_sim::program::{MemoryClass, OpKind, Pass, Precision, Stage, Tensor, TransformerWorkload};
 use paceline_sim::units::{MicrobatchId, StageId};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -22,7 +22,8 @@ pub enum Substance {
 /// What one stage holds, in bytes; see [`crate::replay::StageMemory`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct AbstractStage {
-    /// Parameters; gradients take as much and moments twice as much. A program without parameters has no optimizer.
+    /// Parameters, rounded up to whole 32-bit words; gradients take as much and moments twice as much. A program without parameters
+    /// has no optimizer.
     pub parameters: u64,
     /// The hidden state of a microbatch, as messages carry it.
     pub message: u64,
@@ -34,14 +35,21 @@ pub struct AbstractStage {
     pub until_w: u64,
 }
 
-/// What the parameters of a unit take.
+/// The parameters of a unit, in elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct UnitBytes {
+pub(super) struct UnitSize {
     pub unit: u16,
-    /// Of parameters with gradients and moments.
+    /// With gradients and moments.
     pub trained: u64,
-    /// Of parameters without.
+    /// Without.
     pub frozen: u64,
+}
+
+impl AbstractStage {
+    /// Parameters, 32-bit.
+    fn elements(&self) -> u64 {
+        self.parameters.div_ceil(4)
+    }
 }
 
 /// The key of a pass without its microbatch.
@@ -135,12 +143,12 @@ impl Sizes {
         let weights = Operand {
             tensor: Tensor::Parameters { stage, unit },
             class: MemoryClass::Parameter,
-            bytes: sizes.parameters,
+            bytes: 4 * sizes.elements(),
         };
         let gradients = Operand {
             tensor: Tensor::Gradients { stage, unit },
             class: MemoryClass::Gradient,
-            bytes: sizes.parameters,
+            bytes: 4 * sizes.elements(),
         };
         [
             kept(saves, saved_for_b, until_b_only),
@@ -159,29 +167,38 @@ impl Sizes {
         .collect()
     }
 
+    /// The number formats; 32-bit where sizes are given.
+    pub fn precision(&self) -> Precision {
+        match &self.substance {
+            Substance::Transformer(workload) => workload.precision,
+            Substance::Abstract(_) => Precision::Fp32,
+        }
+    }
+
     /// The units of a stage that have parameters.
-    pub fn units_with_parameters(&self, stage: StageId) -> Vec<UnitBytes> {
-        let all: Vec<UnitBytes> = match &self.substance {
+    pub fn units_with_parameters(&self, stage: StageId) -> Vec<UnitSize> {
+        let all: Vec<UnitSize> = match &self.substance {
             Substance::Transformer(workload) => {
-                let of = |unit| UnitBytes {
+                let of = |unit| UnitSize {
                     unit,
-                    trained: 4 * unit_parameters(workload, &self.stages, stage, unit) as u64,
-                    frozen: 4 * frozen_parameters(workload, &self.stages, stage, unit) as u64,
+                    trained: unit_parameters(workload, &self.stages, stage, unit) as u64,
+                    frozen: frozen_parameters(workload, &self.stages, stage, unit) as u64,
                 };
                 (0..self.units(stage)).map(of).collect()
             }
             Substance::Abstract(sizes) => {
-                vec![UnitBytes { unit: 0, trained: sizes[stage.index()].parameters, frozen: 0 }]
+                vec![UnitSize { unit: 0, trained: sizes[stage.index()].elements(), frozen: 0 }]
             }
         };
         all.into_iter().filter(|unit| unit.trained + unit.frozen > 0).collect()
     }
 
-    /// Bytes of the tied matrix in a unit, where two ranks hold it.
+    /// Bytes of the gradients of the tied matrix in a unit, where two ranks hold it.
     pub fn tied(&self, stage: StageId, unit: u16) -> Option<u64> {
         match &self.substance {
             Substance::Transformer(workload) => {
-                tied_matrix(workload, &self.stages, stage, unit).map(|(range, _)| 4 * range.len() as u64)
+                let matrix = tied_matrix(workload, &self.stages, stage, unit);
+                matrix.map(|(range, _)| workload.precision.gradients().bytes() * range.len() as u64)
             }
             Substance::Abstract(_) => None,
         }

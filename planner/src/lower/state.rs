@@ -10,7 +10,7 @@ use super::LowerError;
 use super::draft::{Draft, DraftOp, Handle};
 use super::gather::{Exchange, Shards, exchange, partition};
 use super::grid::Grid;
-use super::sizes::{Sizes, UnitBytes};
+use super::sizes::{Sizes, UnitSize};
 use super::states::Sharing;
 use paceline_sim::partition::exchange::Kind;
 use paceline_sim::partition::{Level, StatePartition};
@@ -22,8 +22,8 @@ use std::collections::{BTreeMap, HashMap};
 struct Held {
     stage: StageId,
     unit: u16,
-    /// Bytes of its whole array.
-    bytes: u64,
+    /// Elements of its whole array.
+    elements: u64,
     levels: StatePartition,
     /// The parameters that the rank keeps, whole or its part.
     parameters: BufferId,
@@ -56,12 +56,12 @@ pub(super) fn close_step(
     }
     let parameters = units.iter().filter(|held| held.levels.parameters != Level::Whole).map(|held| {
         let tensor = Tensor::Parameters { stage: held.stage, unit: held.unit };
-        (tensor, (held.parameters, held.bytes))
+        (tensor, (held.parameters, held.elements))
     });
     let gradients = units.iter().filter(|held| held.levels.gradients != Level::Whole);
     let shards = Shards {
         parameters: parameters.chain(frozen).collect(),
-        gradients: gradients.map(|held| ((held.stage, held.unit), (held.gradients, held.bytes))).collect(),
+        gradients: gradients.map(|held| ((held.stage, held.unit), (held.gradients, held.elements))).collect(),
     };
     partition(draft, grid, data, sizes, sharing, &shards);
     let mut last_use: HashMap<BufferId, (usize, Handle)> = HashMap::new();
@@ -141,7 +141,7 @@ pub(super) fn close_step(
         _ => (grid.layers_of(held.stage), held.unit),
     });
     for held in &units {
-        let &Held { stage, unit, parameters, gradients, moments, bytes, .. } = held;
+        let &Held { stage, unit, parameters, gradients, moments, elements, .. } = held;
         let kind = OpKind::Optimizer { stage, unit };
         let apart = held.synced.into_iter().chain(held.master);
         let uses = [parameters, gradients, moments, norm].into_iter().chain(apart);
@@ -155,7 +155,7 @@ pub(super) fn close_step(
                 buffer: parameters,
                 shard: None,
             };
-            if let Some(op) = exchange(draft, grid, data, at, bytes, end) {
+            if let Some(op) = exchange(draft, grid, data, at, elements, end) {
                 draft.push(op);
             }
         }
@@ -171,14 +171,14 @@ fn collective(kind: Kind) -> Collective {
     }
 }
 
-/// The kept parts of frozen parameters that passes have to gather: by the tensor that they read, with the bytes of the whole.
+/// The kept parts of frozen parameters that passes have to gather: by the tensor that they read, with the elements of the whole.
 type FrozenParts = Vec<(Tensor, (BufferId, u64))>;
 
 /// Makes the persistent buffers: the units with anything trained, and of the frozen parameters those that are cut.
 fn hold(draft: &mut Draft, grid: &Grid, data: u32, stages: &[StageId], sizes: &Sizes) -> (Vec<Held>, FrozenParts) {
     let (mut units, mut parts) = (Vec::new(), Vec::new());
     for &stage in stages {
-        for UnitBytes { unit, trained: bytes, frozen } in sizes.units_with_parameters(stage) {
+        for UnitSize { unit, trained: elements, frozen } in sizes.units_with_parameters(stage) {
             if frozen > 0 {
                 let level = grid.levels().unit(false).parameters;
                 let whole = Tensor::Frozen { stage, unit };
@@ -189,10 +189,10 @@ fn hold(draft: &mut Draft, grid: &Grid, data: u32, stages: &[StageId], sizes: &S
                     parts.push((whole, (buffer, frozen)));
                 }
             }
-            if bytes == 0 {
+            if elements == 0 {
                 continue;
             }
-            let cut = grid.cut(data, stage, bytes);
+            let cut = grid.cut(data, stage, elements);
             let tied = sizes.tied(stage, unit);
             let levels = grid.levels().unit(tied.is_some());
             let StatePartition { parameters, gradients, optimizer } = levels;
@@ -202,13 +202,13 @@ fn hold(draft: &mut Draft, grid: &Grid, data: u32, stages: &[StageId], sizes: &S
             let sums = name(gradients, Tensor::Gradients { stage, unit }, Tensor::GradientShard { stage, unit });
             let sums = draft.keep(sums, MemoryClass::Gradient, &cut.range(gradients), 1);
             let own = cut.range(optimizer);
-            let master = (optimizer < parameters)
+            let master = (optimizer < parameters || sizes.precision().has_master())
                 .then(|| draft.keep(Tensor::Master { stage, unit }, MemoryClass::OptimizerState, &own, 1));
             let moments = draft.keep(Tensor::Moments { stage, unit }, MemoryClass::OptimizerState, &own, 2);
             units.push(Held {
                 stage,
                 unit,
-                bytes,
+                elements,
                 levels,
                 parameters: weights,
                 master,
@@ -234,9 +234,9 @@ fn synchronise(draft: &mut Draft, grid: &Grid, data: u32, held: &mut Held, actio
         let (mut buffer, mut shard) = (held.gradients, None);
         if step.kind == Kind::AllGather {
             // From the part that was accumulated to the larger part that is updated.
-            let array = grid.cut(data, stage, held.bytes).array(step.scope);
+            let array = grid.cut(data, stage, held.elements).array(step.scope);
             let tensor = Tensor::SyncedGradients { stage, unit };
-            let synced = draft.another(tensor, MemoryClass::Gradient, array.end - array.start);
+            let synced = draft.another_of(tensor, MemoryClass::Gradient, array.end - array.start);
             draft.buffers[synced.index()].start = array.start;
             held.synced = Some(synced);
             (buffer, shard) = (synced, Some(held.gradients));
@@ -248,7 +248,7 @@ fn synchronise(draft: &mut Draft, grid: &Grid, data: u32, held: &mut Held, actio
             buffer,
             shard,
         };
-        ops.extend(exchange(draft, grid, data, at, held.bytes, action));
+        ops.extend(exchange(draft, grid, data, at, held.elements, action));
     }
     ops
 }

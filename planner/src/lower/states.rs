@@ -1,7 +1,7 @@
 //! How replicas share parameters, gradients and optimizer states: the triple as it is for a number of replicas, which
 //! replicas exchange in which scope, and where the part of each lies.
 //!
-//! Replicas lie in fast groups of `m`, group by group: replica `i * m + j` is member `j` of group `i`. A unit's array of bytes is
+//! Replicas lie in fast groups of `m`, group by group: replica `i * m + j` is member `j` of group `i`. A unit's array of elements is
 //! cut into one block per replica. Block `j * groups + i` belongs to member `j` of group `i`, so that what a member holds
 //! within its group, `groups` blocks in a row, contains its own block, and every part is one slice of the array.
 
@@ -168,15 +168,14 @@ impl Levels {
         }
     }
 
-    /// Where the parts of a holder of `bytes` lie.
-    pub fn cut(&self, replica: u32, copy: u32, bytes: u64) -> Cut {
+    /// Where the parts of a holder of so many elements lie.
+    pub fn cut(&self, replica: u32, copy: u32, elements: u64) -> Cut {
         let holders = u64::from(self.data) * u64::from(self.copies);
-        // Elements are four bytes wide.
-        let block = bytes.div_ceil(holders).next_multiple_of(4);
+        let block = elements.div_ceil(holders);
         let (i, j) = (u64::from(replica / self.group), u64::from(replica % self.group));
         let in_group = u64::from(self.groups()) * u64::from(self.copies);
         let index = (j * u64::from(self.groups()) + i) * u64::from(self.copies) + u64::from(copy);
-        Cut { bytes, block, in_group, member: j, index }
+        Cut { elements, block, in_group, member: j, index }
     }
 }
 
@@ -190,11 +189,12 @@ fn collapsed(partition: StatePartition, level: Level) -> StatePartition {
     }
 }
 
-/// Where the parts of one holder of a unit's array lie, in bytes.
+/// Where the parts of one holder of a unit's array lie, in elements: each state has its own number format, and all are cut at
+/// the same elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Cut {
-    bytes: u64,
-    /// Bytes of a block.
+    elements: u64,
+    /// Elements of a block.
     block: u64,
     /// Blocks in a row that a member holds within its group.
     in_group: u64,
@@ -206,14 +206,14 @@ impl Cut {
     /// What the holder has of a state at a level.
     pub fn range(&self, level: Level) -> Range<u64> {
         let (start, end) = match level {
-            Level::Whole => (0, self.bytes),
+            Level::Whole => (0, self.elements),
             Level::Group => {
                 let part = self.block * self.in_group;
                 (self.member * part, (self.member + 1) * part)
             }
             Level::Global => (self.index * self.block, (self.index + 1) * self.block),
         };
-        start.min(self.bytes)..end.min(self.bytes)
+        start.min(self.elements)..end.min(self.elements)
     }
 
     /// The array of an exchange: what its members hold together.
@@ -221,7 +221,7 @@ impl Cut {
         self.range(if scope == Scope::Across { Level::Group } else { Level::Whole })
     }
 
-    /// Bytes of a member's part of it.
+    /// Elements of a member's part of it.
     pub fn part(&self, scope: Scope) -> u64 {
         if scope == Scope::Group { self.block * self.in_group } else { self.block }
     }
@@ -236,26 +236,26 @@ mod tests {
     #[test]
     fn parts_nest_and_tile() {
         for (data, group) in [(1, 1), (4, 2), (8, 4), (8, 2), (6, 3), (12, 4), (6, 6), (5, 1)] {
-            for bytes in [0, 4, 40, 100, 1000, 1004, 4096] {
+            for elements in [0, 1, 10, 25, 250, 251, 1024] {
                 let levels =
                     Levels { partition: StatePartition::ZERO3, data, copies: 1, group, sharing: Sharing::default() };
-                let cut = |replica| levels.cut(replica, 0, bytes);
+                let cut = |replica| levels.cut(replica, 0, elements);
                 let tile = |replicas: Vec<u32>, level, all: Range<u64>, part: u64| {
                     let mut reach = all.start;
                     for (n, replica) in (0..).zip(replicas) {
                         let range = cut(replica).range(level);
                         // Member n of the communicator has part n of its array.
                         let place = (all.start + n * part).min(all.end)..(all.start + (n + 1) * part).min(all.end);
-                        assert_eq!(range, place, "{data} {group} {bytes} {level:?} {replica}");
+                        assert_eq!(range, place, "{data} {group} {elements} {level:?} {replica}");
                         reach = range.end;
                     }
                     assert_eq!(reach, all.end);
                 };
-                tile(levels.replicas().collect(), Level::Global, 0..bytes, cut(0).part(Scope::World));
+                tile(levels.replicas().collect(), Level::Global, 0..elements, cut(0).part(Scope::World));
                 for index in 0..levels.communicators(Scope::Group) {
                     let members: Vec<u32> = levels.members(Scope::Group, index).collect();
                     assert!(members.iter().all(|&d| levels.communicator(Scope::Group, d) == index));
-                    tile(members, Level::Group, 0..bytes, cut(0).part(Scope::Group));
+                    tile(members, Level::Group, 0..elements, cut(0).part(Scope::Group));
                 }
                 for index in 0..levels.communicators(Scope::Across) {
                     let members: Vec<u32> = levels.members(Scope::Across, index).collect();

@@ -257,6 +257,7 @@ fn what_cannot_be_lowered_is_refused_with_a_way_out() {
         recompute: paceline_sim::program::Recompute::None,
         tied_on_one_rank: false,
         trainable: Default::default(),
+        precision: Default::default(),
         model: model.clone(),
     };
     let stages = cut(&model, 2, forward_flops(&model, 8)).unwrap();

@@ -14,7 +14,8 @@
 
 use super::LowerError;
 use paceline_sim::program::{
-    Arrangement, Buffer, Ids, MemoryClass, Message, Op, OpKind, Pass, Payload, Program, RankProgram, Stream, Tensor,
+    Arrangement, Buffer, Element, Ids, MemoryClass, Message, Op, OpKind, Pass, Payload, Program, RankProgram, Stream,
+    Tensor,
 };
 use paceline_sim::units::{BufferId, MicrobatchId, OpId, RankId, StageId};
 use std::collections::{HashMap, HashSet};
@@ -215,10 +216,16 @@ impl<'r> Unroller<'r> {
             .uses
             .iter()
             .find(|buffer| matches!(self.buffers[buffer.index()].tensor, Tensor::Parameters { .. }))?;
-        let bytes = self.buffers[weights.index()].bytes;
+        let bytes = Element::F32.bytes() * self.buffers[weights.index()].elements() as u64;
         let kept = BufferId(self.buffers.len() as u32);
         let tensor = Tensor::Kept { stage, unit };
-        self.buffers.push(Buffer { class: MemoryClass::OptimizerState, bytes, tensor, start: 0 });
+        self.buffers.push(Buffer {
+            class: MemoryClass::OptimizerState,
+            bytes,
+            tensor,
+            start: 0,
+            element: Element::F32,
+        });
         let mut uses = repeated.uses.clone();
         uses.push(kept);
         let validation = Op {

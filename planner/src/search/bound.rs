@@ -158,6 +158,7 @@ impl<'a> LayerBound<'a> {
             recompute,
             tied_on_one_rank: true,
             trainable: self.job.trainable.clone(),
+            precision: self.job.precision,
         };
         let program = lower_unchecked(&Blueprint {
             order: &order,

@@ -10,7 +10,6 @@ fn key(op: KernelOp, dims: &[u32]) -> KernelKey {
 fn row(subject: Subject, busy_devices: u32, source: Source, median_seconds: f64) -> Row {
     Row {
         subject,
-        dtype: "f32".into(),
         busy_devices,
         context: None,
         median_seconds,
@@ -178,7 +177,9 @@ fn a_profile_without_kernels_is_incomplete() {
 fn residuals_are_of_points_not_seen() {
     let mut rows = measured(2);
     let residuals = Predictor::new(&profile(rows.clone())).unwrap().residuals().unwrap();
-    let of = |residuals: &[Residual], op| residuals.iter().find(|r| r.class == Class::Kernel(op)).cloned().unwrap();
+    let of = |residuals: &[Residual], op| {
+        residuals.iter().find(|r| r.class == Class::Kernel(op, DType::F32)).cloned().unwrap()
+    };
     let adds = of(&residuals, KernelOp::Add);
     assert_eq!(adds.points, 3);
     assert!(adds.worst_error.unwrap() < 0.2, "{adds:?}");
@@ -191,11 +192,15 @@ fn residuals_are_of_points_not_seen() {
 #[test]
 fn every_point_is_foretold_by_the_others() {
     let predictor = Predictor::new(&profile(measured(2))).unwrap();
-    let points = predictor.foretold(Class::Kernel(KernelOp::Add)).unwrap();
+    let points = predictor.foretold(Class::Kernel(KernelOp::Add, DType::F32)).unwrap();
     assert_eq!(points.len(), 3);
     let worst = points.iter().map(|point| point.error().abs()).fold(0.0, f64::max);
-    let residual =
-        predictor.residuals().unwrap().into_iter().find(|r| r.class == Class::Kernel(KernelOp::Add)).unwrap();
+    let residual = predictor
+        .residuals()
+        .unwrap()
+        .into_iter()
+        .find(|r| r.class == Class::Kernel(KernelOp::Add, DType::F32))
+        .unwrap();
     assert_eq!(Some(worst), residual.worst_error);
     // The largest times belong to the largest sizes.
     let largest = points.iter().max_by(|a, b| a.bytes.total_cmp(&b.bytes)).unwrap();

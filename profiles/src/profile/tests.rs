@@ -8,7 +8,6 @@ fn machine() -> Machine {
 fn row(subject: Subject) -> Row {
     Row {
         subject,
-        dtype: "f32".into(),
         busy_devices: 2,
         context: None,
         median_seconds: 1.25e-3,
@@ -140,9 +139,10 @@ fn two_machines_in_one_file_are_refused_and_another_machine_is_noticed() {
 }
 
 fn subjects() -> impl Strategy<Value = Subject> {
-    let kernel = (0..KernelOp::ALL.len(), prop::collection::vec(1u32.., 5)).prop_map(|(op, dims)| {
+    let parts = (0..KernelOp::ALL.len(), prop::collection::vec(1u32.., 5), 0..DType::ALL.len());
+    let kernel = parts.prop_map(|(op, dims, dtype)| {
         let op = KernelOp::ALL[op];
-        Subject::Kernel(KernelKey::new(op, &dims[..op.dimensions().len()]).unwrap())
+        Subject::Kernel(KernelKey::new(op, &dims[..op.dimensions().len()]).unwrap().with(DType::ALL[dtype]))
     });
     prop_oneof![
         kernel,
@@ -159,10 +159,9 @@ fn subjects() -> impl Strategy<Value = Subject> {
 fn rows() -> impl Strategy<Value = Row> {
     let times = (1e-9f64..1e3, 0f64..1.0);
     let run = (1u32.., 0..=6usize);
-    (subjects(), "[a-z0-9]{0,4}", run, times, 1u64.., 0..3usize, "[ -~]{0,12}", "\\PC{0,12}").prop_map(
-        |(subject, dtype, run, (median_seconds, spread_seconds), repetitions, source, date, versions)| Row {
+    (subjects(), run, times, 1u64.., 0..3usize, "[ -~]{0,12}", "\\PC{0,12}").prop_map(
+        |(subject, run, (median_seconds, spread_seconds), repetitions, source, date, versions)| Row {
             subject,
-            dtype,
             busy_devices: run.0,
             context: Context::all().nth(run.1),
             median_seconds,
@@ -209,7 +208,7 @@ fn the_shipped_profile_foretells_shapes_it_has_not_seen() {
     assert!(profile.rows.iter().all(|row| row.source == Source::Measured && row.repetitions >= 3));
     let residuals = crate::Predictor::new(&profile).unwrap().residuals().unwrap();
     for op in [KernelOp::MatmulNn, KernelOp::MatmulNt, KernelOp::MatmulTn, KernelOp::AttentionBackward] {
-        let of_op = residuals.iter().find(|residual| residual.class == crate::Class::Kernel(op)).unwrap();
+        let of_op = residuals.iter().find(|residual| residual.class == crate::Class::Kernel(op, DType::F32)).unwrap();
         assert!(of_op.points >= 16 && of_op.median_error.unwrap() < 0.1, "{of_op:?}");
     }
 }

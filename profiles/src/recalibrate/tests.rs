@@ -5,7 +5,6 @@ use crate::row::{Machine, Overhead};
 fn row(op: KernelOp, elements: u32, source: Source, median_seconds: f64, repetitions: u64) -> Row {
     Row {
         subject: Subject::Kernel(KernelKey::new(op, &[elements]).unwrap()),
-        dtype: "f32".into(),
         busy_devices: 2,
         context: None,
         median_seconds,

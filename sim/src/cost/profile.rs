@@ -4,13 +4,13 @@ use super::{CostModel, Exchange, Round};
 use crate::model::ModelPass;
 use crate::model::parameters::{decay_runs, tied_matrix, unit_layout};
 use crate::program::{
-    Arrangement, Group, Op, OpKind, Pass, Program, RankProgram, Recompute, Shares, SharesError, Step,
+    Arrangement, Element, Group, Op, OpKind, Pass, Piece, Program, RankProgram, Recompute, Shares, SharesError, Step,
     TransformerWorkload, Workload, begun_gradients, gradient_sources, rounds, shares, update,
 };
 use crate::units::{BufferId, Nanos, RankId, StageId};
 use paceline_profiles::{
-    CollectiveRound, Conditions, Context, Estimate, KernelKey, KernelOp, Overhead, Predictor, Provenance, Recomputed,
-    Shares as Parts,
+    CollectiveRound, Conditions, Context, DType, Estimate, KernelKey, KernelOp, Overhead, Predictor, Provenance,
+    Recomputed, Shares as Parts,
 };
 use smallvec::{SmallVec, smallvec};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -127,9 +127,10 @@ impl ProfileCost {
                         let bytes = rank.buffers[buffer.index()].bytes;
                         costs.copies.entry(bytes).or_insert_with(|| predictor.transfer(bytes, under));
                     }
-                    OpKind::Collective { collective, group, bytes, arrangement, .. } => {
+                    OpKind::Collective { collective, group, buffer, bytes, arrangement, .. } => {
                         let group = &program.groups[group.index()];
-                        let meeting = Meeting::new(Exchange { collective, bytes, arrangement }, group);
+                        let element = rank.buffers[buffer.index()].element;
+                        let meeting = Meeting::new(Exchange { collective, bytes, element, arrangement }, group);
                         costs.rounds.entry(meeting).or_insert_with(|| meeting.work(predictor, under));
                     }
                     OpKind::Send { .. } | OpKind::Join => {}
@@ -153,8 +154,9 @@ impl ProfileCost {
                         sum.add(self.copy(bytes));
                         sum.add(self.latency(program, peer, id));
                     }
-                    OpKind::Collective { collective, group, bytes, arrangement, .. } => {
-                        let exchange = Exchange { collective, bytes, arrangement };
+                    OpKind::Collective { collective, group, buffer, bytes, arrangement, .. } => {
+                        let element = rank.buffers[buffer.index()].element;
+                        let exchange = Exchange { collective, bytes, element, arrangement };
                         let rounds = self.work_by_round(exchange, &program.groups[group.index()]);
                         rounds.iter().for_each(|&round| sum.add(round));
                     }
@@ -248,7 +250,7 @@ impl Meeting {
 
     /// Bytes of a member's part.
     fn part(self) -> u64 {
-        self.exchange.arrangement.part_of(self.exchange.bytes, self.members, 4)
+        self.exchange.arrangement.part_of(self.exchange.bytes, self.members, self.exchange.element.bytes())
     }
 
     /// A member's work in each round.
@@ -256,9 +258,13 @@ impl Meeting {
         let (part, members) = (self.part(), self.members);
         let apart = self.exchange.arrangement.shard.is_some();
         let places = members / self.groups.max(1);
-        let sum = |addends: u32, part: u64| {
-            predictor.collective(CollectiveRound::Reduce, addends, part * u64::from(addends), under)
+        // Sums of narrow elements take at least as long as those of as many 32-bit ones, which are what is measured.
+        let narrow = self.exchange.element == Element::Bf16;
+        let reduce = |addends: u32, bytes: u64| {
+            let found = predictor.collective(CollectiveRound::Reduce, addends, bytes << u32::from(narrow), under);
+            if narrow { Estimate { provenance: Provenance::Assumed, ..found } } else { found }
         };
+        let sum = |addends: u32, part: u64| reduce(addends, part * u64::from(addends));
         let copies = |members: u32, part: u64| {
             predictor.collective(CollectiveRound::Gather, members, part * u64::from(members), under)
         };
@@ -266,9 +272,7 @@ impl Meeting {
         let last = |addends: u32| if apart { sum(addends + 1, part) } else { sum(addends, part) };
         let first = |others: Estimate| if apart { together(others, predictor.transfer(part, under)) } else { others };
         let work = |step| match step {
-            Step::Reduce if !apart => {
-                predictor.collective(CollectiveRound::Reduce, members, self.exchange.bytes, under)
-            }
+            Step::Reduce if !apart => reduce(members, self.exchange.bytes),
             Step::Reduce => last(members),
             Step::Gather => first(predictor.collective(CollectiveRound::Gather, members, self.exchange.bytes, under)),
             Step::RingReduce { turn } if turn + 2 == members => last(2),
@@ -335,11 +339,19 @@ impl Calls<'_> {
     /// In order.
     fn of(&self, op: &Op) -> Vec<KernelKey> {
         let Program { stages, microbatches, .. } = self.program;
-        let elements = |op, len| KernelKey { op, dims: smallvec![len as u32] };
+        let precision = self.workload.precision;
+        let elements = |op, len| KernelKey { op, dims: smallvec![len as u32], dtype: DType::F32 };
+        // On gradients of parameters.
+        let gradients = |op, len| elements(op, len).with(precision.of_gradients_alone());
+        // From 32-bit weights to what passes read.
+        let copied = |to: &Piece, len| match to.element {
+            Element::F32 => elements(KernelOp::Copy, len),
+            _ => elements(KernelOp::Cast, len).with(DType::Bf16),
+        };
         let mut calls = match op.kind {
             OpKind::Compute { .. } => {
                 let begun = begun_gradients(self.rank, op);
-                let zeroed = begun.map(|piece| elements(KernelOp::Zero, piece.holds.len()));
+                let zeroed = begun.map(|piece| gradients(KernelOp::Zero, piece.holds.len()));
                 let pass = ModelPass::new(self.workload, stages, *microbatches, &op.kind);
                 zeroed.chain(pass.kernel_calls().cloned()).collect()
             }
@@ -350,26 +362,28 @@ impl Calls<'_> {
                     self.shares.get(&(stage, unit)).map(|own| own.counted(copy)).into_iter().flatten()
                 };
                 let parts = gradient_sources(self.rank, op).flat_map(counted);
-                parts.map(|part| elements(KernelOp::SumSquares, part.len())).collect()
+                parts.map(|part| gradients(KernelOp::SumSquares, part.len())).collect()
             }
             OpKind::OptimizerAhead { stage, unit, .. } => match update(self.rank, op) {
                 None => Vec::new(),
                 Some(update) => {
                     let runs = self.runs(stage, unit, update.range);
-                    runs.map(|run| elements(KernelOp::AdamWAhead, run.len())).collect()
+                    let ahead = runs.map(|run| gradients(KernelOp::AdamWAhead, run.len()));
+                    // The first of the copies is what the kernel itself writes.
+                    let copies = update.copies.iter().skip(1);
+                    ahead.chain(copies.map(|(to, both)| copied(to, both.len()))).collect()
                 }
             },
             OpKind::Optimizer { stage, unit } | OpKind::Validate { stage, unit, .. } => match update(self.rank, op) {
                 None => Vec::new(),
                 Some(update) => {
                     let runs = self.runs(stage, unit, update.range);
-                    let updated = runs.map(|run| elements(KernelOp::AdamW, run.len()));
-                    let zeroed = update.leftovers.1.into_iter().map(|part| elements(KernelOp::Zero, part.len()));
+                    let updated = runs.map(|run| gradients(KernelOp::AdamW, run.len()));
+                    let zeroed = update.leftovers.1.into_iter().map(|part| gradients(KernelOp::Zero, part.len()));
                     // A guess that proves right is not replaced.
                     let guessed = matches!(op.kind, OpKind::Validate { .. });
-                    let kept =
-                        update.kept.filter(|_| !guessed).map(|piece| elements(KernelOp::Copy, piece.holds.len()));
-                    updated.chain(zeroed).chain(kept).collect()
+                    let copies = update.copies.iter().filter(|_| !guessed);
+                    updated.chain(zeroed).chain(copies.map(|(to, both)| copied(to, both.len()))).collect()
                 }
             },
             OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } | OpKind::Join => Vec::new(),

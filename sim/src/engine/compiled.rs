@@ -192,9 +192,11 @@ impl Times {
         let rounds = |number: usize| {
             let meeting = &compiled.meetings[number];
             let first = compiled.at(compiled.members[meeting.members.0 as usize]);
-            match program.ranks[first.rank.index()].ops[first.op.index()].kind {
-                OpKind::Collective { collective, bytes, arrangement, .. } => {
-                    let exchange = Exchange { collective, bytes, arrangement };
+            let rank = &program.ranks[first.rank.index()];
+            match rank.ops[first.op.index()].kind {
+                OpKind::Collective { collective, buffer, bytes, arrangement, .. } => {
+                    let element = rank.buffers[buffer.index()].element;
+                    let exchange = Exchange { collective, bytes, element, arrangement };
                     costs.collective(program, exchange, &program.groups[meeting.group as usize])
                 }
                 _ => SmallVec::new(),

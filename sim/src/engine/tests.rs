@@ -1,8 +1,8 @@
 use super::*;
 use crate::cost::{CostModel, Exchange, Round};
 use crate::program::{
-    Arrangement, Buffer, Collective, Coordinates, Device, Direction, Group, MemoryClass, Message, NetworkLevel, Op,
-    OpKind, PROGRAM_FORMAT, Pass, Payload, RankProgram, Stage, Stream, Tensor, Unit, Workload,
+    Arrangement, Buffer, Collective, Coordinates, Device, Direction, Element, Group, MemoryClass, Message,
+    NetworkLevel, Op, OpKind, PROGRAM_FORMAT, Pass, Payload, RankProgram, Stage, Stream, Tensor, Unit, Workload,
 };
 use crate::trace::WaitReason;
 use crate::units::{BufferId, DeviceId, GroupId, MicrobatchId, Nanos, OpId, RankId, StageId};
@@ -98,7 +98,13 @@ fn program(devices: u32, ranks: Vec<(u32, Vec<Op>)>) -> Program {
                 device: DeviceId(device),
                 coordinates: Coordinates::default(),
                 stages: vec![],
-                buffers: vec![Buffer { class: MemoryClass::Activation, bytes: 64, tensor, start: 0 }],
+                buffers: vec![Buffer {
+                    class: MemoryClass::Activation,
+                    bytes: 64,
+                    tensor,
+                    start: 0,
+                    element: Element::F32,
+                }],
                 persistent: vec![BufferId(0)],
                 ops,
             })

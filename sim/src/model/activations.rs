@@ -20,13 +20,13 @@
 //! they need and nearly for free; W is the matrix products, as in the released zero-bubble code.
 
 use super::{Activation, Layer, Norm};
-use crate::program::{Recompute, Tensor, TransformerWorkload};
+use crate::program::{Element, Precision, Recompute, Tensor, TransformerWorkload};
 use crate::units::MicrobatchId;
 
 use super::places::Spot;
 use super::steps::{AttentionDims, Slice};
 
-/// Widths of a workload, in elements.
+/// Widths of a workload, in elements, and what they are made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     /// Tokens of a microbatch.
@@ -53,6 +53,8 @@ pub struct Shape {
     pub gated: bool,
     /// Norms shift.
     pub layer_norm: bool,
+    /// Number formats.
+    pub precision: Precision,
 }
 
 /// Most logits that the loss holds at a time: 16 MiB of f32.
@@ -83,6 +85,7 @@ impl Shape {
             chunk: (LOGITS / model.vocab.max(1) as usize).clamp(1, rows.max(1)),
             gated: model.activation == Activation::SwiGlu,
             layer_norm,
+            precision: workload.precision,
         }
     }
 }
@@ -137,12 +140,20 @@ pub enum Holder {
     Rebuilt,
 }
 
-/// Pieces start at multiples of a cache line, counted in f32.
-const LINE: usize = 16;
+/// Pieces start at multiples of a cache line, in bytes.
+const LINE: usize = 64;
 
-/// `len` rounded up so that what follows starts at a cache line.
-pub(crate) fn padded(len: usize) -> usize {
-    len.next_multiple_of(LINE)
+/// Bytes of `len` elements, rounded up so that what follows starts at a cache line.
+pub(crate) fn padded(len: usize, element: Element) -> usize {
+    (len * element.bytes() as usize).next_multiple_of(LINE)
+}
+
+/// What a piece is made of: statistics are 32-bit in every recipe.
+pub(crate) fn element_of(precision: Precision, piece: Piece) -> Element {
+    match piece {
+        Piece::Stats | Piece::MlpStats | Piece::LogSumExp => Element::F32,
+        _ => precision.values(),
+    }
 }
 
 /// The pieces of a layer with their holders and lengths. The input of the layer that opens a stage is the stage's input, the
@@ -207,10 +218,11 @@ pub(crate) fn tensor_of(holder: Holder, spot: &Spot, microbatch: MicrobatchId) -
     }
 }
 
-/// Elements of one holder over the layers of a unit.
+/// Bytes of one holder over the layers of a unit.
 pub(crate) fn held(shape: &Shape, recompute: Recompute, unit: &[Spot], holder: Holder) -> usize {
     let all = unit.iter().flat_map(|spot| pieces(shape, recompute, spot));
-    all.filter(|(_, by, _)| *by == holder).map(|(_, _, len)| padded(len)).sum()
+    let own = all.filter(|(_, by, _)| *by == holder);
+    own.map(|(piece, _, len)| padded(len, element_of(shape.precision, piece))).sum()
 }
 
 /// Where a piece lies; `None` when it is rebuilt or the stage's own. `unit` are the layers of its unit.
@@ -230,10 +242,12 @@ pub(crate) fn place(
             break;
         }
         if by == holder {
-            start += padded(len);
+            start += padded(len, element_of(shape.precision, before));
         }
     }
-    Some(Slice { tensor, range: start..start + len })
+    let element = element_of(shape.precision, piece);
+    let start = start / element.bytes() as usize;
+    Some(Slice { tensor, range: start..start + len, element })
 }
 
 /// Elements of a piece.

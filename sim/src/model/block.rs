@@ -6,7 +6,7 @@ use super::parameters::Role;
 use super::passes::Builder;
 use super::places::Spot;
 use super::steps::{Detail, Slice};
-use crate::program::Recompute;
+use crate::program::{Element, Recompute};
 use paceline_profiles::KernelOp;
 
 const ATTENTION_NORM: (Role, Role) = (Role::AttentionNormWeight, Role::AttentionNormBias);
@@ -110,13 +110,13 @@ pub(crate) fn backward(b: &mut Builder, spot: &Spot) {
         b.elements(KernelOp::Copy, s.rows * s.hidden, [&entering, &g]);
     }
     let start = b.workspace.mark();
-    let up_delta = b.workspace.take(s.rows * s.up);
+    let up_delta = b.scratch(s.rows * s.up);
     // Weights of a matrix before the gradient in place becomes that of its input.
     mlp_output_weight(b, spot, &g);
     mlp_input(b, spot, &g, &up_delta, |_| g.clone());
     mlp_input_weight(b, spot, &up_delta);
     b.workspace.release(start);
-    let qkv_delta = b.workspace.take(s.rows * s.qkv);
+    let qkv_delta = b.scratch(s.rows * s.qkv);
     attention_output_weight(b, spot, &g);
     attention_input(b, spot, &g, &qkv_delta, |_| g.clone());
     attention_input_weight(b, spot, &qkv_delta);
@@ -128,14 +128,14 @@ pub(crate) fn backward(b: &mut Builder, spot: &Spot) {
 fn mlp_input(b: &mut Builder, spot: &Spot, dz: &Slice, up_delta: &Slice, residual: impl FnOnce(&mut Builder) -> Slice) {
     let s = b.shape;
     let start = b.workspace.mark();
-    let d_activated = b.workspace.take(s.rows * s.intermediate);
+    let d_activated = b.scratch(s.rows * s.intermediate);
     let weight = b.weight(spot, Role::DownWeight);
     b.project_back(dz, weight, &d_activated, s.intermediate, s.hidden);
     b.adapt_back(spot, Role::DownWeight, dz, &d_activated, (s.hidden, s.intermediate));
     let up = b.piece(spot, Piece::Up, false);
     activate_backward(b, &up, &d_activated, up_delta);
     b.workspace.release(start);
-    let d_normed = b.workspace.take(s.rows * s.hidden);
+    let d_normed = b.scratch(s.rows * s.hidden);
     let weight = b.weight(spot, Role::UpWeight);
     b.project_back(up_delta, weight, &d_normed, s.hidden, s.up);
     b.adapt_back(spot, Role::UpWeight, up_delta, &d_normed, (s.up, s.hidden));
@@ -155,8 +155,8 @@ fn attention_input(
 ) {
     let s = b.shape;
     let start = b.workspace.mark();
-    let d_attended = b.workspace.take(s.rows * s.query);
-    let scratch = b.workspace.take(s.rows * s.attention.heads as usize);
+    let d_attended = b.scratch(s.rows * s.query);
+    let scratch = b.workspace.take(s.rows * s.attention.heads as usize, Element::F32);
     let weight = b.weight(spot, Role::OutputWeight);
     b.project_back(dy, weight, &d_attended, s.query, s.hidden);
     b.adapt_back(spot, Role::OutputWeight, dy, &d_attended, (s.hidden, s.query));
@@ -165,7 +165,7 @@ fn attention_input(
     attention(b, KernelOp::AttentionBackward, [&qkv, &attended, &lse, &d_attended, qkv_delta, &scratch]);
     rotate(b, qkv_delta, true);
     b.workspace.release(start);
-    let d_normed = b.workspace.take(s.rows * s.hidden);
+    let d_normed = b.scratch(s.rows * s.hidden);
     let weight = b.weight(spot, Role::QkvWeight);
     b.project_back(qkv_delta, weight, &d_normed, s.hidden, s.qkv);
     b.adapt_back(spot, Role::QkvWeight, qkv_delta, &d_normed, (s.qkv, s.hidden));
@@ -227,7 +227,7 @@ fn attention_input_weight(b: &mut Builder, spot: &Spot, qkv_delta: &Slice) {
 pub(crate) fn rebuilt_norm(b: &mut Builder, spot: &Spot, piece: Piece, roles: (Role, Role), x: &Slice) -> Slice {
     let normed = b.piece(spot, piece, false);
     if b.kept(spot, piece).is_none() {
-        let stats = b.workspace.take(b.shape.rows * b.shape.stats);
+        let stats = b.workspace.take(b.shape.rows * b.shape.stats, Element::F32);
         b.norm(spot, roles, x, &normed, &stats);
     }
     normed

@@ -3,10 +3,10 @@
 use super::activations::Piece;
 use super::block::rebuilt_norm;
 use super::parameters::Role;
-use super::passes::{Builder, part};
+use super::passes::Builder;
 use super::places::Spot;
 use super::steps::{Detail, Slice};
-use crate::program::Tensor;
+use crate::program::{Element, Tensor};
 use paceline_profiles::KernelOp;
 use smallvec::SmallVec;
 
@@ -42,7 +42,7 @@ pub(crate) fn head_forward(b: &mut Builder, spot: &Spot) {
     let (stats, lse) = (b.piece(spot, Piece::Stats, false), b.piece(spot, Piece::LogSumExp, false));
     b.norm(spot, FINAL_NORM, &x, &normed, &stats);
     let place = b.loss;
-    let loss = part(&Slice { tensor: Tensor::Losses, range: 0..place + 1 }, place..place + 1);
+    let loss = b.slice(Tensor::Losses, place..place + 1);
     let weight = b.weight(spot, Role::Logits);
     let scratch = logits(b);
     let operands = [normed, weight, b.ids(true), lse, loss, scratch];
@@ -78,7 +78,7 @@ fn head(b: &mut Builder, spot: &Spot, into: Option<&Slice>, matrix: bool) {
     let x = b.input(spot);
     let normed = rebuilt_norm(b, spot, Piece::Normed, FINAL_NORM, &x);
     let lse = b.piece(spot, Piece::LogSumExp, false);
-    let d_normed = into.map(|_| b.workspace.take(s.rows * s.hidden));
+    let d_normed = into.map(|_| b.scratch(s.rows * s.hidden));
     let scratch = logits(b);
     let weight = b.weight(spot, Role::Logits);
     let op = match (&d_normed, &d_weight) {
@@ -107,5 +107,5 @@ fn head_dims(b: &Builder) -> [usize; 4] {
 
 /// Room for a chunk of logits.
 fn logits(b: &mut Builder) -> Slice {
-    b.workspace.take(b.shape.chunk * b.shape.vocab)
+    b.workspace.take(b.shape.chunk * b.shape.vocab, Element::F32)
 }

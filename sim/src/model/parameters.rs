@@ -447,7 +447,7 @@ impl Shard {
 }
 
 /// What a rank holds of a stage through all steps: parameters of every unit, gradients of the trained ones, and both AdamW
-/// moments of its shard of them.
+/// moments of its shard of them, with 32-bit weights where parameters are narrower.
 pub(crate) fn persistent_operands(
     workload: &TransformerWorkload,
     stages: &[Stage],
@@ -459,14 +459,21 @@ pub(crate) fn persistent_operands(
     units
         .flat_map(|unit| {
             let (len, frozen) = (all.len(stage, unit, Array::Trained), all.len(stage, unit, Array::Frozen));
-            let operand = |tensor, class, elements| Operand { tensor, class, bytes: 4 * elements as u64 };
+            let operand = |tensor, class, elements: usize| {
+                let bytes = workload.precision.element(tensor).bytes() * elements as u64;
+                Operand { tensor, class, bytes }
+            };
+            let own = moments.range(len).len();
+            let master = operand(Tensor::Master { stage, unit }, MemoryClass::OptimizerState, own);
             let trained = [
-                operand(Tensor::Parameters { stage, unit }, MemoryClass::Parameter, len),
-                operand(Tensor::Gradients { stage, unit }, MemoryClass::Gradient, len),
-                operand(Tensor::Moments { stage, unit }, MemoryClass::OptimizerState, 2 * moments.range(len).len()),
+                Some(operand(Tensor::Parameters { stage, unit }, MemoryClass::Parameter, len)),
+                Some(operand(Tensor::Gradients { stage, unit }, MemoryClass::Gradient, len)),
+                workload.precision.has_master().then_some(master),
+                Some(operand(Tensor::Moments { stage, unit }, MemoryClass::OptimizerState, 2 * own)),
             ];
             let frozen = operand(Tensor::Frozen { stage, unit }, MemoryClass::Parameter, frozen);
-            trained.into_iter().filter(move |_| len > 0).chain(Some(frozen).filter(|frozen| frozen.bytes > 0))
+            let trained = trained.into_iter().flatten().filter(move |_| len > 0);
+            trained.chain(Some(frozen).filter(|frozen| frozen.bytes > 0))
         })
         .collect()
 }

@@ -1,14 +1,14 @@
 //! One pass over units of a stage: its kernels in order, and every tensor that it touches with its size.
 
-use super::activations::{Holder, Piece, Shape, held, length, padded, place};
+use super::activations::{Holder, Piece, Shape, element_of, held, length, padded, place};
 use super::parameters::{Array, Layers, Role, Shard, Side, matrix_for, persistent_operands};
 use super::places::{OutputMatrix, Spot, spots};
 use super::steps::{Detail, Slice, Step};
 use super::trainable::{Matrix, adapters};
 use super::{Layer, block, ends};
-use crate::program::{MemoryClass, OpKind, Pass, Stage, Tensor, TransformerWorkload};
+use crate::program::{Element, MemoryClass, OpKind, Pass, Stage, Tensor, TransformerWorkload};
 use crate::units::{MicrobatchId, StageId};
-use paceline_profiles::{KernelKey, KernelOp};
+use paceline_profiles::{DType, KernelKey, KernelOp};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -103,12 +103,12 @@ pub fn neighbour(stages: &[Stage], tensor: Tensor) -> Option<Tensor> {
 }
 
 /// What a rank holds of a stage through all steps: parameters of every unit, gradients of the trained ones, and both AdamW
-/// moments of its shard of them.
+/// moments of its shard of them, with 32-bit weights where parameters are narrower.
 pub fn persistent(workload: &TransformerWorkload, stages: &[Stage], stage: StageId, moments: Shard) -> Vec<Operand> {
     persistent_operands(workload, stages, stage, moments)
 }
 
-/// Scratch of one pass: taken and given back in stack order.
+/// Scratch of one pass, in bytes: taken and given back in stack order.
 #[derive(Debug, Default)]
 pub(crate) struct Workspace {
     next: usize,
@@ -116,11 +116,12 @@ pub(crate) struct Workspace {
 }
 
 impl Workspace {
-    pub fn take(&mut self, len: usize) -> Slice {
-        let start = self.next;
-        self.next += padded(len);
+    /// Room for `len` elements.
+    pub fn take(&mut self, len: usize, element: Element) -> Slice {
+        let start = self.next / element.bytes() as usize;
+        self.next += padded(len, element);
         self.highest = self.highest.max(self.next);
-        Slice { tensor: Tensor::Workspace { op: 0 }, range: start..start + len }
+        Slice { tensor: Tensor::Workspace { op: 0 }, range: start..start + len, element }
     }
 
     pub fn mark(&self) -> usize {
@@ -197,12 +198,25 @@ impl Builder<'_> {
     pub fn piece(&mut self, spot: &Spot, piece: Piece, transient: bool) -> Slice {
         match self.kept(spot, piece).filter(|_| !transient) {
             Some(slice) => slice,
-            None => self.workspace.take(length(&self.shape, piece, spot.layer)),
+            None => {
+                let len = length(&self.shape, piece, spot.layer);
+                self.workspace.take(len, element_of(self.shape.precision, piece))
+            }
         }
     }
 
+    /// Elements of a tensor that holds one type.
+    pub fn slice(&self, tensor: Tensor, range: Range<usize>) -> Slice {
+        Slice { tensor, range, element: self.shape.precision.element(tensor) }
+    }
+
+    /// Room for values of this pass alone.
+    pub fn scratch(&mut self, len: usize) -> Slice {
+        self.workspace.take(len, self.shape.precision.values())
+    }
+
     fn whole_hidden(&self, tensor: Tensor) -> Slice {
-        Slice { tensor, range: 0..self.shape.rows * self.shape.hidden }
+        self.slice(tensor, 0..self.shape.rows * self.shape.hidden)
     }
 
     /// `x` of a layer.
@@ -258,12 +272,12 @@ impl Builder<'_> {
             (false, true) => return None,
             (false, false) => Tensor::Frozen { stage, unit },
         };
-        Some(Slice { tensor, range })
+        Some(self.slice(tensor, range))
     }
 
     /// A parameter that every model of this shape has.
     pub fn weight(&self, spot: &Spot, role: Role) -> Slice {
-        let none = || Slice { tensor: Tensor::Parameters { stage: spot.stage, unit: spot.unit }, range: 0..0 };
+        let none = || self.slice(Tensor::Parameters { stage: spot.stage, unit: spot.unit }, 0..0);
         self.parameter(spot, role, false).unwrap_or_else(none)
     }
 
@@ -298,7 +312,7 @@ impl Builder<'_> {
         if rows.len() == outputs {
             return adapter.b.clone();
         }
-        let wide = self.workspace.take(outputs * adapter.rank);
+        let wide = self.scratch(outputs * adapter.rank);
         self.elements(KernelOp::Zero, outputs * adapter.rank, [&wide]);
         let own = part(&wide, rows.start * adapter.rank..rows.end * adapter.rank);
         self.elements(KernelOp::Copy, adapter.b.range.len(), [&adapter.b, &own]);
@@ -310,7 +324,7 @@ impl Builder<'_> {
         let rows = self.shape.rows;
         for adapter in self.adapters(spot, fused) {
             let start = self.workspace.mark();
-            let inner = self.workspace.take(rows * adapter.rank);
+            let inner = self.scratch(rows * adapter.rank);
             self.project(x, adapter.a.clone(), &inner, adapter.rank, k);
             let wide = self.widened(&adapter, n);
             let operands = [inner, wide, out.clone()];
@@ -324,7 +338,7 @@ impl Builder<'_> {
         let rows = self.shape.rows;
         for adapter in self.adapters(spot, fused) {
             let start = self.workspace.mark();
-            let inner = self.workspace.take(rows * adapter.rank);
+            let inner = self.scratch(rows * adapter.rank);
             let wide = self.widened(&adapter, n);
             self.project_back(dy, wide, &inner, adapter.rank, n);
             let operands = [inner, adapter.a.clone(), dx.clone()];
@@ -342,13 +356,13 @@ impl Builder<'_> {
         let rows = self.shape.rows;
         for adapter in self.adapters(spot, role) {
             let (rank, start) = (adapter.rank, self.workspace.mark());
-            let inner = self.workspace.take(rows * rank);
+            let inner = self.scratch(rows * rank);
             self.project(x, adapter.a.clone(), &inner, rank, k);
             let own = adapter.matrix.within(&self.workload.model).1;
             if own.len() == n {
                 self.accumulate(dy, &inner, adapter.into_b.clone(), n, rank);
             } else {
-                let wide = self.workspace.take(n * rank);
+                let wide = self.workspace.take(n * rank, self.shape.precision.gradients());
                 self.elements(KernelOp::Zero, n * rank, [&wide]);
                 self.accumulate(dy, &inner, wide.clone(), n, rank);
                 let own = part(&wide, own.start * rank..own.end * rank);
@@ -365,12 +379,20 @@ impl Builder<'_> {
     pub fn ids(&self, targets: bool) -> Slice {
         let microbatch = self.microbatch;
         let tensor = if targets { Tensor::Targets { microbatch } } else { Tensor::Tokens { microbatch } };
-        Slice { tensor, range: 0..self.shape.rows }
+        self.slice(tensor, 0..self.shape.rows)
     }
 
     pub fn push(&mut self, op: KernelOp, dims: &[usize], operands: impl IntoIterator<Item = Slice>, detail: Detail) {
         let dims = dims.iter().map(|&d| d as u32).collect();
-        self.steps.push(Step { key: KernelKey { op, dims }, operands: operands.into_iter().collect(), detail });
+        let (precision, operands) = (self.shape.precision, operands.into_iter().collect::<SmallVec<[Slice; 7]>>());
+        // Indices tell nothing.
+        let first = operands.iter().map(|slice| slice.element).find(|&element| element != Element::U32);
+        let dtype = match first {
+            Some(Element::Bf16) if adds_to_gradients(op) => precision.of_gradients(),
+            Some(Element::Bf16) => DType::Bf16,
+            _ => DType::F32,
+        };
+        self.steps.push(Step { key: KernelKey { op, dims, dtype }, operands, detail });
     }
 
     /// `c[m,n] = a[m,k] b[n,k]^T`: the forward of a projection.
@@ -447,28 +469,29 @@ impl Builder<'_> {
     }
 
     fn operands(&self, microbatches: u32) -> Vec<Operand> {
-        let mut used: BTreeMap<Tensor, usize> = BTreeMap::new();
+        let mut used: BTreeMap<Tensor, u64> = BTreeMap::new();
         for slice in self.steps.iter().flat_map(|step| &step.operands) {
             let end = used.entry(slice.tensor).or_default();
-            *end = (*end).max(slice.range.end);
+            *end = (*end).max(slice.end());
         }
         let sized = used.into_keys().map(|tensor| {
-            let (class, elements) = self.size(tensor, microbatches);
-            Operand { tensor, class, bytes: 4 * elements as u64 }
+            let (class, bytes) = self.size(tensor, microbatches);
+            Operand { tensor, class, bytes }
         });
         sized.collect()
     }
 
-    /// Class and elements of a tensor.
-    fn size(&self, tensor: Tensor, microbatches: u32) -> (MemoryClass, usize) {
-        let kept = |unit: u16, holder| held(&self.shape, self.workload.recompute, self.unit_spots(unit), holder);
-        let whole = |stage, unit| self.held.len(stage, unit, Array::Trained);
+    /// Class and bytes of a tensor.
+    fn size(&self, tensor: Tensor, microbatches: u32) -> (MemoryClass, u64) {
+        let kept = |unit: u16, holder| held(&self.shape, self.workload.recompute, self.unit_spots(unit), holder) as u64;
+        let of = |elements: usize| self.shape.precision.element(tensor).bytes() * elements as u64;
+        let whole = |stage, unit| of(self.held.len(stage, unit, Array::Trained));
         match tensor {
             Tensor::Parameters { stage, unit } | Tensor::ParameterShard { stage, unit } => {
                 (MemoryClass::Parameter, whole(stage, unit))
             }
             Tensor::Frozen { stage, unit } | Tensor::FrozenShard { stage, unit } => {
-                (MemoryClass::Parameter, self.held.len(stage, unit, Array::Frozen))
+                (MemoryClass::Parameter, of(self.held.len(stage, unit, Array::Frozen)))
             }
             Tensor::Gradients { stage, unit }
             | Tensor::GradientShard { stage, unit }
@@ -477,23 +500,37 @@ impl Builder<'_> {
                 (MemoryClass::OptimizerState, whole(stage, unit))
             }
             Tensor::Moments { stage, unit } => (MemoryClass::OptimizerState, 2 * whole(stage, unit)),
-            Tensor::Tokens { .. } | Tensor::Targets { .. } => (MemoryClass::Activation, self.shape.rows),
+            Tensor::Tokens { .. } | Tensor::Targets { .. } => (MemoryClass::Activation, of(self.shape.rows)),
             Tensor::StageInput { .. }
             | Tensor::StageOutput { .. }
             | Tensor::OutputGradient { .. }
-            | Tensor::InputGradient { .. } => (MemoryClass::Activation, self.shape.rows * self.shape.hidden),
+            | Tensor::InputGradient { .. } => (MemoryClass::Activation, of(self.shape.rows * self.shape.hidden)),
             Tensor::Checkpoint { unit, .. } => (MemoryClass::Activation, kept(unit, Holder::Checkpoint)),
             Tensor::SavedForB { unit, .. } => (MemoryClass::Activation, kept(unit, Holder::UntilB)),
             Tensor::SavedForW { unit, .. } => (MemoryClass::Activation, kept(unit, Holder::UntilW)),
             Tensor::DeltaForW { unit, .. } => (MemoryClass::Activation, kept(unit, Holder::Delta)),
-            Tensor::Losses => (MemoryClass::Activation, microbatches as usize),
-            Tensor::GradientNorm => (MemoryClass::CommScratch, 2),
-            Tensor::Workspace { .. } => (MemoryClass::Workspace, self.workspace.highest),
+            Tensor::Losses => (MemoryClass::Activation, of(microbatches as usize)),
+            Tensor::GradientNorm => (MemoryClass::CommScratch, of(1)),
+            Tensor::Workspace { .. } => (MemoryClass::Workspace, self.workspace.highest as u64),
         }
     }
 }
 
 /// Elements `range` of a slice.
 pub(crate) fn part(slice: &Slice, range: Range<usize>) -> Slice {
-    Slice { tensor: slice.tensor, range: slice.range.start + range.start..slice.range.start + range.end }
+    Slice { range: slice.range.start + range.start..slice.range.start + range.end, ..slice.clone() }
+}
+
+/// Whether an operator adds to gradients of parameters.
+fn adds_to_gradients(op: KernelOp) -> bool {
+    matches!(
+        op,
+        KernelOp::MatmulTn
+            | KernelOp::BiasGradient
+            | KernelOp::RmsNormBackwardWeight
+            | KernelOp::LayerNormBackwardWeight
+            | KernelOp::EmbeddingBackward
+            | KernelOp::HeadBackwardWeight
+            | KernelOp::HeadBackward
+    )
 }

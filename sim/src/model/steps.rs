@@ -1,17 +1,26 @@
 //! A pass as data: kernels in order, each with its operands as slices of named tensors.
 
-use crate::program::Tensor;
+use crate::program::{Element, Tensor};
 use paceline_profiles::{KernelKey, Work};
 use smallvec::SmallVec;
 use std::ops::Range;
 
-/// Part of a tensor, in elements.
+/// Part of a tensor. A tensor may hold pieces of different types; each begins at a multiple of its elements' size.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slice {
     /// Of which tensor.
     pub tensor: Tensor,
-    /// Which elements.
+    /// Which elements: the first lies `range.start * element.bytes()` bytes from the begin of the tensor.
     pub range: Range<usize>,
+    /// What they are.
+    pub element: Element,
+}
+
+impl Slice {
+    /// Where it ends, in bytes.
+    pub fn end(&self) -> u64 {
+        self.range.end as u64 * self.element.bytes()
+    }
 }
 
 /// One kernel call. Operands come in the order of the operator's fields in the kernels' `Call`; optional ones (the shift of a

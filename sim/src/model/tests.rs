@@ -3,8 +3,11 @@ mod lifetimes;
 
 use super::parameters::{tied_matrix, unit_layout, unit_parameters};
 use super::*;
-use crate::program::{MemoryClass, OpKind, Pass, Recompute, Stage, Tensor, TransformerWorkload, Unit};
+use crate::program::{
+    Element, MemoryClass, OpKind, Pass, Precision, Recompute, Stage, Tensor, TransformerWorkload, Unit,
+};
 use crate::units::{MicrobatchId, StageId};
+use paceline_profiles::KernelOp;
 use std::path::Path;
 
 fn workload(model: &str, recompute: Recompute) -> TransformerWorkload {
@@ -16,6 +19,7 @@ fn workload(model: &str, recompute: Recompute) -> TransformerWorkload {
         recompute,
         tied_on_one_rank: false,
         trainable: Trainable::Full,
+        precision: Precision::Fp32,
     }
 }
 
@@ -168,7 +172,7 @@ fn operands_are_whole_tensors_in_their_classes() {
     // Every slice of every kernel lies within its tensor.
     for step in pass(&workload, &stages, Pass::BW, 1).steps {
         for slice in step.operands {
-            assert!(4 * slice.range.end as u64 <= of(slice.tensor).unwrap().bytes, "{} {slice:?}", step.key);
+            assert!(slice.end() <= of(slice.tensor).unwrap().bytes, "{} {slice:?}", step.key);
         }
     }
 }
@@ -195,4 +199,50 @@ fn a_config_json_is_the_preset() {
     let missing = refused(&llama.replace("\"num_hidden_layers\": 32,", ""));
     assert!(missing.contains("num_hidden_layers is missing"), "{missing}");
     assert!(refused("[]").contains("must be a JSON object"));
+}
+
+/// Sizes of a block by hand: rows 128, hidden 256, 4 heads of 64, gated MLP of 768.
+#[test]
+fn bfloat16_halves_values_and_leaves_statistics() {
+    let bytes = |precision| {
+        let workload = TransformerWorkload { precision, ..workload("demo-3m", Recompute::None) };
+        let stages = stages(&workload.model, &[1, 1, workload.model.layers - 2]);
+        let operands = |kind| pass(&workload, &stages, kind, 1).operands;
+        let of = |operands: &[Operand], is: fn(&Tensor) -> bool| {
+            operands.iter().filter(|operand| is(&operand.tensor)).map(|operand| operand.bytes).sum::<u64>()
+        };
+        let (forward, backward) = (operands(Pass::F), operands(Pass::BW));
+        let message = of(&forward, |tensor| matches!(tensor, Tensor::StageOutput { .. }));
+        let until_b = of(&forward, |tensor| matches!(tensor, Tensor::SavedForB { .. }));
+        let until_w = of(&forward, |tensor| matches!(tensor, Tensor::SavedForW { .. }));
+        let weights = of(&backward, |tensor| matches!(tensor, Tensor::Parameters { .. }));
+        let gradients = of(&backward, |tensor| matches!(tensor, Tensor::Gradients { .. }));
+        let kept = persistent(&workload, &stages, StageId(1), Shard::WHOLE);
+        let all: u64 = kept.iter().map(|operand| operand.bytes).sum();
+        (message, until_b, until_w, weights, gradients, all)
+    };
+    let model = ModelConfig::preset("demo-3m").unwrap();
+    let (rows, parameters) = (2 * 64u64, model.layer_parameters(Layer::Block(1)));
+    let (message, until_b, until_w, ..) = bytes(Precision::Fp32);
+    let statistics = 4 * rows * u64::from(model.heads) + 2 * 4 * rows;
+    assert_eq!(message, 4 * rows * u64::from(model.hidden));
+    assert_eq!(until_w % 64, 0);
+    for (precision, gradient) in [(Precision::Bf16, 2), (Precision::Bf16Fp32Gradients, 4)] {
+        let narrow = bytes(precision);
+        assert_eq!(narrow.0, message / 2);
+        assert_eq!(narrow.1, (until_b - statistics) / 2 + statistics, "values halve, statistics do not");
+        assert_eq!(narrow.2, until_w / 2);
+        assert_eq!((narrow.3, narrow.4), (2 * parameters, gradient * parameters));
+        assert_eq!(narrow.5, (14 + gradient) * parameters, "2 + gradient + 4 master + 8 moments");
+    }
+    // Statistics and room for sums are 32-bit wherever they lie.
+    let workload = TransformerWorkload { precision: Precision::Bf16, ..workload("demo-3m", Recompute::Selective) };
+    let stages = stages(&workload.model, &[1, 1, workload.model.layers - 2]);
+    let all: Vec<Step> =
+        [Pass::F, Pass::B, Pass::W].into_iter().flat_map(|kind| pass(&workload, &stages, kind, 1).steps).collect();
+    let norm = all.iter().find(|step| step.key.op == KernelOp::RmsNorm).unwrap();
+    let elements: Vec<Element> = norm.operands.iter().map(|slice| slice.element).collect();
+    assert_eq!(elements, [Element::Bf16, Element::Bf16, Element::Bf16, Element::F32]);
+    let attention = all.iter().find(|step| step.key.op == KernelOp::AttentionBackward).unwrap();
+    assert_eq!((attention.operands[2].element, attention.operands[5].element), (Element::F32, Element::F32));
 }

@@ -13,7 +13,7 @@
 
 use super::parameters::{Role, unit_parameters};
 use super::{Activation, Layer, ModelConfig, ModelError};
-use crate::program::{Recompute, Stage, TransformerWorkload, Unit};
+use crate::program::{Precision, Recompute, Stage, TransformerWorkload, Unit};
 use crate::units::StageId;
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
@@ -221,6 +221,7 @@ pub fn trained_elements(model: &ModelConfig, trainable: &Trainable) -> u64 {
         recompute: Recompute::None,
         tied_on_one_rank: true,
         trainable: trainable.clone(),
+        precision: Precision::Fp32,
     };
     unit_parameters(&workload, &one, StageId(0), 0) as u64
 }
@@ -299,6 +300,7 @@ mod tests {
             recompute: Recompute::None,
             tied_on_one_rank: true,
             trainable: trainable.clone(),
+            precision: Precision::Fp32,
         };
         (workload, stages)
     }

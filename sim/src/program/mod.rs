@@ -19,6 +19,7 @@
 
 mod check;
 mod partners;
+mod precision;
 mod rounds;
 mod shares;
 mod types;
@@ -26,6 +27,7 @@ mod update;
 
 pub use check::{CheckError, check};
 pub use partners::{Meeting, OpRef, PartnerError, Partners, Transfer};
+pub use precision::{Element, Precision};
 pub use rounds::{Algorithm, Step, rounds};
 pub use shares::{Shares, SharesError, shares};
 pub use types::*;

@@ -118,15 +118,15 @@ fn updated(program: &Program, rank: RankId) -> impl Iterator<Item = Part> {
         // than those of gathered weights.
         let ends = rank.buffers.iter().filter_map(move |buffer| match buffer.tensor {
             Tensor::Parameters { stage, unit } | Tensor::Gradients { stage, unit } if (stage, unit) == of => {
-                Some(buffer.bytes)
+                Some(buffer.elements())
             }
             _ => None,
         });
-        ends.max().unwrap_or(0) as usize / 4
+        ends.max().unwrap_or(0)
     };
     persistent().filter_map(move |buffer| match buffer.tensor {
         Tensor::Moments { stage, unit } => {
-            let (start, len) = (buffer.start as usize / 4, buffer.bytes as usize / 8);
+            let (start, len) = (buffer.start as usize, buffer.elements() / 2);
             Some(Part { stage, unit, range: start..start + len, len: whole((stage, unit)) })
         }
         _ => None,
@@ -144,8 +144,8 @@ pub(super) fn without(all: Range<usize>, hole: Range<usize>) -> impl Iterator<It
 mod tests {
     use super::*;
     use crate::program::{
-        Arrangement, Buffer, Collective, Coordinates, Device, Group, MemoryClass, NetworkLevel, Op, PROGRAM_FORMAT,
-        RankProgram, Stream, Workload,
+        Arrangement, Buffer, Collective, Coordinates, Device, Element, Group, MemoryClass, NetworkLevel, Op,
+        PROGRAM_FORMAT, RankProgram, Stream, Workload,
     };
     use crate::units::{BufferId, DeviceId};
     use smallvec::SmallVec;
@@ -179,7 +179,7 @@ mod tests {
             free: SmallVec::new(),
         };
         let (stage, unit) = (STAGE, 0);
-        let buffer = |class, tensor, start, bytes| Buffer { class, bytes, tensor, start };
+        let buffer = |class, tensor, start, bytes| Buffer { class, bytes, tensor, start, element: Element::F32 };
         let rank = |(number, update): (usize, &Range<u64>)| RankProgram {
             device: DeviceId(0),
             coordinates: Coordinates { data: number as u32, pipeline: 0 },
@@ -189,7 +189,7 @@ mod tests {
                 buffer(
                     MemoryClass::OptimizerState,
                     Tensor::Moments { stage, unit },
-                    4 * update.start,
+                    update.start,
                     8 * (update.end - update.start),
                 ),
             ],

@@ -1,11 +1,12 @@
 //! The data types of a program. No behaviour beyond reading them.
 
-use super::Algorithm;
+use super::{Algorithm, Element, Precision};
 use crate::model::{Layer, ModelConfig, Trainable};
 use crate::units::*;
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 use std::fmt;
+use std::ops::Range;
 
 /// The format written into every serialised program.
 pub const PROGRAM_FORMAT: &str = "paceline.program/1";
@@ -76,6 +77,19 @@ pub struct TransformerWorkload {
     /// Which parameters are trained.
     #[serde(default, skip_serializing_if = "Trainable::is_full")]
     pub trainable: Trainable,
+    /// Number formats of parameters, gradients and activations.
+    #[serde(default)]
+    pub precision: Precision,
+}
+
+impl Workload {
+    /// The number formats; 32-bit where nothing is computed.
+    pub fn precision(&self) -> Precision {
+        match self {
+            Workload::Transformer(workload) => workload.precision,
+            Workload::Abstract => Precision::Fp32,
+        }
+    }
 }
 
 /// Which activations F drops and the backward recomputes.
@@ -207,9 +221,24 @@ pub struct Buffer {
     pub bytes: u64,
     /// What it holds.
     pub tensor: Tensor,
-    /// Of a part of a unit's flat array: the byte of the array at which the part begins. Zero for whole tensors.
+    /// Of a part of a unit's flat array: the element of the array at which the part begins. Zero for whole tensors.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub start: u64,
+    /// What it is counted in: see [`Precision::element`].
+    #[serde(default, skip_serializing_if = "Element::is_usual")]
+    pub element: Element,
+}
+
+impl Buffer {
+    /// Elements in it.
+    pub fn elements(&self) -> usize {
+        (self.bytes / self.element.bytes()) as usize
+    }
+
+    /// The elements of a unit's array that a part of it holds.
+    pub fn holds(&self) -> Range<usize> {
+        self.start as usize..self.start as usize + self.elements()
+    }
 }
 
 fn is_zero(number: &u64) -> bool {
@@ -258,7 +287,7 @@ pub enum Tensor {
     /// Accumulated weight gradients of a unit, flat, same layout.
     Gradients { stage: StageId, unit: u16 },
     /// AdamW moments of the part of a unit that this rank updates: first, then second moments. [`Buffer::start`] is
-    /// where that part begins, in bytes of parameters.
+    /// where that part begins.
     Moments { stage: StageId, unit: u16 },
     /// Token ids of a microbatch (first stage): `u32`.
     Tokens { microbatch: MicrobatchId },
@@ -294,7 +323,8 @@ pub enum Tensor {
     GradientShard { stage: StageId, unit: u16 },
     /// Reduced gradients of the part that the optimizer updates, gathered where gradients are cut more finely than it.
     SyncedGradients { stage: StageId, unit: u16 },
-    /// The weights that the optimizer updates, where it is cut more coarsely than the weights that passes keep.
+    /// The 32-bit weights that the optimizer updates, where passes keep narrower ones, or where it is cut more coarsely than the
+    /// weights that passes keep.
     Master { stage: StageId, unit: u16 },
     /// The weights of a unit before [`OpKind::OptimizerAhead`]; [`OpKind::Validate`] turns them into the true ones.
     Kept { stage: StageId, unit: u16 },

@@ -2,7 +2,7 @@
 //! which elements of each. Simulator and executor read the same description.
 
 use super::shares::without;
-use super::{Buffer, Op, RankProgram, Tensor};
+use super::{Buffer, Element, Op, RankProgram, Tensor};
 use crate::units::StageId;
 use smallvec::SmallVec;
 use std::ops::Range;
@@ -14,12 +14,13 @@ pub struct Piece {
     pub tensor: Tensor,
     /// Which elements of the array it holds.
     pub holds: Range<usize>,
+    /// What they are.
+    pub element: Element,
 }
 
 impl Piece {
     fn of(buffer: &Buffer) -> Piece {
-        let start = buffer.start as usize / 4;
-        Piece { tensor: buffer.tensor, holds: start..start + buffer.bytes as usize / 4 }
+        Piece { tensor: buffer.tensor, holds: buffer.holds(), element: buffer.element }
     }
 
     /// Where elements of the array lie in the buffer.
@@ -39,26 +40,34 @@ pub struct Update {
     pub gradients: Piece,
     /// Gradients that hold leftovers after the reduction and are zeroed too: elements of the array.
     pub leftovers: (Piece, SmallVec<[Range<usize>; 2]>),
-    /// Weights that passes keep, copied from the updated ones; of a step taken ahead, the weights that it guesses.
-    pub kept: Option<Piece>,
+    /// Weights that take over what was updated, each from the one before it, with the elements of the array that both have: those
+    /// that passes read, where these are narrower or cut otherwise; of a step taken ahead, first of all the weights that it
+    /// guesses.
+    pub copies: SmallVec<[(Piece, Range<usize>); 2]>,
 }
 
 /// The update that an optimizer op performs; `None` when the op lacks one of weights, gradients and moments.
 pub fn update(rank: &RankProgram, op: &Op) -> Option<Update> {
     let moments =
         op.uses.iter().map(|buffer| &rank.buffers[buffer.index()]).find_map(|buffer| match buffer.tensor {
-            Tensor::Moments { .. } => Some((buffer.start as usize / 4, buffer.bytes as usize / 8)),
+            Tensor::Moments { .. } => Some((buffer.start as usize, buffer.elements() / 2)),
             _ => None,
         })?;
     let range = moments.0..moments.0 + moments.1;
     let of = |is: fn(&Tensor) -> bool| pieces(rank, op).find(|piece| is(&piece.tensor));
-    let master = of(|tensor| matches!(tensor, Tensor::Master { .. } | Tensor::Kept { .. }));
+    let before = of(|tensor| matches!(tensor, Tensor::Kept { .. }));
+    let master = of(|tensor| matches!(tensor, Tensor::Master { .. }));
     let stored = of(|tensor| matches!(tensor, Tensor::ParameterShard { .. }))
         .or_else(|| of(|tensor| matches!(tensor, Tensor::Parameters { .. })));
-    let (parameters, kept) = match master {
-        Some(master) => (master, stored),
-        None => (stored?, None),
-    };
+    let mut weights = before.into_iter().chain(master).chain(stored);
+    let parameters = weights.next()?;
+    let mut copies = SmallVec::new();
+    let mut from = parameters.holds.clone();
+    for copy in weights {
+        let both = from.start.max(copy.holds.start)..from.end.min(copy.holds.end);
+        from = copy.holds.clone();
+        copies.push((copy, both.start..both.end.max(both.start)));
+    }
     let synced = of(|tensor| matches!(tensor, Tensor::SyncedGradients { .. }));
     let accumulated = of(|tensor| matches!(tensor, Tensor::GradientShard { .. }))
         .or_else(|| of(|tensor| matches!(tensor, Tensor::Gradients { .. })))?;
@@ -67,7 +76,7 @@ pub fn update(rank: &RankProgram, op: &Op) -> Option<Update> {
         None => without(accumulated.holds.clone(), range.clone()).collect(),
     };
     let gradients = synced.unwrap_or_else(|| accumulated.clone());
-    Some(Update { range, parameters, gradients, leftovers: (accumulated, leftovers), kept })
+    Some(Update { range, parameters, gradients, leftovers: (accumulated, leftovers), copies })
 }
 
 /// The gradients whose life begins with a pass: it zeroes them before it adds to them.

@@ -3,7 +3,8 @@ use crate::kernel_times::KernelTimes;
 use crate::report::StepReport;
 use paceline_profiles::{KernelKey, KernelOp, Machine, Profile};
 use paceline_sim::program::{
-    Buffer, Coordinates, Device, Direction, MemoryClass, Message, Op, PROGRAM_FORMAT, RankProgram, Tensor, Workload,
+    Buffer, Coordinates, Device, Direction, Element, MemoryClass, Message, Op, PROGRAM_FORMAT, RankProgram, Tensor,
+    Workload,
 };
 use paceline_sim::trace::{Event, Origin, RankTrace, TRACE_FORMAT, Trace};
 use paceline_sim::units::{BufferId, DeviceId, MicrobatchId, Nanos, OpId, RankId, StageId};
@@ -40,7 +41,13 @@ fn program() -> Program {
             device: DeviceId(0),
             coordinates: Coordinates::default(),
             stages: vec![],
-            buffers: vec![Buffer { class: MemoryClass::ReceivedActivation, bytes: BYTES, tensor, start: 0 }],
+            buffers: vec![Buffer {
+                class: MemoryClass::ReceivedActivation,
+                bytes: BYTES,
+                tensor,
+                start: 0,
+                element: Element::F32,
+            }],
             persistent: vec![],
             ops: vec![op(Stream(2), receive), op(Stream(2), receive), op(Stream::COMPUTE, OpKind::Join)],
         }],
@@ -124,7 +131,6 @@ fn kernels_of_a_typical_step_add_up_to_it() {
 fn overheads_are_split_as_they_were_measured() {
     let row = |subject, median_seconds| Row {
         subject,
-        dtype: String::new(),
         busy_devices: 1,
         context: None,
         median_seconds,

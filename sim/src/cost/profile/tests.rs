@@ -3,7 +3,7 @@ use crate::model::parameters::unit_parameters;
 use crate::model::{Layer, ModelConfig, Trainable};
 use crate::program::{
     Arrangement, Buffer, Collective, Coordinates, Device, MemoryClass, Message, NetworkLevel, PROGRAM_FORMAT, Payload,
-    Recompute, Stage, Stream, Tensor, Unit,
+    Precision, Recompute, Stage, Stream, Tensor, Unit,
 };
 use crate::program::{Direction, Program};
 use crate::units::{BufferId, DeviceId, GroupId, MicrobatchId};
@@ -26,12 +26,13 @@ fn program(devices: u32) -> Program {
         recompute: Recompute::None,
         tied_on_one_rank: true,
         trainable: Trainable::Full,
+        precision: Precision::Fp32,
     };
     let layers = vec![Layer::Embedding, Layer::Block(0), Layer::Block(1), Layer::Head];
     let stages = vec![Stage { units: vec![Unit { layers }] }];
     let bytes = 4 * unit_parameters(&workload, &stages, STAGE, 0) as u64;
     let (stage, unit, group) = (STAGE, 0, GroupId(0));
-    let buffer = |class, bytes, tensor| Buffer { class, bytes, tensor, start: 0 };
+    let buffer = |class, bytes, tensor| Buffer { class, bytes, tensor, start: 0, element: Element::F32 };
     let part = (bytes / 4).div_ceil(2) * 4;
     let own = |rank: u64| (rank * part).min(bytes)..((rank + 1) * part).min(bytes);
     let buffers = |rank: u32| {
@@ -41,7 +42,7 @@ fn program(devices: u32) -> Program {
             buffer(MemoryClass::Activation, MESSAGE_BYTES, Tensor::StageInput { stage, microbatch: MicrobatchId(0) }),
             buffer(MemoryClass::Parameter, bytes, Tensor::Parameters { stage, unit }),
             Buffer {
-                start: own(u64::from(rank)).start,
+                start: own(u64::from(rank)).start / 4,
                 ..buffer(
                     MemoryClass::OptimizerState,
                     2 * (own(u64::from(rank)).end - own(u64::from(rank)).start),
@@ -118,7 +119,6 @@ fn program(devices: u32) -> Program {
 fn row(subject: Subject, seconds: f64) -> Row {
     Row {
         subject,
-        dtype: "f32".into(),
         busy_devices: 2,
         context: None,
         median_seconds: seconds,
@@ -222,7 +222,11 @@ fn communication_takes_the_rounds_of_the_executor() {
     let costs = ProfileCost::new(&predictor, &two).unwrap();
     let (group, bytes) = (&two.groups[0], gradient_bytes(&two));
     let collective = |costs: &ProfileCost, collective, bytes| {
-        costs.collective(&two, Exchange { collective, bytes, arrangement: Arrangement::default() }, group)
+        costs.collective(
+            &two,
+            Exchange { collective, bytes, element: Element::F32, arrangement: Arrangement::default() },
+            group,
+        )
     };
     let work = |seconds| Round { link: Nanos::ZERO, wire: Nanos::ZERO, work: nanos(seconds) };
     assert_eq!(collective(&costs, Collective::ReduceScatter, bytes)[..], [work(5e-3)]);

@@ -81,13 +81,16 @@ fn consistent(model: &ModelConfig) -> Result<(), TestCaseError> {
         recompute: Recompute::None,
         tied_on_one_rank: true,
         trainable: Trainable::Full,
+        precision: Precision::Fp32,
     };
     let stages = stages(model, &[model.layers]);
     if workload.validate(&stages).is_ok() {
         let units = 0..stages[0].units.len() as u16;
         let held: usize = units.map(|unit| unit_parameters(&workload, &stages, StageId(0), unit)).sum();
         prop_assert_eq!(held as u64, model.parameters());
-        within(&workload, &stages)?;
+        for precision in Precision::ALL {
+            within(&TransformerWorkload { precision, ..workload.clone() }, &stages)?;
+        }
     }
     Ok(())
 }
@@ -99,7 +102,7 @@ fn within(workload: &TransformerWorkload, stages: &[Stage]) -> Result<(), TestCa
             let ModelPass { steps, operands } = pass(workload, stages, kind, stage);
             for slice in steps.iter().flat_map(|step| &step.operands) {
                 let whole = operands.iter().find(|operand| operand.tensor == slice.tensor).map(|operand| operand.bytes);
-                prop_assert!(4 * slice.range.end as u64 <= whole.unwrap_or(0), "{} {:?}", kind, slice);
+                prop_assert!(slice.end() <= whole.unwrap_or(0), "{} {:?}", kind, slice);
                 prop_assert!(!slice.range.is_empty(), "{} {:?}", kind, slice);
             }
         }
@@ -131,6 +134,7 @@ fn sizes_beyond_kernels_and_counters_are_refused() {
             recompute,
             tied_on_one_rank: false,
             trainable: Trainable::Full,
+            precision: Precision::Fp32,
         }
         .validate(&stages)
     };
@@ -193,9 +197,11 @@ proptest! {
             ..preset
         };
         let stages = stages(&model, &blocks);
-        let workload = TransformerWorkload { model, micro_batch, seq, recompute, tied_on_one_rank: false, trainable: Trainable::Full };
+        let workload = TransformerWorkload { model, micro_batch, seq, recompute, tied_on_one_rank: false, trainable: Trainable::Full, precision: Precision::Fp32 };
         prop_assert_eq!(workload.validate(&stages), Ok(()));
-        within(&workload, &stages)?;
+        for precision in Precision::ALL {
+            within(&TransformerWorkload { precision, ..workload.clone() }, &stages)?;
+        }
         let all = (0..).zip(&stages).flat_map(|(stage, held)| (0..held.units.len() as u16).map(move |unit| (StageId(stage), unit)));
         let specs = all.flat_map(|(stage, unit)| unit_layout(&workload, &stages, stage, unit));
         let counted: usize = specs.filter(|spec| !spec.tied_copy).map(|spec| spec.range.len()).sum();

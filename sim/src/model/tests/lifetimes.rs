@@ -37,24 +37,30 @@ fn access(op: Op, count: usize) -> (Vec<usize>, Range<usize>) {
     (read.collect(), written)
 }
 
-/// An element of a buffer: by which pass it was written, and by which it was last read.
+/// Two bytes of a buffer: by which pass they were written, and by which they were last read.
 #[derive(Clone, Copy, Default)]
-struct Element {
+struct Half {
     written: Option<usize>,
     read: Option<usize>,
 }
 
 #[derive(Default)]
 struct Memory {
-    buffers: BTreeMap<Tensor, Vec<Element>>,
+    buffers: BTreeMap<Tensor, Vec<Half>>,
     passes: usize,
 }
 
 impl Memory {
-    fn buffer(&mut self, tensor: Tensor, end: usize) -> &mut Vec<Element> {
+    fn buffer(&mut self, tensor: Tensor, end: usize) -> &mut Vec<Half> {
         let buffer = self.buffers.entry(tensor).or_default();
-        buffer.resize(buffer.len().max(end), Element::default());
+        buffer.resize(buffer.len().max(end), Half::default());
         buffer
+    }
+
+    fn touched(&mut self, slice: &Slice) -> &mut [Half] {
+        let halves = (slice.element.bytes() / 2) as usize;
+        let range = slice.range.start * halves..slice.range.end * halves;
+        &mut self.buffer(slice.tensor, range.end)[range]
     }
 
     /// Runs a pass; workspace is lost after it.
@@ -71,7 +77,7 @@ impl Memory {
                         | Tensor::Tokens { .. }
                         | Tensor::Targets { .. }
                 );
-                for element in &mut self.buffer(slice.tensor, slice.range.end)[slice.range.clone()] {
+                for element in self.touched(slice) {
                     assert!(
                         given || element.written.is_some(),
                         "{what}: {} reads {slice:?}, which nobody wrote",
@@ -81,7 +87,7 @@ impl Memory {
                 }
             }
             for slice in &step.operands[written] {
-                for element in &mut self.buffer(slice.tensor, slice.range.end)[slice.range.clone()] {
+                for element in self.touched(slice) {
                     element.written = now;
                 }
             }
@@ -112,17 +118,19 @@ fn of_unit(tensor: &Tensor, wanted: u16) -> bool {
 
 /// One microbatch through a stage, backwards unit by unit as lowered programs do.
 fn through(workload: &TransformerWorkload, stages: &[Stage], stage: u16, split: bool) {
-    let what = format!("{} {:?} stage {stage} split {split}", workload.model.name, workload.recompute);
+    let what =
+        format!("{} {:?} {} stage {stage} split {split}", workload.model.name, workload.recompute, workload.precision);
     let at = |pass, first, end| {
         let kind = OpKind::Compute { pass, stage: StageId(stage), microbatch: MicrobatchId(0), first, end };
         ModelPass::new(workload, stages, 1, &kind)
     };
     let units = stages[usize::from(stage)].units.len() as u16;
-    let rows = (workload.micro_batch * workload.seq) as usize * workload.model.hidden as usize;
+    let elements = (workload.micro_batch * workload.seq) as usize * workload.model.hidden as usize;
+    let rows = elements * workload.precision.values().bytes() as usize / 2;
     let mut memory = Memory::default();
     let (id, microbatch) = (StageId(stage), MicrobatchId(0));
     for entering in [Tensor::StageInput { stage: id, microbatch }, Tensor::OutputGradient { stage: id, microbatch }] {
-        memory.buffer(entering, rows).fill(Element { written: Some(0), read: None });
+        memory.buffer(entering, rows).fill(Half { written: Some(0), read: None });
     }
     memory.run(&what, &at(Pass::F, 0, units));
     for unit in (0..units).rev() {
@@ -167,7 +175,8 @@ fn passes_keep_what_later_passes_read_and_nothing_else() {
             vocab: 9,
             ..ModelConfig::preset(preset).unwrap()
         };
-        for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
+        let recomputes = [Recompute::None, Recompute::Selective, Recompute::Full];
+        for (recompute, precision) in recomputes.into_iter().flat_map(|r| Precision::ALL.map(|p| (r, p))) {
             let workload = TransformerWorkload {
                 model: model.clone(),
                 micro_batch: 2,
@@ -175,6 +184,7 @@ fn passes_keep_what_later_passes_read_and_nothing_else() {
                 recompute,
                 tied_on_one_rank: false,
                 trainable: Trainable::Full,
+                precision,
             };
             let each = stages(&model, &[2, 1, 2]);
             // The same layers, all of a stage in one unit.

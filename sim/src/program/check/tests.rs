@@ -1,7 +1,7 @@
 use super::*;
 use crate::program::{
-    Arrangement, Collective, Coordinates, Device, Direction, Group, MemoryClass, Message, NetworkLevel, PROGRAM_FORMAT,
-    Payload, Stage, Unit, Workload,
+    Arrangement, Collective, Coordinates, Device, Direction, Element, Group, MemoryClass, Message, NetworkLevel,
+    PROGRAM_FORMAT, Payload, Stage, Unit, Workload,
 };
 use crate::units::{DeviceId, GroupId};
 
@@ -41,7 +41,7 @@ fn all_reduce(payload: Payload, buffer: BufferId, bytes: u64) -> OpKind {
 
 /// Two stages on two ranks, one microbatch, tied embeddings, the norm of the gradients.
 fn valid() -> Program {
-    let buffer = |class, bytes, tensor| Buffer { class, bytes, tensor, start: 0 };
+    let buffer = |class, bytes, tensor| Buffer { class, bytes, tensor, start: 0, element: Element::F32 };
     let buffers = |stage: u16| {
         let stage = StageId(stage);
         let (forward, backward) = if stage.0 == 0 {
