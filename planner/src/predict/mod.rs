@@ -28,7 +28,9 @@ use paceline_profiles::{Cluster, Gpu};
 use paceline_sim::cluster::device::Device;
 use paceline_sim::cluster::memory::{RankParameters, parts as shards};
 use paceline_sim::cluster::network::Network;
-use paceline_sim::cluster::{Architecture, Compute, ContextExchange, Layout, LayoutError, Physics, Recompute};
+use paceline_sim::cluster::{
+    Architecture, Compute, ContextExchange, Layout, LayoutError, Partition, Physics, Recompute,
+};
 use paceline_sim::partition::StatePartition;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -322,16 +324,30 @@ impl Pipeline {
             let each = times.f[0] + times.b[0] + times.w[0];
             return Ok(Pipeline { makespan: m as f64 * each });
         }
+        let later = vocabulary_fill(layout, passes, device_of);
         if m <= whole {
-            return Ok(Pipeline { makespan: run(m)? });
+            return Ok(Pipeline { makespan: run(m)? + later });
         }
         // Keep the remainder, so that schedules in rounds of `pp` see the same end.
         let short = (ROUNDS - 1) * layout.pp + m % layout.pp;
         let long = short + layout.pp;
         let (a, b) = (run(short)?, run(long)?);
         let rounds = ((m - long) / layout.pp) as f64;
-        Ok(Pipeline { makespan: b + rounds * (b - a) })
+        Ok(Pipeline { makespan: b + rounds * (b - a) + later })
     }
+}
+
+/// By how much the pipeline fills and drains later when its ranks share the vocabulary: the microbatches that are in flight beyond
+/// those of the plain schedule, each an interval of the slowest rank.
+fn vocabulary_fill(layout: &Layout, passes: &[PassTimes], device_of: &[u32]) -> f64 {
+    if layout.partition != Partition::VocabularySpread {
+        return 0.0;
+    }
+    let mut interval = vec![0.0; layout.pp as usize];
+    for (pass, device) in passes.iter().zip(device_of) {
+        interval[*device as usize] += pass.f() + pass.b() + pass.weights;
+    }
+    layout.vocabulary.microbatches(layout.pp) * interval.into_iter().fold(0.0, f64::max)
 }
 
 /// What happens once per iteration beside the pipeline, by pipeline rank.

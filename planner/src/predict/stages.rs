@@ -4,7 +4,9 @@ use paceline_sim::cluster::device::{Device, Passing};
 use paceline_sim::cluster::memory::RankParameters;
 use paceline_sim::cluster::network::{Network, Span};
 use paceline_sim::cluster::work::{self, Product, Work};
-use paceline_sim::cluster::{Architecture, AttentionKernel, ContextExchange, Layout, Partition, Physics, Recompute};
+use paceline_sim::cluster::{
+    Architecture, AttentionKernel, ContextExchange, Layout, Partition, Physics, Recompute, VocabularyPasses,
+};
 use paceline_sim::partition::exchange::Exchange;
 use std::ops::Range;
 
@@ -243,6 +245,13 @@ impl Timer<'_> {
         LayerTimes { forward, backward: waiting(backward), weights, tensor, context, experts }
     }
 
+    /// A layer's forward and whole backward pass without messages, with the time that the host takes to launch them.
+    pub fn launched(&self, work: &Work) -> (Passing, Passing) {
+        let element = self.layout.numerics.activation;
+        let (input, weights) = self.device.backward(work, element);
+        (self.device.forward(work, element), input.plus(weights))
+    }
+
     /// Forward exchange of the context-parallel ranks in one layer.
     fn context(&self, bytes: f64) -> f64 {
         let (span, hops) = (self.groups.context, (self.layout.cp - 1) as f64);
@@ -272,18 +281,13 @@ impl Timer<'_> {
             }
         }
         if stage.embedding > 0.0 {
-            self.add(&mut times, &work::embedding(self.model, self.layout), stage.embedding, false);
+            self.add(&mut times, &work::embedding(self.model, self.layout), 1.0, false);
         }
         if stage.head > 0.0 {
-            self.add(&mut times, &work::head(self.model, self.layout), stage.head, false);
+            self.add(&mut times, &work::head(self.model, self.layout, stage.head), 1.0, false);
         }
-        if self.layout.partition == Partition::VocabularySpread {
-            // The last hidden states go to every rank and their gradients come back summed, beside other passes.
-            let row = self.layout.numerics.activation * self.layout.tokens() * self.model.hidden as f64;
-            let span = self.groups.pipeline;
-            let broadcast = self.network.gather(span, row);
-            times.forward += stage.head * exposed(broadcast, times.forward, self.physics);
-            times.backward += stage.head * exposed(2.0 * broadcast, times.backward, self.physics);
+        if self.layout.partition == Partition::VocabularySpread && stage.head > 0.0 {
+            self.add_vocabulary_exchanges(&mut times);
         }
         let accumulation =
             self.device.traffic(parameters.total() * self.layout.trainable * accumulation_bytes(self.layout));
@@ -291,6 +295,22 @@ impl Timer<'_> {
         times.memory_bound += accumulation;
         self.add_exchanges(&mut times, parameters);
         times
+    }
+
+    /// Messages of a vocabulary that is spread over the pipeline ranks, in which all of them take part for every microbatch: embedded
+    /// tokens are summed over the ranks and their gradients sent to all, the last hidden states go to all and their gradients come
+    /// back summed. Beside other passes, unless all ranks stop for them.
+    fn add_vocabulary_exchanges(&self, times: &mut PassTimes) {
+        let row = self.layout.numerics.activation * self.layout.tokens() * self.model.hidden as f64;
+        let span = self.groups.pipeline;
+        let each = self.network.gather(span, row) + self.network.all_reduce(span, row);
+        let shown = |behind: f64| match self.layout.vocabulary {
+            VocabularyPasses::Interlaced => each,
+            _ => exposed(each, behind, self.physics),
+        };
+        let (forward, backward) = (shown(times.forward), shown(times.backward));
+        times.forward += forward;
+        times.backward += backward;
     }
 
     fn add(&self, times: &mut PassTimes, work: &Work, count: f64, block: bool) {

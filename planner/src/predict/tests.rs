@@ -1,6 +1,6 @@
 use super::*;
 use paceline_profiles::find_cluster;
-use paceline_sim::cluster::{Attention, Numerics, Overlap, PositionTable};
+use paceline_sim::cluster::{Attention, MessageBuffers, Numerics, Overlap, PositionTable, VocabularyPasses};
 use paceline_sim::partition::StatePartition;
 
 fn gpt() -> Architecture {
@@ -144,4 +144,44 @@ fn impossible_layouts_say_why() {
     assert!(error(Layout { dp: 0, ..layout() }).contains("dp is 0"));
     assert!(error(Layout { pp: 128, ..layout() }).contains("96 blocks"));
     assert!(error(Layout { schedule: "magic".into(), ..layout() }).contains("magic"));
+}
+
+/// A host that is ahead of the GPU holds four whole rows for each block among the launches that wait, if collectives give their
+/// buffers back late; a host that is not, or memory that is short, holds none.
+#[test]
+fn buffers_that_are_given_back_late_are_as_many_as_launches_wait() {
+    use paceline_sim::cluster::work;
+    let slow_gpu = Layout { pp: 1, dp: 64, micro_batch: 2, ..layout() };
+    let launches = work::block(&gpt(), &slow_gpu, 0).kernels;
+    let row = 2.0 * 2.0 * 2048.0 * 12288.0;
+    let small = Architecture { layers: 24, ..gpt() };
+    let cluster = find_cluster("dgx-a100-ib").unwrap();
+    let peak = |messages, memory_limit| {
+        let layout = Layout { messages, memory_limit, ..slow_gpu.clone() };
+        predict_cluster(&small, &layout, cluster, &Physics::default()).unwrap().memory
+    };
+    let shared = peak(MessageBuffers::Shared, None).peak_bytes[0];
+    let late = peak(MessageBuffers::FreedLate, None);
+    assert!(((late.peak_bytes[0] - shared) / (1024.0 / launches * 4.0 * row) - 1.0).abs() < 1e-9, "{late:?} {shared}");
+    let short = peak(MessageBuffers::FreedLate, Some(shared + row));
+    assert!(short.fits && (short.peak_bytes[0] / (shared + row) - 1.0).abs() < 1e-12);
+    assert_eq!(peak(MessageBuffers::FreedLate, Some(shared)).peak_bytes[0], shared);
+}
+
+/// Yeung et al. (arXiv 2411.05288, sections 5 and 6.2): one wait keeps a microbatch more in flight, two keep two, an interlaced pipeline half
+/// as many again as it has ranks; and the pipeline fills later by as many intervals.
+#[test]
+fn a_spread_vocabulary_keeps_more_microbatches_in_flight() {
+    let of = |vocabulary| {
+        let spread = Layout { vocabulary, partition: Partition::VocabularySpread, dp: 1, ..layout() };
+        predict(&spread)
+    };
+    let one = of(VocabularyPasses::OneBarrier);
+    let two = of(VocabularyPasses::TwoBarriers);
+    let interlaced = of(VocabularyPasses::Interlaced);
+    let each = two.memory.by_class[7].activations - one.memory.by_class[7].activations;
+    // The last rank has one microbatch of its own and those that wait.
+    assert!((one.memory.by_class[7].activations / each - 2.0).abs() < 1e-9);
+    assert!((interlaced.memory.by_class[7].activations / each - 5.0).abs() < 1e-9);
+    assert!(one.iteration_seconds < two.iteration_seconds && two.iteration_seconds < interlaced.iteration_seconds);
 }

@@ -2,7 +2,10 @@
 
 use super::row::Row;
 use paceline_profiles::{Generation, find_gpu};
-use paceline_sim::cluster::{AttentionKernel, ContextExchange, Launches, LossKernel, Numerics, Overlap, Partition};
+use paceline_sim::cluster::{
+    AttentionKernel, ContextExchange, Launches, LossKernel, MessageBuffers, Numerics, Overlap, Partition,
+    VocabularyPasses,
+};
 use paceline_sim::partition::StatePartition;
 
 /// Defaults of a framework.
@@ -30,8 +33,10 @@ pub struct Recipe {
     pub flash: bool,
     /// Kernel of fused attention.
     pub attention: AttentionKernel,
-    /// As [`paceline_sim::cluster::Layout::keeps_gathered`].
-    pub keeps_gathered: bool,
+    /// As [`paceline_sim::cluster::Layout::messages`].
+    pub messages: MessageBuffers,
+    /// As [`paceline_sim::cluster::Layout::vocabulary`].
+    pub vocabulary: VocabularyPasses,
     /// As [`paceline_sim::cluster::Layout::fused_kernels`].
     pub fused_kernels: bool,
     /// Sequence parallelism when nothing is stated.
@@ -70,7 +75,8 @@ pub fn recipe(row: &Row) -> Recipe {
         dropout: false,
         flash: true,
         attention: flash,
-        keeps_gathered: false,
+        messages: MessageBuffers::Shared,
+        vocabulary: VocabularyPasses::default(),
         fused_kernels: true,
         fused_norms: true,
         scatters: true,
@@ -89,7 +95,14 @@ pub fn recipe(row: &Row) -> Recipe {
             // Its asynchronous mode overlaps the gathering with nothing but itself, and sharded optimizers reduce at the end.
             overlap: Overlap { gradients: !sharding.contains('1'), ..NONE },
             sequence_parallel: true,
-            keeps_gathered: row.noted("after_pp_fix=False") && matches!(row.text("pp"), "" | "1"),
+            // Until a fix, the host waited for every message between stages. After it, it waits once an iteration.
+            messages: if row.noted("after_pp_fix=True") {
+                MessageBuffers::FreedLate
+            } else if row.noted("after_pp_fix=False") && matches!(row.text("pp"), "" | "1") {
+                MessageBuffers::FreedLateAcrossIterations
+            } else {
+                MessageBuffers::Shared
+            },
             fused_kernels: false,
             ..base
         }
@@ -142,7 +155,14 @@ pub fn recipe(row: &Row) -> Recipe {
     }
     match row.note("method") {
         Some("redis") => recipe.partition = Partition::Balanced,
-        Some("vocab-1" | "vocab-2" | "interlaced") => recipe.partition = Partition::VocabularySpread,
+        Some(method @ ("vocab-1" | "vocab-2" | "interlaced")) => {
+            recipe.partition = Partition::VocabularySpread;
+            recipe.vocabulary = match method {
+                "vocab-1" => VocabularyPasses::TwoBarriers,
+                "vocab-2" => VocabularyPasses::OneBarrier,
+                _ => VocabularyPasses::Interlaced,
+            };
+        }
         _ => {}
     }
     if let Some(kernel) = row.note("kernel").map(str::to_ascii_lowercase) {

@@ -27,9 +27,8 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Vec<Kept> {
     let mut list = Vec::with_capacity(20);
     let mut keep = |tensor, bytes: f64| list.push(Kept { tensor, bytes, core: false });
 
-    let gathered_cut = if layout.keeps_gathered { 1.0 } else { cut };
     keep("input of the first norm", row / cut);
-    keep("input of attention", row / gathered_cut);
+    keep("input of attention", row / cut);
     let (query, key, value) = model.attention.widths();
     keep("queries", element * tokens * query as f64 / tp);
     // Fewer key and value heads than ranks are repeated.
@@ -49,7 +48,7 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Vec<Kept> {
         keep("dropout mask after attention", tokens * hidden / cut);
     }
     keep("input of the second norm", row / cut);
-    keep("input of the MLP", row / gathered_cut);
+    keep("input of the MLP", row / cut);
 
     if !layout.fused_norms {
         keep("32-bit copies in the norms", 2.0 * 4.0 * tokens * hidden / cut);
@@ -162,8 +161,10 @@ pub fn working_set(model: &Architecture, layout: &Layout, layer: u64) -> f64 {
     if matches!(layout.attention, AttentionKernel::Naive | AttentionKernel::FusedSoftmax) {
         attention += 2.0 * element * model.attention.heads() as f64 / tp * tokens * layout.seq as f64;
     }
-    // The gathered input and the gradient that comes in.
-    recomputed + mlp.max(attention) + 2.0 * row
+    // The gradient that comes in and the one that goes out. Cut along the sequence, both are gathered or whole before they are
+    // scattered beside what is cut, and the input is gathered again.
+    let whole = if layout.sp && layout.tp > 1 { 4.0 } else { 2.0 };
+    recomputed + mlp.max(attention) + whole * row
 }
 
 /// What the last stage holds for logits and loss of one microbatch, at its highest.

@@ -54,9 +54,12 @@ pub struct Layout {
     /// How kernels reach the GPU.
     #[serde(default)]
     pub launches: Launches,
-    /// Keeps the gathered inputs of the products for the backward pass instead of gathering them again, under sequence
-    /// parallelism.
-    pub keeps_gathered: bool,
+    /// When the memory of the tensor ranks' messages can be used again.
+    #[serde(default)]
+    pub messages: MessageBuffers,
+    /// How ranks work together on a vocabulary that is spread over them.
+    #[serde(default)]
+    pub vocabulary: VocabularyPasses,
     /// One kernel for gate, activation and product, which keeps its input and output only, and one for the rotary embedding.
     pub fused_kernels: bool,
     /// Norms in one kernel each. Apart, they compute and keep 32-bit copies.
@@ -90,6 +93,48 @@ pub enum Partition {
     Balanced,
     /// Equal numbers, and an equal part of the vocabulary on every rank (Yeung et al., arXiv 2411.05288).
     VocabularySpread,
+}
+
+/// When memory that a collective has read or written can be used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MessageBuffers {
+    /// At once: all collectives share buffers that stay (Megatron-LM), or the host waits for each.
+    #[default]
+    Shared,
+    /// When the GPU has passed the collective, not when the host has: PyTorch's process groups work on streams of their own and hold
+    /// back what these have touched (`record_stream`). A host that runs ahead of the GPU takes new memory each time.
+    FreedLate,
+    /// The same, and nothing makes the host wait at the end of an iteration: it launches the next while the GPU still reduces
+    /// gradients, and is ahead from the first pass on.
+    FreedLateAcrossIterations,
+}
+
+/// How pipeline ranks work together on the output projection and loss of a microbatch, if each has a part of the vocabulary (Yeung
+/// et al., arXiv 2411.05288).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VocabularyPasses {
+    /// Passes of their own in the schedule, of which the second waits for maxima and sums of all ranks (algorithm 1): the backward
+    /// pass begins two intervals later.
+    TwoBarriers,
+    /// The input's gradient is scaled afterwards, so that one wait is left (algorithm 2): one interval later.
+    #[default]
+    OneBarrier,
+    /// All ranks stop for the output of every microbatch; its place in the schedule lengthens the life of activations by half
+    /// (section 6.2; nnScaler's interlaced pipeline).
+    Interlaced,
+}
+
+impl VocabularyPasses {
+    /// Microbatches in flight beyond those of the plain schedule, on `ranks` pipeline ranks.
+    pub fn microbatches(self, ranks: u64) -> f64 {
+        match self {
+            VocabularyPasses::TwoBarriers => 2.0,
+            VocabularyPasses::OneBarrier => 1.0,
+            VocabularyPasses::Interlaced => ranks as f64 / 2.0,
+        }
+    }
 }
 
 fn all() -> f64 {
@@ -305,7 +350,8 @@ impl Layout {
             attention: AttentionKernel::Flash2,
             loss: LossKernel::InPlace,
             launches: Launches::default(),
-            keeps_gathered: false,
+            messages: MessageBuffers::default(),
+            vocabulary: VocabularyPasses::default(),
             fused_kernels: true,
             fused_norms: true,
             scatters: true,

@@ -99,9 +99,12 @@ pub fn states(layout: &Layout, rank: &RankParameters, node: u64) -> States {
         bytes * (rank.dense / dense + rank.routed / routed)
     };
     let trained = layout.trainable;
+    // Beside a buffer that sums microbatches, gradients as they are written stay only in the buckets that replicas reduce.
+    let buckets = numerics.accumulated == 0.0 || layout.data_ranks() > 1;
+    let gradient = if buckets { numerics.gradient + numerics.accumulated } else { numerics.accumulated };
     let mut states = States {
         parameters: sum(triple.parameters, numerics.parameter),
-        gradients: trained * sum(triple.gradients, numerics.gradient + numerics.accumulated),
+        gradients: trained * sum(triple.gradients, gradient),
         optimizer: trained * sum(triple.optimizer, numerics.master + numerics.moments),
         communication: 0.0,
     };

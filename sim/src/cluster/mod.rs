@@ -25,8 +25,8 @@ mod zoo;
 pub use adapters::AdapterError;
 pub use architecture::{Architecture, Attention, Experts, PositionTable};
 pub use layout::{
-    AttentionKernel, Compute, ContextExchange, Launches, Layout, LayoutError, LossKernel, Numerics, Overlap, Partition,
-    Recompute, Routing,
+    AttentionKernel, Compute, ContextExchange, Launches, Layout, LayoutError, LossKernel, MessageBuffers, Numerics,
+    Overlap, Partition, Recompute, Routing, VocabularyPasses,
 };
 pub use physics::{PARAMETERS, Parameter, Physics, PhysicsError};
 pub use zoo::ZooError;

@@ -84,19 +84,19 @@ impl Default for Physics {
     /// Fitted to the public runs of `docs/accuracy.md`.
     fn default() -> Physics {
         Physics {
-            matmul_ampere: 0.813,
-            matmul_hopper: 0.682,
-            blackwell: 0.955,
-            attention: 0.819,
-            memory: 0.716,
-            fill: 4.46e-6,
-            launch: 2.54e-5,
-            intra: 0.839,
-            inter: 0.862,
-            contention: 0.375,
+            matmul_ampere: 0.814,
+            matmul_hopper: 0.684,
+            blackwell: 0.958,
+            attention: 0.818,
+            memory: 0.715,
+            fill: 4.58e-6,
+            launch: 2.55e-5,
+            intra: 0.840,
+            inter: 0.858,
+            contention: 0.395,
             jitter: 3.15e-3,
-            fragmentation: 0.046,
-            context: 2.33e9,
+            fragmentation: 0.045,
+            context: 2.10e9,
         }
     }
 }

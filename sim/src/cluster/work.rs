@@ -225,14 +225,15 @@ fn mlp(model: &Architecture, layout: &Layout, layer: u64, work: &mut Work) {
     }
 }
 
-/// Forward pass of final norm, output projection and loss.
-pub fn head(model: &Architecture, layout: &Layout) -> Work {
+/// Forward pass of final norm, output projection and loss on a rank that holds a share of the vocabulary.
+pub fn head(model: &Architecture, layout: &Layout, share: f64) -> Work {
     let tokens = layout.tokens();
     let tp = layout.tp as f64;
-    let logits = tokens * model.vocab as f64 / tp;
+    let vocab = share * model.vocab as f64 / tp;
+    let logits = tokens * vocab;
     let row = layout.numerics.activation * tokens * model.hidden as f64;
     let mut work = Work {
-        products: vec![product(tokens, model.vocab as f64 / tp, model.hidden as f64)],
+        products: vec![product(tokens, vocab, model.hidden as f64)],
         // Norm; the 32-bit copy, the maximum, the exponentials and their sum.
         traffic: 2.0 * row / layout.sequence_cut() + logits * (layout.numerics.activation + 4.0 + 4.0 + 8.0),
         kernels: 10.0,
@@ -316,7 +317,7 @@ mod tests {
         ] {
             let layout = Layout { tp, sp: true, cp, attention, ..Layout::single(4096, 2) };
             let layers: f64 = (0..model.layers).map(|l| block(&model, &layout, l).flops()).sum();
-            let forward = layers + head(&model, &layout).flops();
+            let forward = layers + head(&model, &layout, 1.0).flops();
             let per_token = 3.0 * forward * tp as f64 / layout.tokens();
             let expected = model.flops_per_token(4096, causal);
             assert!((per_token / expected - 1.0).abs() < 1e-9, "{tp} {cp}: {per_token} {expected}");
