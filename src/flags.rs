@@ -85,7 +85,7 @@ pub struct JobFlags {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub barrier_every: Option<u32>,
-    /// How collectives over several fast groups are done on this machine: two-level, ring or direct.
+    /// How collectives over several fast groups are done on this machine: two-level, ring, tree, direct, or auto (the fastest for each size).
     #[arg(long, value_name = "NAME")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub collectives: Option<String>,

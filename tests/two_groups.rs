@@ -43,7 +43,10 @@ fn program(states: &str, collectives: Algorithm, link: Option<Link>) -> Program 
         substance: Substance::Transformer(workload),
         stages,
         data: REPLICAS,
-        states: States { partition, sharing: Sharing { group_size: Some(2), collectives, link, ..Sharing::default() } },
+        states: States {
+            partition,
+            sharing: Sharing { group_size: Some(2), collectives: collectives.into(), link, ..Sharing::default() },
+        },
         devices: (0..2).map(|n| Device { name: format!("cpu:{n}"), node: 0 }).collect(),
         form: Form::Full,
     })

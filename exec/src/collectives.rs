@@ -8,7 +8,7 @@
 //! there, and the first round of a gather takes the part from there.
 
 use crate::numbers::Addend;
-use paceline_sim::program::Step;
+use paceline_sim::program::{Step, tree_offsets};
 use smallvec::SmallVec;
 use std::ops::Range;
 
@@ -26,6 +26,11 @@ impl Parts {
     #[cfg(test)]
     pub fn even(len: usize, members: usize) -> Parts {
         Parts { len, part: len.div_ceil(members) }
+    }
+
+    /// Elements of a part where all `members` have the same.
+    fn whole(self, members: usize) -> usize {
+        self.len / members
     }
 
     /// The elements of part `index`.
@@ -59,6 +64,8 @@ pub enum Move {
     Sum { addends: SmallVec<[usize; 8]>, part: Range<usize>, to: Place, adds: bool },
     /// Copies elements to another place.
     Copy { from: Place, to: Place, len: usize },
+    /// Two places change elements.
+    Swap { one: Place, other: Place, len: usize },
 }
 
 impl Shape {
@@ -71,6 +78,16 @@ impl Shape {
     /// The members of the group of one, in the order of places.
     fn peers_within(self, member: usize) -> impl Iterator<Item = usize> {
         (member % self.groups..self.members).step_by(self.groups)
+    }
+
+    /// The members with whom this one does the exchange, of those that lie in a circle of `around` members with this distance between
+    /// them: each pair is somebody's, and everybody has about as many.
+    fn partners(self, member: usize, distance: usize, around: usize) -> impl Iterator<Item = usize> {
+        let place = member / distance % around;
+        let first = member - place * distance;
+        let opposite = around.is_multiple_of(2) && place < around / 2;
+        let ahead = 1..=(around - 1) / 2 + usize::from(opposite && around > 1);
+        ahead.map(move |ahead| first + (place + ahead) % around * distance)
     }
 
     /// The member at a position of the ring, which goes through one group after the other.
@@ -90,6 +107,9 @@ impl Shape {
     ///   gather the parts of others, which are read from their owners;
     /// - on the ring, a member reads the part that its predecessor finished in the turn before, and the predecessor writes
     ///   another;
+    /// - on trees, a gather writes parts whose distance behind the own one has this turn's binary digit as its lowest, and others read
+    ///   those with higher digits only; a reduction is its mirror image;
+    /// - of the places that two members change, no third one touches either, and one of the two does all the work;
     /// - a reduction within a group writes the parts of its place, which the others of the group do not read; a gather within
     ///   reads the parts of the owner's place, which the owner does not write.
     pub fn moves(self, step: Step, parts: Parts, member: usize, apart: impl Fn(usize) -> bool) -> Vec<Move> {
@@ -142,6 +162,67 @@ impl Shape {
                 let other = if turn == 0 { copy(owner, before) } else { Some(passed) };
                 own.into_iter().chain(other).collect()
             }
+            Step::TreeGather { turn } => {
+                let behind = |offset: usize| self.on_ring(self.position(member) + offset);
+                let from = behind(1 << turn);
+                let own = if turn == last_turn(count) { copy(member, member) } else { None };
+                let others = tree_offsets(count as u32, turn).filter_map(|offset| {
+                    let owner = behind(offset as usize);
+                    if owner == from {
+                        return copy(owner, from);
+                    }
+                    let part = parts.of(owner);
+                    let (there, here) = (place(from, part.start), place(member, part.start));
+                    Some(Move::Copy { from: there, to: here, len: part.len() })
+                });
+                own.into_iter().chain(others).collect()
+            }
+            Step::TreeReduce { turn } => {
+                let position = self.position(member) + count;
+                let before = self.on_ring(position - (1 << turn));
+                let addends = || SmallVec::from_slice(&[before, member]);
+                let summed = tree_offsets(count as u32, turn).map(|offset| {
+                    let owner = self.on_ring(position + offset as usize - (1 << turn));
+                    if owner == member && turn == last_turn(count) {
+                        return finish(addends());
+                    }
+                    let part = parts.of(owner);
+                    Move::Sum { addends: addends(), to: place(member, part.start), part, adds: false }
+                });
+                summed.collect()
+            }
+            Step::Exchange => {
+                let len = parts.whole(count);
+                self.partners(member, 1, count)
+                    .map(|other| Move::Swap { one: place(member, other * len), other: place(other, member * len), len })
+                    .collect()
+            }
+            Step::ExchangeWithin => {
+                let (len, own) = (parts.whole(count), member / self.groups);
+                let all: Vec<usize> = self.partners(member, self.groups, count / self.groups).collect();
+                let swap = |other: usize| Move::Swap {
+                    one: place(member, other / self.groups * self.groups * len),
+                    other: place(other, own * self.groups * len),
+                    len: self.groups * len,
+                };
+                all.into_iter().map(swap).collect()
+            }
+            Step::ExchangeAcross => {
+                let (len, own) = (parts.whole(count), member % self.groups);
+                let all: Vec<usize> = self.partners(member, 1, self.groups).collect();
+                let of = |other: usize| {
+                    let part = move |of: usize, place: usize, group: usize| Place::Array {
+                        member: of,
+                        element: (place * self.groups + group) * len,
+                    };
+                    (0..count / self.groups).map(move |place| Move::Swap {
+                        one: part(member, place, other % self.groups),
+                        other: part(other, place, own),
+                        len,
+                    })
+                };
+                all.into_iter().flat_map(of).collect()
+            }
             Step::ReduceWithin => {
                 let part = of_place(member);
                 let to = place(member, part.start);
@@ -159,6 +240,11 @@ impl Shape {
             }
         }
     }
+}
+
+/// The number of the turn over the greatest distance.
+fn last_turn(members: usize) -> u32 {
+    (members.max(2) as u32 - 1).ilog2()
 }
 
 /// What a member brings.
@@ -190,6 +276,7 @@ pub unsafe fn perform<T: Addend>(step: Step, members: &[Member<T>], groups: usiz
                 unsafe { sum(&addends, part, at(to), adds) };
             }
             Move::Copy { from, to, len } => unsafe { std::ptr::copy_nonoverlapping(at(from), at(to), len) },
+            Move::Swap { one, other, len } => unsafe { std::ptr::swap_nonoverlapping(at(one), at(other), len) },
         }
     }
 }
@@ -286,7 +373,7 @@ mod tests {
         let total: Vec<f32> = (0..len).map(|k| (0..members).map(|m| value(seed, m, k)).sum()).collect();
         let parts = Parts::even(len, members);
         for groups in (1..=members).filter(|groups| members.is_multiple_of(*groups)) {
-            for algorithm in [Algorithm::Direct, Algorithm::Ring, Algorithm::TwoLevel] {
+            for algorithm in [Algorithm::Direct, Algorithm::Ring, Algorithm::Tree, Algorithm::TwoLevel] {
                 let what = format!("{algorithm:?} of {members} in {groups} groups, {len} elements");
                 let run = |collective, arrays: &mut [Vec<f32>], shards: Option<&mut [Vec<f32>]>| {
                     run_over((collective, algorithm), groups, arrays, shards, reversed);
@@ -304,6 +391,15 @@ mod tests {
                 let mut gathered = arrays.clone();
                 run(Collective::AllGather, &mut gathered, None);
                 assert!(gathered.iter().all(|array| *array == gathered_all), "{what}");
+
+                let part = len / members;
+                let mut changed = arrays.clone();
+                run(Collective::AllToAll, &mut changed, None);
+                for (member, array) in changed.iter().enumerate() {
+                    let brought = arrays.iter().flat_map(|from| from[member * part..(member + 1) * part].to_vec());
+                    let rest = arrays[member][members * part..].iter().copied();
+                    assert_eq!(*array, brought.chain(rest).collect::<Vec<f32>>(), "{what}");
+                }
 
                 // With shards apart, sums are added to what is there, and gathers read from there.
                 let own: Vec<Vec<f32>> = (0..members).map(|m| vec![7.0; parts.of(m).len()]).collect();
@@ -334,6 +430,61 @@ mod tests {
         #[test]
         fn equals_the_naive_result(members in 1usize..=12, len in 0usize..3000, seed: u32, reversed: bool) {
             check(members, len, seed, reversed);
+        }
+    }
+
+    /// Members of a round work at the same time: what one writes no other may touch.
+    #[test]
+    fn no_member_touches_what_another_one_writes() {
+        for (members, groups) in (1..=12usize).flat_map(|members| (1..=members).map(move |groups| (members, groups))) {
+            if !members.is_multiple_of(groups) {
+                continue;
+            }
+            let shape = Shape { members, groups };
+            for collective in
+                [Collective::AllReduce, Collective::ReduceScatter, Collective::AllGather, Collective::AllToAll]
+            {
+                for algorithm in [Algorithm::Direct, Algorithm::Ring, Algorithm::Tree, Algorithm::TwoLevel] {
+                    for step in rounds(collective, algorithm, members as u32, groups as u32) {
+                        let parts = Parts::even(3 * members, members);
+                        // By member of the array and element: who reads, and who writes.
+                        let mut touched: std::collections::BTreeMap<(usize, usize), Vec<(usize, bool)>> =
+                            Default::default();
+                        for by in 0..members {
+                            let mut touch = |place: Place, len: usize, writes: bool| {
+                                let Place::Array { member, element } = place else { return };
+                                for n in element..element + len {
+                                    touched.entry((member, n)).or_default().push((by, writes));
+                                }
+                            };
+                            for work in shape.moves(step, parts, by, |_| false) {
+                                match work {
+                                    Move::Sum { addends, part, to, .. } => {
+                                        touch(to, part.len(), true);
+                                        for member in addends {
+                                            touch(Place::Array { member, element: part.start }, part.len(), false);
+                                        }
+                                    }
+                                    Move::Copy { from, to, len } => {
+                                        touch(from, len, false);
+                                        touch(to, len, true);
+                                    }
+                                    Move::Swap { one, other, len } => {
+                                        touch(one, len, true);
+                                        touch(other, len, true);
+                                    }
+                                }
+                            }
+                        }
+                        for (at, by) in touched {
+                            let writers: Vec<usize> =
+                                by.iter().filter(|(_, writes)| *writes).map(|(by, _)| *by).collect();
+                            let alone = writers.iter().all(|writer| by.iter().all(|(other, _)| other == writer));
+                            assert!(alone, "{step:?} of {members} in {groups} groups: {at:?} by {by:?}");
+                        }
+                    }
+                }
+            }
         }
     }
 

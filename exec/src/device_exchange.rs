@@ -72,19 +72,32 @@ impl<'d> DeviceExchange<'d> {
             Place::Array { member, element } => members[member].address + (element * width) as u64,
             Place::Shard { member } => members[member].shard,
         };
-        let (addends, part, to, adds) = match work {
-            Move::Sum { addends, part, to, adds } => (addends, part, address(*to), *adds),
-            &Move::Copy { from, to, len } => {
-                let (from, to) = (View::at(address(from), len, dtype), View::at(address(to), len, dtype));
-                // SAFETY: the caller's promise.
-                return unsafe { self.device.run(&Call::Copy { from, to }) };
-            }
-        };
+        if let &Move::Copy { from, to, len } = work {
+            let (from, to) = (View::at(address(from), len, dtype), View::at(address(to), len, dtype));
+            // SAFETY: the caller's promise.
+            return unsafe { self.device.run(&Call::Copy { from, to }) };
+        }
         let mut room = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
         let block = match &mut *room {
             Some(block) => block,
             none => none.insert(self.device.allocate(BLOCK * DType::F64.bytes())?),
         };
+        if let &Move::Swap { one, other, len } = work {
+            for start in (0..len).step_by(BLOCK) {
+                let (len, at) = (BLOCK.min(len - start), (start * width) as u64);
+                let (one, other) = (View::at(address(one) + at, len, dtype), View::at(address(other) + at, len, dtype));
+                let kept = block.view(0, len, dtype);
+                // SAFETY: the caller's promise; the block is nobody else's while the lock is held, and calls run in order.
+                unsafe {
+                    self.device.run(&Call::Copy { from: one, to: kept })?;
+                    self.device.run(&Call::Copy { from: other, to: one })?;
+                    self.device.run(&Call::Copy { from: kept, to: other })?;
+                }
+            }
+            return Ok(());
+        }
+        let Move::Sum { addends, part, to, adds } = work else { return Ok(()) };
+        let (to, adds) = (address(*to), *adds);
         let mut start = part.start;
         while start < part.end {
             let len = BLOCK.min(part.end - start);

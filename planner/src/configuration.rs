@@ -7,7 +7,8 @@ pub use measured::{MeasureError, Measured};
 
 use crate::job::{Job, LOCAL};
 use crate::lower::{
-    Blueprint, Form, LowerError, Sharing, States, Substance, cut, forward_flops, lower, lower_unchecked, unroll,
+    Blueprint, ChosenAlgorithm, Form, LowerError, Sharing, States, Substance, choose, cut, forward_flops,
+    lower_unchecked, unroll,
 };
 use crate::order::ComputeOrder;
 use crate::schedules::{self, Request, ScheduleError};
@@ -68,6 +69,9 @@ pub struct Configuration {
     /// What passes take and hold, for schedules that are computed from it; equal passes when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured: Option<Measured>,
+    /// By which rounds collectives are done, where the job leaves it open.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub collectives: Vec<ChosenAlgorithm>,
 }
 
 fn is_usual(sharing: &Sharing) -> bool {
@@ -164,6 +168,7 @@ impl Configuration {
             sharing: job.sharing,
             stage_layers: Vec::new(),
             measured: None,
+            collectives: Vec::new(),
         };
         configuration.microbatches(job)?;
         Ok(configuration)
@@ -265,14 +270,15 @@ impl Configuration {
         };
         // Ranks that do not wait for others' passes have nothing to gain.
         let steps = if self.pp > 1 { job.barrier_every } else { 1 };
+        let mut program = lower_unchecked(&blueprint)?;
+        choose(&mut program, &self.collectives);
         if steps > 1 {
-            let program = unroll(lower_unchecked(&blueprint)?, steps)?;
-            if checked {
-                check(&program).map_err(LowerError::from)?;
-            }
-            return Ok(program);
+            program = unroll(program, steps)?;
         }
-        Ok(if checked { lower(&blueprint)? } else { lower_unchecked(&blueprint)? })
+        if checked {
+            check(&program).map_err(LowerError::from)?;
+        }
+        Ok(program)
     }
 }
 

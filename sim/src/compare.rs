@@ -93,6 +93,7 @@ pub fn op_class(kind: &OpKind) -> String {
                 Collective::AllReduce => "all-reduce",
                 Collective::ReduceScatter => "reduce-scatter",
                 Collective::AllGather => "all-gather",
+                Collective::AllToAll => "all-to-all",
             };
             let of = match payload {
                 Payload::Gradients { .. } => "gradients",

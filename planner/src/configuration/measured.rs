@@ -3,7 +3,7 @@
 
 use super::{Configuration, ConfigurationError, Machine};
 use crate::job::Job;
-use crate::lower::Form;
+use crate::lower::{Collectives, Form, fastest};
 use crate::prediction::Costs;
 use crate::replay::{StageMemory, StageTimes};
 use crate::schedules::{Request, find};
@@ -126,13 +126,18 @@ impl Measured {
 }
 
 impl Configuration {
-    /// The configuration with the times and sizes of its passes where its schedule is computed from them; others as they are. With full
-    /// recomputation activations are there for a moment only, so such an order knows times, not sizes.
+    /// The configuration with the times and sizes of its passes where its schedule is computed from them, and with the fastest
+    /// algorithms of its collectives where the job leaves these open; others as they are. With full recomputation activations are
+    /// there for a moment only, so such an order knows times, not sizes.
     ///
     /// # Errors
     /// When it cannot be lowered or costed.
     pub fn measured(mut self, job: &Job, machine: Machine, costs: &dyn Costs) -> Result<Configuration, MeasureError> {
         let fixed = find(&self.schedule).map_err(ConfigurationError::from)?.fixed;
+        if self.sharing.collectives == Collectives::Auto && self.collectives.is_empty() {
+            let program = self.program_unchecked(job, machine, Form::Full)?;
+            self.collectives = fastest(&program, costs)?;
+        }
         if fixed || self.measured.is_some() {
             return Ok(self);
         }

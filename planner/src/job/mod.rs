@@ -21,12 +21,12 @@ pub use fields::parse_bytes;
 pub use train::Train;
 
 use crate::configuration::MOST_DEVICES;
-use crate::lower::Sharing;
+use crate::lower::{Collectives, Sharing};
 use crate::schedules;
 use fields::Fields;
 use paceline_sim::model::{ModelConfig, Trainable};
 use paceline_sim::partition::StatePartition;
-use paceline_sim::program::{Algorithm, Link, Precision, Recompute};
+use paceline_sim::program::{Link, Precision, Recompute};
 use paceline_sim::units::Nanos;
 use std::path::{Path, PathBuf};
 
@@ -274,8 +274,13 @@ const STATES: &str = "none (ddp), zero1, zero2, zero3 (fsdp), mics (hsdp), or th
      N whole, I cut within groups of group_size, G cut over all replicas; for example NNG or IIG";
 
 /// Rounds of collectives over several fast groups, by name.
-const COLLECTIVES: [(&str, Algorithm); 3] =
-    [("two-level", Algorithm::TwoLevel), ("ring", Algorithm::Ring), ("direct", Algorithm::Direct)];
+const COLLECTIVES: [(&str, Collectives); 5] = [
+    ("two-level", Collectives::TwoLevel),
+    ("ring", Collectives::Ring),
+    ("tree", Collectives::Tree),
+    ("direct", Collectives::Direct),
+    ("auto", Collectives::Auto),
+];
 
 /// The link between fast groups of this machine's ranks, where one is to be rehearsed.
 fn link(fields: &Fields) -> Result<Option<Link>, JobError> {

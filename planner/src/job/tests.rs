@@ -31,7 +31,7 @@ fn a_job_fixes_what_it_names_and_leaves_the_rest() {
             group_size: Some(2),
             prefetch: 0,
             keep_gathered: true,
-            collectives: Algorithm::Ring,
+            collectives: Collectives::Ring,
             link: Some(Link { latency: Nanos(1_000_000), bytes_per_second: 10_000_000 }),
         }
     );

@@ -8,8 +8,11 @@
 //!    [`state`]: what the optimizer needs of the gradients, their norm, the optimizer, gathering of parameters;
 //! 5. [`lifetimes`]: allocations and frees, from what ops use.
 //!
+//! Which rounds the collectives take may be left to the costs of a machine ([`algorithms`]).
+//!
 //! Sizes come from [`sizes`]: the arithmetic of a transformer, or given numbers for a schedule under study.
 
+mod algorithms;
 mod cut;
 mod draft;
 mod gather;
@@ -24,6 +27,7 @@ mod state;
 mod states;
 mod unroll;
 
+pub use algorithms::{ChosenAlgorithm, Collectives, choose, fastest};
 pub use cut::{cut, forward_flops};
 pub use sizes::{AbstractStage, Substance};
 pub use states::{Sharing, States};

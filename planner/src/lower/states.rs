@@ -5,7 +5,7 @@
 //! cut into one block per replica. Block `j * groups + i` belongs to member `j` of group `i`, so that what a member holds
 //! within its group, `groups` blocks in a row, contains its own block, and every part is one slice of the array.
 
-use super::{Blueprint, LowerError};
+use super::{Blueprint, Collectives, LowerError};
 use crate::order::Placement;
 use paceline_sim::partition::exchange::Scope;
 use paceline_sim::partition::{Level, StatePartition};
@@ -24,8 +24,9 @@ pub struct Sharing {
     pub prefetch: u32,
     /// Gathered parameters live until their last pass of the step, instead of for one pass.
     pub keep_gathered: bool,
-    /// By which rounds collectives are done that join several fast groups of several replicas.
-    pub collectives: Algorithm,
+    /// By which rounds collectives are done: one algorithm for those that join several fast groups of several replicas, or for
+    /// each the fastest.
+    pub collectives: Collectives,
     /// The link of each fast group to the others, where it is slowed down on purpose.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub link: Option<Link>,
@@ -34,7 +35,7 @@ pub struct Sharing {
 impl Default for Sharing {
     /// One group of all replicas, and parameters gathered one pass ahead for one pass.
     fn default() -> Sharing {
-        Sharing { group_size: None, prefetch: 1, keep_gathered: false, collectives: Algorithm::TwoLevel, link: None }
+        Sharing { group_size: None, prefetch: 1, keep_gathered: false, collectives: Collectives::TwoLevel, link: None }
     }
 }
 
@@ -116,7 +117,7 @@ impl Levels {
     /// The rounds of a collective in a scope.
     pub fn algorithm(&self, scope: Scope) -> Algorithm {
         let several = 1 < self.group && self.group < self.data;
-        if scope == Scope::World && several { self.sharing.collectives } else { Algorithm::Direct }
+        if scope == Scope::World && several { self.sharing.collectives.over_groups() } else { Algorithm::Direct }
     }
 
     /// How members of these fast groups cross the links between them.

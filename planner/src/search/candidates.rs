@@ -51,6 +51,7 @@ pub fn of_job(job: &Job, machine: Machine) -> Vec<Configuration> {
                                 sharing: job.sharing,
                                 stage_layers: Vec::new(),
                                 measured: None,
+                                collectives: Vec::new(),
                             });
                         }
                     }

@@ -5,7 +5,7 @@ use crate::model::ModelPass;
 use crate::model::parameters::{decay_runs, tied_matrix, unit_layout};
 use crate::program::{
     Arrangement, Element, Group, Op, OpKind, Pass, Piece, Program, RankProgram, Recompute, Shares, SharesError, Step,
-    TransformerWorkload, Workload, begun_gradients, gradient_sources, rounds, shares, update,
+    TransformerWorkload, Workload, begun_gradients, gradient_sources, rounds, shares, tree_parts, update,
 };
 use crate::units::{BufferId, Nanos, RankId, StageId};
 use paceline_profiles::{
@@ -279,6 +279,18 @@ impl Meeting {
             Step::RingReduce { .. } => sum(2, part),
             Step::RingGather { turn: 0 } => first(predictor.transfer(part, under)),
             Step::RingGather { .. } => predictor.transfer(part, under),
+            Step::TreeReduce { turn } => {
+                let parts = u64::from(tree_parts(members, turn));
+                if parts == 1 && turn == (members - 1).ilog2() { last(2) } else { sum(2, part * parts) }
+            }
+            Step::TreeGather { turn } => {
+                let all = predictor.transfer(part * u64::from(tree_parts(members, turn)), under);
+                if turn == (members - 1).ilog2() { first(all) } else { all }
+            }
+            // Half of the pairs are a member's, and a swap writes both of its places.
+            Step::Exchange => predictor.transfer(part * u64::from(members - 1), under),
+            Step::ExchangeWithin => predictor.transfer(part * u64::from(self.groups * (places - 1)), under),
+            Step::ExchangeAcross => predictor.transfer(part * u64::from(places * (self.groups - 1)), under),
             Step::ReduceWithin => sum(places, part * u64::from(self.groups)),
             Step::ReduceAcross => last(self.groups),
             Step::GatherAcross => first(copies(self.groups, part)),

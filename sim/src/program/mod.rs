@@ -28,7 +28,7 @@ mod update;
 pub use check::{CheckError, check};
 pub use partners::{Meeting, OpRef, PartnerError, Partners, Transfer};
 pub use precision::{Element, Precision};
-pub use rounds::{Algorithm, Step, rounds};
+pub use rounds::{Algorithm, Step, rounds, tree_offsets, tree_parts};
 pub use shares::{Shares, SharesError, shares};
 pub use types::*;
 pub use update::{Piece, Update, begun_gradients, gradient_sources, update};

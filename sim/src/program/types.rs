@@ -469,6 +469,9 @@ pub enum Collective {
     ReduceScatter,
     /// Member `i` brings shard `i`; every member ends with all.
     AllGather,
+    /// The array is one part per member, all of the same length: part `k` of member `i` changes places with part `i` of member
+    /// `k`. Elements beyond the last whole part stay where they are.
+    AllToAll,
 }
 
 /// Where the array of a collective lies and how it is cut.

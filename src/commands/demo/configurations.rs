@@ -26,6 +26,7 @@ fn configuration(
         sharing: Sharing::default(),
         stage_layers: Vec::new(),
         measured: None,
+        collectives: Vec::new(),
     }
 }
 
