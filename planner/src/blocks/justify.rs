@@ -10,8 +10,6 @@
 use crate::order::{Action, ComputeOrder};
 use crate::replay::{OrderError, Replayer, StageMemory, StageTimes, Totals, peaks};
 use paceline_sim::program::Pass;
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 
 /// What to make short first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,8 +48,42 @@ pub fn justify(
     limit: &[f64],
     goal: Goal,
 ) -> Result<ComputeOrder, OrderError> {
+    justify_until(order, times, memory, limit, goal, Enough { span: 0.0, makespan: 0.0 })
+}
+
+/// When an order cannot become better, so that looking on is in vain.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Enough {
+    /// The longest device span is no longer than this,
+    pub span: f64,
+    /// and the makespan no longer than this.
+    pub makespan: f64,
+}
+
+impl Enough {
+    fn reached(&self, totals: &Totals) -> bool {
+        let within = |value: f64, enough: f64| value <= enough * (1.0 + CLOSE);
+        within(totals.longest_span, self.span) && within(totals.makespan, self.makespan)
+    }
+}
+
+/// [`justify`] that stops as soon as the order is good enough.
+///
+/// # Errors
+/// As [`justify`].
+pub fn justify_until(
+    order: &ComputeOrder,
+    times: &StageTimes,
+    memory: &StageMemory,
+    limit: &[f64],
+    goal: Goal,
+    enough: Enough,
+) -> Result<ComputeOrder, OrderError> {
     let mut replayer = Replayer::default();
     let totals = replayer.run(order, times)?;
+    if enough.reached(&totals) {
+        return Ok(order.clone());
+    }
     let mut best = (goal.key(&totals), order.clone());
     // A device that the order itself takes over the limit may stay there.
     let limit: Vec<f64> = peaks(order, memory)
@@ -82,6 +114,9 @@ pub fn justify(
             let key = goal.key(&totals);
             if key < best.0 {
                 best = (key, current.clone());
+                if enough.reached(&totals) {
+                    return Ok(best.1);
+                }
             }
             if key.0 + key.1 >= reached - CLOSE * reached.abs().min(1.0) {
                 break;
@@ -117,30 +152,20 @@ struct ListPass<'a> {
     left: Vec<Vec<u32>>,
     /// By device: memory held.
     held: Vec<f64>,
-    /// By device: when it becomes free.
-    free: Vec<f64>,
     /// By device: whether it found nothing to do when it was last looked at.
     idle: Vec<bool>,
-    /// Devices to look at, soonest first.
-    events: BinaryHeap<Reverse<(Time, u32)>>,
+    /// By device: when to look at it next; `PENDING` when only another device can give it something to do. So few devices need
+    /// no heap.
+    look: Vec<f64>,
 }
 
-/// A time as a heap key.
-#[derive(Clone, Copy, PartialEq)]
-struct Time(f64);
-
-impl Eq for Time {}
-
-impl PartialOrd for Time {
-    fn partial_cmp(&self, other: &Time) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Time {
-    fn cmp(&self, other: &Time) -> std::cmp::Ordering {
-        self.0.total_cmp(&other.0)
-    }
+/// The device to look at first, and when.
+fn soonest(look: &[f64]) -> Option<(usize, f64)> {
+    let (device, time) = look
+        .iter()
+        .enumerate()
+        .fold((0, PENDING), |least, (device, &time)| if time < least.1 { (device, time) } else { least });
+    (time < PENDING).then_some((device, time))
 }
 
 impl<'a> ListPass<'a> {
@@ -162,9 +187,8 @@ impl<'a> ListPass<'a> {
             local,
             left: Vec::new(),
             held: Vec::new(),
-            free: Vec::new(),
             idle: Vec::new(),
-            events: BinaryHeap::new(),
+            look: Vec::new(),
         }
     }
 
@@ -243,7 +267,7 @@ impl<'a> ListPass<'a> {
         self.head.clear();
         self.next.clear();
         self.left.clear();
-        self.events.clear();
+        self.look.clear();
         let classes = 4 * (1 + self.local.iter().copied().max().unwrap_or(0) as usize);
         for (device, list) in lists.iter().enumerate() {
             let mut left = vec![0; classes];
@@ -256,28 +280,19 @@ impl<'a> ListPass<'a> {
             self.left.push(left);
             self.head.push(if list.is_empty() { END } else { 0 });
             self.next.push((1..=list.len() as u32).map(|n| if n as usize == list.len() { END } else { n }).collect());
-            let start = release.get(device).copied().unwrap_or(0.0);
-            self.events.push(Reverse((Time(start), device as u32)));
+            self.look.push(release.get(device).copied().unwrap_or(0.0));
         }
         self.held.clear();
         self.held.resize(lists.len(), 0.0);
-        self.free.clear();
-        self.free.extend((0..lists.len()).map(|device| release.get(device).copied().unwrap_or(0.0)));
         self.idle.clear();
         self.idle.resize(lists.len(), false);
         let mut result: Vec<Vec<Action>> = lists.iter().map(|list| Vec::with_capacity(list.len())).collect();
-        while let Some(Reverse((Time(now), device))) = self.events.pop() {
-            let device = device as usize;
-            if self.free[device] > now + CLOSE {
-                continue;
-            }
+        while let Some((device, now)) = soonest(&self.look) {
             let action = match self.take(&lists[device], device, now, backwards, &recomputes) {
                 Ok(action) => action,
                 Err(soonest) => {
                     self.idle[device] = true;
-                    if soonest < PENDING {
-                        self.events.push(Reverse((Time(soonest), device as u32)));
-                    }
+                    self.look[device] = soonest;
                     continue;
                 }
             };
@@ -285,11 +300,10 @@ impl<'a> ListPass<'a> {
             let (stage, microbatch) = (action.stage.index(), action.microbatch.index());
             let end = now + self.times.of(action.pass, stage);
             self.held[device] += self.change(action, backwards, recomputes[stage]);
-            self.free[device] = end;
+            self.look[device] = end;
             let slot = self.slot(action.pass, stage, microbatch);
             self.ended[slot] = end;
             result[device].push(action);
-            self.events.push(Reverse((Time(end), device as u32)));
             // Wake who may have waited for this: the stage after or before. A busy device will look by itself.
             let down = (action.pass == Pass::F) != backwards;
             let receiver = match action.pass {
@@ -298,9 +312,9 @@ impl<'a> ListPass<'a> {
                 _ => (!stage.is_multiple_of(self.per_copy)).then(|| stage - 1),
             };
             if let Some(receiver) = receiver {
-                let peer = self.device_of[receiver];
-                if self.idle[peer as usize] {
-                    self.events.push(Reverse((Time(end + self.times.comm), peer)));
+                let peer = self.device_of[receiver] as usize;
+                if self.idle[peer] {
+                    self.look[peer] = self.look[peer].min(end + self.times.comm);
                 }
             }
         }

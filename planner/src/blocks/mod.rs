@@ -25,7 +25,7 @@ mod justify;
 mod offsets;
 
 pub use extend::extend;
-pub use justify::{Goal, justify};
+pub use justify::{Enough, Goal, justify, justify_until};
 pub use offsets::{Block, BlockError, Collision, Offsets, Slotted, fill_weights};
 
 #[cfg(test)]

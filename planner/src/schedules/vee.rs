@@ -3,7 +3,8 @@
 //! (arXiv 2401.10241, section 6).
 
 use super::{action, v_shape};
-use crate::blocks::{Block, Goal, extend, justify};
+use crate::blocks::{Block, Enough, Goal, extend, justify_until};
+use crate::bounds::lower_bound;
 use crate::order::{Action, ComputeOrder};
 use crate::replay::{StageMemory, StageTimes, peaks};
 use paceline_sim::program::Pass;
@@ -35,20 +36,36 @@ pub fn one_f_one_b_v(p: u32, m: u32) -> ComputeOrder {
 /// The repeated block with its ends rearranged in unit time, at most `peak` microbatch-stages per device or what the
 /// fullest device of the block takes.
 fn rearranged(block: &Block, p: u32, m: u32, peak: u32) -> ComputeOrder {
-    // Warm-up and cool-down do not depend on m once there is a steady phase between them.
-    let short = 2 * p + 8;
+    // Warm-up and cool-down do not depend on m once there is a steady phase between them: half as many microbatches again as a
+    // block takes in turn, and a few more in which the order shows its period; never more than what suffices every block.
+    let slots = block.offsets.iter().flat_map(|offsets| offsets.passes()).map(|(_, slot, length)| slot + length);
+    let under_way = slots.max().unwrap_or(0).div_ceil(block.interval);
     let times = StageTimes::unit(block.placement.stages());
-    if m > short + p {
-        let longer = extend(&rearranged(block, p, short, peak), &times, m - short);
-        if let Some(longer) = longer {
-            return longer;
-        }
+    let short = (under_way + under_way / 2).min(2 * p) + STEADY;
+    if m > short + p
+        && let Some(longer) = extend(&at_its_ends(block, p, short, peak, &times), &times, m - short)
+    {
+        return longer;
     }
+    at_its_ends(block, p, m, peak, &times)
+}
+
+/// Microbatches in which an order shows that it repeats itself.
+const STEADY: u32 = 8;
+
+/// [`rearranged`] for the number of microbatches at hand.
+fn at_its_ends(block: &Block, p: u32, m: u32, peak: u32, times: &StageTimes) -> ComputeOrder {
     let order = block.repeat(m).order;
     let memory = StageMemory::microbatch_stages(&order.placement, p as usize, 0.0);
     let fullest = peaks(&order, &memory).peak_unsplit.into_iter().fold(f64::from(peak), f64::max);
     let limit = vec![fullest; p as usize];
-    match justify(&order, &times, &memory, &limit, Goal::Span) {
+    // The least span of a V with this many chunk activations (arXiv 2405.15362, appendix: `6n + 6p - 3k - 1`), and of any order.
+    let work = 6.0 * f64::from(m);
+    let enough = Enough {
+        span: work.max(work + f64::from(6 * p) - 1.0 - 6.0 * fullest),
+        makespan: lower_bound(&order.placement, m, times, &memory, Some(&limit)).makespan,
+    };
+    match justify_until(&order, times, &memory, &limit, Goal::Span, enough) {
         Ok(better) => better,
         // A repeated block can always be replayed; if it could not, validation would say more than an error here.
         Err(_) => order,
