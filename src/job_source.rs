@@ -4,12 +4,13 @@ use crate::failure::Failure;
 use crate::flags::JobFlags;
 use clap::Args;
 use paceline_planner::job::{Job, JobError, LOCAL};
+use paceline_planner::plan::ClusterPlanFile;
 use std::path::{Path, PathBuf};
 
 /// Where a job comes from.
 #[derive(Debug, Clone, Default, Args)]
 pub struct JobSource {
-    /// Job file in TOML; flags replace its keys.
+    /// Job file in TOML, or a plan for a cluster; flags replace its keys.
     #[arg(value_name = "JOB.toml")]
     pub job: Option<PathBuf>,
 
@@ -34,6 +35,12 @@ impl JobSource {
             Failure::bad_input(format!("job {}: {error}", path.display()))
                 .hint("give the path of a job file, or its keys as flags (--model, --seq, --global-batch, ...)")
         })?;
+        if ClusterPlanFile::is_one(&text) {
+            let plan = ClusterPlanFile::from_json(&text, path).map_err(Failure::bad_input)?;
+            let mut table = toml::Table::try_from(&plan.configuration).map_err(Failure::internal)?;
+            table.extend(self.flags()?);
+            return Ok((table, path.display().to_string()));
+        }
         let mut table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
             Failure::bad_input(format!("job {}: not a TOML document: {error}", path.display()))
         })?;

@@ -64,6 +64,8 @@ enum Command {
     States(commands::states::Arguments),
     /// Hold predictions for clusters against measured runs.
     Validate(commands::validate::Arguments),
+    /// A plan as files that start it elsewhere.
+    Export(commands::export::Arguments),
     /// A plan as one HTML file: memory, timeline, plans, accuracy, provenance.
     Report(commands::report::Arguments),
     /// The terminal UI: see the memory, the pipeline and the plans, and turn the knobs.
@@ -93,6 +95,7 @@ fn main() -> ExitCode {
         Some(Command::Schedule(a)) => commands::schedule::run(&screen, &a),
         Some(Command::States(a)) => commands::states::run(&screen, &a),
         Some(Command::Validate(a)) => commands::validate::run(&screen, &a),
+        Some(Command::Export(a)) => commands::export::run(&screen, &a),
         Some(Command::Report(a)) => commands::report::run(&screen, &a),
         Some(Command::Tui(a)) => commands::tui::run(&screen, &a),
     };

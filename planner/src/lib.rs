@@ -6,6 +6,7 @@
 //! - [`bounds`]: proven lower bounds on the makespan of any order.
 //! - [`configuration`]: one point of the space of a job.
 //! - [`drawing`]: a replayed schedule as terminal cells and as SVG.
+//! - [`export`]: a configuration as files for other launchers.
 //! - `generators`: schedules computed for given times and memory limits, behind the registry.
 //! - [`interchange`]: schedules as files of other tools.
 //! - [`job`]: what to train, on what, and which axes are fixed.
@@ -23,6 +24,7 @@ pub mod blocks;
 pub mod bounds;
 pub mod configuration;
 pub mod drawing;
+pub mod export;
 mod generators;
 pub mod interchange;
 pub mod job;

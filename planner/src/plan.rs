@@ -1,6 +1,10 @@
 //! A plan file: a job, one of its configurations and what it will take. The program is lowered from it again, the same
 //! each time.
 
+mod cluster;
+
+pub use cluster::{CLUSTER_PLAN_FORMAT, ClusterPlanFile};
+
 use crate::configuration::{Configuration, ConfigurationError, Machine};
 use crate::job::{Job, JobError};
 use crate::prediction::Prediction;
@@ -56,6 +60,9 @@ pub enum PlanError {
     /// Another format, or a later version of it.
     #[error("plan {path} has format {found:?}, and this version reads {PLAN_FORMAT}; {}", if *.newer { "update paceline, or make the plan again" } else { "make one with `paceline plan JOB.toml -o plan.json`" })]
     Format { path: PathBuf, found: String, newer: bool },
+    /// A plan for a cluster, where one for this machine is needed.
+    #[error("plan {path} is for a cluster; start it there with the files of `paceline export {path} --to megatron`")]
+    ForCluster { path: PathBuf },
     /// Its job is not one any more.
     #[error("plan {path}: {source}")]
     Job { path: PathBuf, source: Box<JobError> },
@@ -77,6 +84,17 @@ pub fn model_digest(model: &ModelConfig) -> String {
         .bytes()
         .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
     format!("{hash:016x}")
+}
+
+/// Writes a file whole or not at all.
+fn write_whole(path: &Path, text: &str) -> Result<(), PlanError> {
+    let failed = |source| PlanError::File { path: path.into(), source };
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(".part");
+    let part = path.with_file_name(name);
+    let mut file = fs::File::create(&part).map_err(failed)?;
+    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
+    fs::rename(&part, path).map_err(failed)
 }
 
 impl Plan {
@@ -108,14 +126,8 @@ impl Plan {
     /// # Errors
     /// When it cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), PlanError> {
-        let failed = |source| PlanError::File { path: path.into(), source };
-        let text = self.to_json().map_err(|error| failed(error.into()))?;
-        let mut name = path.file_name().unwrap_or_default().to_os_string();
-        name.push(".part");
-        let part = path.with_file_name(name);
-        let mut file = fs::File::create(&part).map_err(failed)?;
-        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
-        fs::rename(&part, path).map_err(failed)
+        let text = self.to_json().map_err(|error| PlanError::File { path: path.into(), source: error.into() })?;
+        write_whole(path, &text)
     }
 
     /// Reads a plan file, and the model that it is for.
@@ -138,6 +150,9 @@ impl Plan {
         };
         let value: serde_json::Value = serde_json::from_str(text).map_err(unreadable)?;
         let format = value.get("format").and_then(|format| format.as_str()).unwrap_or_default();
+        if format == CLUSTER_PLAN_FORMAT {
+            return Err(PlanError::ForCluster { path: path.into() });
+        }
         if format != PLAN_FORMAT {
             let version = format.strip_prefix("paceline.plan/").and_then(|number| number.parse::<u32>().ok());
             let newer = version.is_some_and(|version| version > 1);

@@ -4,6 +4,7 @@ pub mod calibrate;
 pub mod cluster;
 pub mod compare;
 pub mod demo;
+pub mod export;
 pub mod import;
 pub mod plan;
 pub mod predict;

@@ -8,7 +8,7 @@ use crate::local::Local;
 use crate::screen::{Screen, Style};
 use crate::table::{Table, show_percent, show_seconds};
 use paceline_planner::job::Job;
-use paceline_planner::plan::Plan;
+use paceline_planner::plan::{ClusterPlanFile, Plan};
 use paceline_planner::search::{Part, Plans, Progress, Reason, SearchError, search};
 use paceline_sim::units::show_bytes;
 use std::path::PathBuf;
@@ -49,10 +49,26 @@ pub struct Arguments {
 /// Runs the command.
 pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     if arguments.source.cluster()?.is_some() {
-        if arguments.output.is_some() || arguments.profile.is_some() {
-            return Err(Failure::bad_input("-o and --profile are for cluster = \"local\"; leave them out"));
+        if arguments.profile.is_some() {
+            return Err(Failure::bad_input("--profile is for cluster = \"local\"; leave it out"));
         }
-        return cluster::plan(screen, &arguments.source, arguments.top as usize, arguments.explain).map(drop);
+        let (top, place) = (arguments.top.max(arguments.pick) as usize, arguments.pick as usize);
+        let sweep = cluster::plan(screen, &arguments.source, top, arguments.explain)?;
+        if let Some(path) = &arguments.output {
+            let Some(chosen) = sweep.plans.get(place - 1) else {
+                return Err(Failure::bad_input(format!(
+                    "--pick {place}: the search found {} plans",
+                    sweep.plans.len()
+                )));
+            };
+            let plan = ClusterPlanFile::new(chosen.configuration.clone(), chosen.prediction.clone());
+            plan.write(path).map_err(Failure::bad_input)?;
+            screen.say(format!(
+                "plan {place} written to {}; start it with the files of `paceline export`",
+                path.display()
+            ));
+        }
+        return Ok(());
     }
     let job = arguments.source.read()?;
     let local = Local::open(screen, arguments.profile.as_deref())?;

@@ -105,7 +105,7 @@ impl Measured {
     }
 
     /// Lays the times and sizes into a request.
-    pub(super) fn lay_into(&self, request: Request) -> Request {
+    pub(crate) fn lay_into(&self, request: Request) -> Request {
         let list = |values: &[u64]| values.iter().map(|value| *value as f64).collect::<Vec<f64>>();
         Request {
             times: Some(StageTimes {

@@ -14,6 +14,7 @@
 pub mod activations;
 mod adapters;
 mod architecture;
+mod details;
 pub mod device;
 mod layout;
 pub mod memory;
@@ -24,6 +25,7 @@ mod zoo;
 
 pub use adapters::AdapterError;
 pub use architecture::{Architecture, Attention, Experts, PositionTable};
+pub use details::Details;
 pub use layout::{
     AttentionKernel, Compute, ContextExchange, Launches, Layout, LayoutError, LossKernel, MessageBuffers, Numerics,
     Overlap, Partition, Recompute, Routing, VocabularyPasses,

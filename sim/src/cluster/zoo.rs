@@ -83,33 +83,42 @@ impl Architecture {
     /// # Errors
     /// When there is no such preset or file, or the file lacks a size.
     pub fn load(preset_or_path: &str) -> Result<Architecture, ZooError> {
-        let letters = |name: &str| -> String {
-            name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
-        };
-        let name = preset_or_path.rsplit('/').next().map(letters).unwrap_or_default();
-        let known = if Path::new(preset_or_path).exists() {
-            None
-        } else {
-            Architecture::preset_names().into_iter().find(|preset| letters(preset) == name)
-        };
+        let known = known_preset(preset_or_path);
         let preset_or_path = known.as_deref().unwrap_or(preset_or_path);
         if let Some(row) = PRESETS.iter().find(|row| row.0 == preset_or_path) {
             return Ok(preset(row));
         }
-        let path = Path::new(preset_or_path);
-        let file = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
-        if file.is_file() {
-            let text =
-                std::fs::read_to_string(&file).map_err(|source| ZooError::Unreadable { path: file.clone(), source })?;
-            let json: Value =
-                serde_json::from_str(&text).map_err(|source| ZooError::Json { path: file.clone(), source })?;
-            if experts_of(&json).is_some() || json.get("kv_lora_rank").is_some_and(Value::is_u64) {
-                return from_json(&json, &file);
-            }
+        if let Some((json, file)) = document(preset_or_path)? {
+            return from_json(&json, &file);
         }
         let model = ModelConfig::load(preset_or_path).map_err(|source| ZooError::Dense { source })?;
         Ok(Architecture::from(&model))
     }
+}
+
+/// The preset that is meant: case, separators and an organisation before a slash do not matter. A path that exists is none.
+pub(super) fn known_preset(preset_or_path: &str) -> Option<String> {
+    if Path::new(preset_or_path).exists() {
+        return None;
+    }
+    let letters = |name: &str| -> String {
+        name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
+    };
+    let name = letters(preset_or_path.rsplit('/').next()?);
+    Architecture::preset_names().into_iter().find(|preset| letters(preset) == name)
+}
+
+/// A `config.json` (or the one in a directory) of a model with experts or latent attention, which the executor does not read.
+pub(super) fn document(path: &str) -> Result<Option<(Value, PathBuf)>, ZooError> {
+    let path = Path::new(path);
+    let file = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+    if !file.is_file() {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(&file).map_err(|source| ZooError::Unreadable { path: file.clone(), source })?;
+    let json: Value = serde_json::from_str(&text).map_err(|source| ZooError::Json { path: file.clone(), source })?;
+    let sparse = experts_of(&json).is_some() || json.get("kv_lora_rank").is_some_and(Value::is_u64);
+    Ok(sparse.then_some((json, file)))
 }
 
 fn preset(&(name, layers, hidden, heads, kv_heads, head_dim, ffn, vocab, experts, compressed): &Row) -> Architecture {
