@@ -203,6 +203,39 @@ fn layouts_on_clusters_are_predicted_and_searched() {
 }
 
 #[test]
+fn plans_for_clusters_are_files_that_other_launchers_start() {
+    let folder = Folder::new("export");
+    let plans = folder.json(&format!("plan {CLUSTER} --for megatron --top 2 -o plan.json --json"));
+    let best = &plans["plans"][0]["configuration"];
+    let again = folder.json("predict plan.json --json");
+    assert_eq!(again["iteration_seconds"], plans["plans"][0]["prediction"]["iteration_seconds"]);
+    let exported = folder.json("export plan.json --to megatron -o run --json");
+    assert_eq!((exported["format"].as_str(), exported["to"].as_str()), (Some("paceline.export/1"), Some("megatron")));
+    let script = std::fs::read_to_string(folder.0.join("run/launch.sh")).unwrap();
+    assert_eq!(exported["files"][0]["text"], script.as_str());
+    says(&script, &[&format!("--tensor-model-parallel-size {}", best["tp"]), "torchrun --nnodes 2 --nproc-per-node 8"]);
+    let shell = Command::new("bash").args(["-n", "run/launch.sh"]).current_dir(&folder.0).status().unwrap();
+    assert!(shell.success(), "the script is none:\n{script}");
+    // A plan of this machine exports too, and a schedule travels as PyTorch's CSV.
+    folder.json(&format!("plan {SMALL} --pp 2 --schedule zb-h1 --micro-batch 1 -o local.json --json"));
+    let exported = folder.json("export local.json --to pytorch-schedule --json");
+    folder.write("zb-h1.csv", exported["files"][0]["text"].as_str().unwrap());
+    let read = folder.json("schedule --import pytorch zb-h1.csv --json");
+    assert_eq!((read["p"].as_u64(), read["m"].as_u64()), (Some(2), Some(4)));
+
+    says(&folder.fails(2, "run plan.json"), &["plan.json is for a cluster", "paceline export"]);
+    says(&folder.fails(2, "export plan.json --to slurm"), &["slurm", "megatron, torchtitan"]);
+    says(&folder.fails(2, "export plan.json --to megatron --tp 2"), &["flags"]);
+    says(&folder.fails(2, "export local.json --to megatron"), &["schedule = zb-h1", "interleaved"]);
+    says(&folder.fails(2, "export missing.json --to megatron"), &["missing.json"]);
+    says(&folder.fails(2, &format!("plan {SMALL} --for megatron")), &["--for", "--cluster"]);
+    says(&folder.fails(2, &format!("plan {CLUSTER} --for slurm")), &["slurm", "torchtitan"]);
+    let none =
+        folder.fails(3, "plan --model gpt2-xl --cluster dgx-h100-ib --seq 1024 --global-batch 64 --for torchtitan");
+    says(&none, &["torchtitan", "model = gpt2-xl"]);
+}
+
+#[test]
 fn impossible_clusters_are_refused() {
     let folder = Folder::new("bad-clusters");
     let model = "--model llama-3-8b --seq 8192 --global-batch 64";
@@ -434,7 +467,7 @@ fn a_profile_of_another_machine_warns_and_names_both() {
 #[test]
 fn help_shows_an_example_of_every_command_and_words_are_checked() {
     let folder = Folder::new("help");
-    for command in ["demo", "predict", "plan", "run", "calibrate", "compare", "validate"] {
+    for command in ["demo", "predict", "plan", "run", "calibrate", "compare", "validate", "export"] {
         let output = folder.run(&format!("{command} --help"));
         assert!(output.status.success());
         let text = String::from_utf8(output.stdout).unwrap();

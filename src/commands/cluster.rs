@@ -7,6 +7,7 @@ use crate::job_source::JobSource;
 use crate::screen::{Screen, Style};
 use crate::table::{Table, show_percent, show_seconds};
 use clap::Args;
+use paceline_planner::export::{Launch, Target, export, offered};
 use paceline_planner::job::parse_bytes;
 use paceline_planner::predict::{
     ClusterPlan, ClusterPrediction, ClusterRequest, ClusterSweep, OverlapRatios, RequestError, TokenBudget,
@@ -96,12 +97,45 @@ pub fn predict(screen: &Screen, source: &JobSource, budget: &Budget) -> Result<(
 }
 
 /// The best layouts.
-pub fn plan(screen: &Screen, source: &JobSource, top: usize, explain: bool) -> Result<ClusterSweep, Failure> {
+///
+/// With a launcher, only those that it can run.
+pub fn plan(
+    screen: &Screen,
+    source: &JobSource,
+    top: usize,
+    explain: bool,
+    launcher: Option<Target>,
+) -> Result<ClusterSweep, Failure> {
     let requests = requests(source)?;
+    let requests = launcher.map_or_else(|| requests.clone(), |target| offered(target, &requests));
     let request = &requests[0];
     let cluster = request.cluster().map_err(|error| refused(source, error))?;
     let physics = Physics::of(&cluster).map_err(|error| refused(source, error.into()))?;
-    let sweep = sweep_clusters(&requests, &physics, top).map_err(|error| refused(source, error))?;
+    let all = if launcher.is_some() { usize::MAX } else { top };
+    let mut sweep = sweep_clusters(&requests, &physics, all).map_err(|error| refused(source, error))?;
+    if let Some(target) = launcher {
+        let found = sweep.plans.len();
+        let runs = |plan: &ClusterPlan| {
+            Launch::of_request(&plan.configuration).and_then(|launch| export(&launch, target)).map(drop)
+        };
+        let mut last = None;
+        let mut able: Vec<ClusterPlan> = Vec::new();
+        for plan in std::mem::take(&mut sweep.plans) {
+            if able.len() == top {
+                break;
+            }
+            match runs(&plan) {
+                Ok(()) => able.push(plan),
+                Err(error) => last = Some(error),
+            }
+        }
+        if let (true, Some(error)) = (able.is_empty(), last) {
+            return Err(Failure::infeasible(format!(
+                "{found} layouts fit, and {target} can run none of them: {error}"
+            )));
+        }
+        sweep.plans = able;
+    }
     if sweep.plans.is_empty() {
         return Err(nothing(&sweep));
     }

@@ -41,6 +41,10 @@ pub struct Arguments {
     #[arg(long)]
     pub explain: bool,
 
+    /// On a cluster, search among what this launcher can run: `megatron`, `torchtitan`, `nanotron`, `deepspeed`.
+    #[arg(long = "for", value_name = "LAUNCHER")]
+    pub launcher: Option<String>,
+
     /// Profile of this machine (default: $PACELINE_PROFILE, else what `paceline calibrate` wrote, else the shipped one).
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
@@ -53,7 +57,8 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
             return Err(Failure::bad_input("--profile is for cluster = \"local\"; leave it out"));
         }
         let (top, place) = (arguments.top.max(arguments.pick) as usize, arguments.pick as usize);
-        let sweep = cluster::plan(screen, &arguments.source, top, arguments.explain)?;
+        let launcher = arguments.launcher.as_deref().map(str::parse).transpose().map_err(Failure::bad_input)?;
+        let sweep = cluster::plan(screen, &arguments.source, top, arguments.explain, launcher)?;
         if let Some(path) = &arguments.output {
             let Some(chosen) = sweep.plans.get(place - 1) else {
                 return Err(Failure::bad_input(format!(
@@ -69,6 +74,10 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
             ));
         }
         return Ok(());
+    }
+    if arguments.launcher.is_some() {
+        let hint = "leave --for out, or name a --cluster";
+        return Err(Failure::bad_input("--for is for clusters; this machine runs plans by itself").hint(hint));
     }
     let job = arguments.source.read()?;
     let local = Local::open(screen, arguments.profile.as_deref())?;

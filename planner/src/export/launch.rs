@@ -10,7 +10,8 @@ use crate::schedules::{self, Request};
 use paceline_sim::cluster::{
     Architecture, AttentionKernel, ContextExchange, Details, Layout, Partition, Physics, Recompute, Routing,
 };
-use paceline_sim::model::Layer;
+use paceline_sim::model::{Layer, trained_elements};
+
 use paceline_sim::partition::StatePartition;
 use paceline_sim::program;
 use paceline_sim::units::show_bytes;
@@ -129,7 +130,11 @@ impl Launch {
             routing: Routing::default(),
             states: chosen.states,
             group: chosen.sharing.group_size.unwrap_or(chosen.dp).into(),
-            trainable: 1.0,
+            trainable: if job.trainable.is_full() {
+                1.0
+            } else {
+                trained_elements(&job.model, &job.trainable) as f64 / job.model.parameters() as f64
+            },
             schedule: chosen.schedule.clone(),
             vocabulary_spread: false,
             blocks: stages.iter().map(|stage| blocks(stage) as u64).collect(),

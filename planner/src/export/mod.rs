@@ -12,7 +12,7 @@ pub use launch::{Forecast, Launch};
 
 use crate::configuration::ConfigurationError;
 use crate::interchange::pytorch::{self, CsvError};
-use crate::predict::{PredictError, RequestError};
+use crate::predict::{ClusterRequest, PredictError, RequestError};
 use crate::schedules::ScheduleError;
 use paceline_sim::cluster::ZooError;
 use serde::{Deserialize, Serialize};
@@ -120,6 +120,34 @@ pub enum ExportError {
     /// A document has no text form; that is a defect.
     #[error("the document could not be written: {0}")]
     Text(String),
+}
+
+/// The requests of a search among what a target can run: axes that a request leaves open are offered the values that the target has.
+/// What a search of them finds may still be refused by [`export`], which looks at the whole.
+pub fn offered(target: Target, requests: &[ClusterRequest]) -> Vec<ClusterRequest> {
+    let (states, recompute): (&[&str], &[&str]) = match target {
+        Target::Megatron => {
+            (&["none", "zero1", "NNI", "zero2", "zero3", "mics", "IIG"], &["none", "selective", "full"])
+        }
+        Target::Torchtitan => (&["none", "zero2", "zero3", "mics"], &["none", "operators", "full"]),
+        Target::Nanotron => (&["none", "zero1"], &["none", "full"]),
+        Target::Deepspeed => (&["none", "zero1", "zero2", "zero3"], &["none", "full"]),
+        Target::PytorchSchedule => return requests.to_vec(),
+    };
+    let words = |asked: &Option<String>, offered: &[&str]| match asked {
+        Some(word) => vec![Some(word.clone())],
+        None => offered.iter().map(|word| Some((*word).to_owned())).collect(),
+    };
+    let mut list = Vec::new();
+    for request in requests {
+        let sp = if target == Target::Deepspeed { request.sp.or(Some(false)) } else { request.sp };
+        for states in words(&request.states, states) {
+            for recompute in words(&request.recompute, recompute) {
+                list.push(ClusterRequest { states: states.clone(), recompute, sp, ..request.clone() });
+            }
+        }
+    }
+    list
 }
 
 /// The files of `target` for a launch.
