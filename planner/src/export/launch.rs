@@ -146,7 +146,7 @@ impl Launch {
                 program::Recompute::Selective => Recompute::Selective,
                 program::Recompute::Full => Recompute::Full,
             },
-            precision: "fp32".into(),
+            precision: job.precision.name().into(),
             attention: AttentionKernel::Flash2,
             overlap: (true, true),
             train: job.train.clone(),
