@@ -73,6 +73,10 @@ pub struct JobFlags {
     #[arg(long, value_name = "M")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group_size: Option<u32>,
+    /// Fast groups over which the ranks of a pipeline are spread on this machine (default 1).
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pipeline_groups: Option<u32>,
     /// Passes ahead of its own at which a unit's partitioned parameters are gathered (default 1).
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -321,6 +321,9 @@ fn what_cannot_be_shared_is_refused() {
     assert!(text.contains("states = IIG") && text.contains("states = zero1"), "{text}");
     let text = refused(&Case { states: of("IIG"), dp: 4, ..alone() });
     assert!(text.contains("default group_size = 4") && text.contains("states = zero3"), "{text}");
+    let spread = Sharing { pipeline_groups: 2, ..Sharing::default() };
+    let text = refused(&Case { pp: 3, sharing: spread, ..alone() });
+    assert!(text.contains("pipeline_groups = 2 does not divide the 3"), "{text}");
     let text = refused(&Case { schedule: "dualpipe", pp: 2, ..grouped(of("GGG"), 2, 2) });
     assert!(text.contains("dualpipe") && text.contains("zero1"), "{text}");
 }

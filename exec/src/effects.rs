@@ -19,7 +19,7 @@ pub(crate) struct HostRange {
     pub shard: u64,
 }
 
-/// When a round of a collective may begin its work.
+/// When a transfer or a round of a collective may begin its work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Passage {
     /// At once.
@@ -38,6 +38,9 @@ pub(crate) trait Effects: Sync {
     /// Returns at `time` (paced), or at once (real); tells the clock's reading (paced), or `time` (real).
     fn reach(&self, time: u64) -> u64;
 
+    /// Both sides of a transfer have arrived, the later one at `since`: gives it to the links between fast groups, if it crosses.
+    fn open_transfer(&self, transfer: usize, since: u64) -> Passage;
+
     /// Whether a transfer takes its receiver's device.
     fn transfer_takes_device(&self, transfer: usize) -> bool;
 
@@ -50,10 +53,10 @@ pub(crate) trait Effects: Sync {
     /// Rounds of a collective.
     fn rounds(&self, meeting: usize) -> usize;
 
-    /// All members stand before a round, from `since` on: gives its bytes to the link between fast groups, if it crosses one.
+    /// All members stand before a round, from `since` on: gives its bytes to the links between fast groups, if it crosses.
     fn open_round(&self, meeting: usize, round: usize, since: u64) -> Passage;
 
-    /// Whether any round is [`Passage::Awaited`], so that a thread has to watch the clock.
+    /// Whether anything is [`Passage::Awaited`], so that a thread has to watch the clock.
     fn is_delayed(&self) -> bool;
 
     /// Whether a round takes the members' devices.

@@ -31,6 +31,13 @@ pub(crate) enum Work {
     Round { meeting: u32, member: u32 },
 }
 
+/// What is under way between fast groups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Passing {
+    Transfer(u32),
+    Round(u32),
+}
+
 /// The run was given up: the reason is in the fabric.
 #[derive(Debug)]
 pub(crate) struct Aborted;
@@ -64,6 +71,8 @@ struct RankState {
 struct TransferState {
     arrived: AtomicU32,
     latest: AtomicU64,
+    /// When it may be copied, where it passes a link.
+    passed: AtomicU64,
     from: AtomicRange,
     to: AtomicRange,
 }
@@ -147,8 +156,8 @@ pub(crate) struct Fabric<'p, E> {
     /// All have: what is still under way is for nobody.
     abandoned: AtomicBool,
     error: Mutex<Option<ExecError>>,
-    /// Rounds under way on the link: when they have passed, and whose they are.
-    wire: Mutex<BinaryHeap<Reverse<(u64, u32)>>>,
+    /// What is under way between fast groups: when it has passed.
+    wire: Mutex<BinaryHeap<Reverse<(u64, Passing)>>>,
     wire_changed: Condvar,
     /// Ops ended so far: tells a slow step from one that stands still.
     progress: AtomicU64,
@@ -464,9 +473,13 @@ impl<'p, E: Effects> Fabric<'p, E> {
                 if state.arrived.fetch_add(1, Ordering::AcqRel) == 1 {
                     // Nobody arrives here again before this step has ended.
                     state.arrived.store(0, Ordering::Relaxed);
-                    let receiver = self.bound.transfers[t as usize].to.rank;
-                    let takes_device = self.effects.transfer_takes_device(t as usize);
-                    self.give(receiver, Work::Transfer { transfer: t }, takes_device, consequences);
+                    let since = state.latest.load(Ordering::Relaxed);
+                    match self.effects.open_transfer(t as usize, since) {
+                        Passage::Free => state.passed.store(since, Ordering::Relaxed),
+                        Passage::Planned(at) => state.passed.store(at, Ordering::Relaxed),
+                        Passage::Awaited(at) => return self.await_passage(at, Passing::Transfer(t)),
+                    }
+                    self.work_on_transfer(t, consequences);
                 }
             }
             Partner::Member { meeting, .. } => {
@@ -506,11 +519,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
         match self.effects.open_round(meeting as usize, round, state.since.load(Ordering::Relaxed)) {
             Passage::Free => {}
             Passage::Planned(at) => state.since.store(at, Ordering::Relaxed),
-            Passage::Awaited(at) => {
-                self.wire.lock().unwrap_or_else(PoisonError::into_inner).push(Reverse((at, meeting)));
-                self.wire_changed.notify_one();
-                return;
-            }
+            Passage::Awaited(at) => return self.await_passage(at, Passing::Round(meeting)),
         }
         self.work_on_round(meeting, consequences);
     }
@@ -519,7 +528,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
     pub fn watch_link(&self, now: impl Fn() -> u64) {
         let mut wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
         while !self.aborted() {
-            let Some(&Reverse((at, meeting))) = wire.peek() else {
+            let Some(&Reverse((at, passing))) = wire.peek() else {
                 wire = self.wire_changed.wait(wire).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
@@ -532,11 +541,32 @@ impl<'p, E: Effects> Fabric<'p, E> {
             wire.pop();
             drop(wire);
             let mut consequences = Consequences::new();
-            self.meetings[meeting as usize].since.fetch_max(at, Ordering::Relaxed);
-            self.work_on_round(meeting, &mut consequences);
+            match passing {
+                Passing::Transfer(transfer) => {
+                    self.transfers[transfer as usize].passed.store(at, Ordering::Relaxed);
+                    self.work_on_transfer(transfer, &mut consequences);
+                }
+                Passing::Round(meeting) => {
+                    self.meetings[meeting as usize].since.fetch_max(at, Ordering::Relaxed);
+                    self.work_on_round(meeting, &mut consequences);
+                }
+            }
             self.settle(consequences);
             wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Lets the watcher wake up when something has passed the links on its way.
+    fn await_passage(&self, at: u64, passing: Passing) {
+        self.wire.lock().unwrap_or_else(PoisonError::into_inner).push(Reverse((at, passing)));
+        self.wire_changed.notify_one();
+    }
+
+    /// Both sides have arrived and the wire is passed: the receiver copies.
+    fn work_on_transfer(&self, transfer: u32, consequences: &mut Consequences) {
+        let receiver = self.bound.transfers[transfer as usize].to.rank;
+        let takes_device = self.effects.transfer_takes_device(transfer as usize);
+        self.give(receiver, Work::Transfer { transfer }, takes_device, consequences);
     }
 
     /// The wire is passed: every member works.
@@ -567,9 +597,11 @@ impl<'p, E: Effects> Fabric<'p, E> {
             Work::Transfer { transfer: t } => {
                 let state = &self.transfers[t as usize];
                 let met = state.latest.load(Ordering::Relaxed);
+                let passed = state.passed.load(Ordering::Relaxed);
                 // SAFETY: both ops have arrived and neither has ended, so the program lets nobody else touch the ranges.
-                let span =
-                    unsafe { self.effects.transfer(t as usize, state.from.load(), state.to.load(), met.max(free_at)) };
+                let span = unsafe {
+                    self.effects.transfer(t as usize, state.from.load(), state.to.load(), passed.max(free_at))
+                };
                 let bound = &self.bound.transfers[t as usize];
                 for op in [bound.from, bound.to] {
                     consequences.push(Consequence::Ended { op, met, start: span.start, end: span.effective });

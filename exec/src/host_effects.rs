@@ -8,7 +8,8 @@ use crate::effects::{Effects, HostRange, Passage, Span};
 use crate::numbers::dtype;
 use half::bf16;
 use paceline_kernels::{DType, Device, KernelError};
-use paceline_sim::program::{Step, rounds};
+use paceline_sim::program::{Links, Step, Way, rounds};
+use paceline_sim::units::RankId;
 use smallvec::SmallVec;
 use std::sync::{Mutex, PoisonError};
 
@@ -19,8 +20,16 @@ struct Exchange {
     parts: Parts,
     /// Fast groups over which its members are spread.
     groups: usize,
-    /// By step, where the link between groups is slowed down: how long it is busy, and how long the way takes then.
+    /// By step, where the links between groups are slowed down: how long they are busy, and how long the way takes then.
     delays: Vec<(u64, u64)>,
+}
+
+/// A message as the ranks move it.
+struct Transfer {
+    bytes: u64,
+    /// How long the links on its way are busy, and how long the way takes then.
+    delay: (u64, u64),
+    way: Way,
 }
 
 /// Communication by copies and sums in memory that all ranks share: the host's, or that of one device.
@@ -29,9 +38,10 @@ pub(crate) struct HostEffects<'d> {
     /// Does the work where the host cannot.
     far: Option<DeviceExchange<'d>>,
     meetings: Vec<Exchange>,
-    transfers: Vec<u64>,
-    /// When the link between fast groups has served what it was given.
-    link_free_at: Mutex<u64>,
+    transfers: Vec<Transfer>,
+    /// By meeting.
+    ways: Vec<Way>,
+    links: Mutex<Links>,
 }
 
 impl<'d> HostEffects<'d> {
@@ -51,18 +61,35 @@ impl<'d> HostEffects<'d> {
             };
             Exchange { delays: steps.iter().map(delay).collect(), steps, dtype, parts, groups: groups as usize }
         };
+        let program = bound.program;
+        let transfer = |t: &crate::bind::Transfer| {
+            let (from, to) = (RankId(t.from.rank), RankId(t.to.rank));
+            let link = program.link().filter(|_| program.crosses(from, to));
+            let delay = link.map_or((0, 0), |link| (link.busy(t.bytes).0, link.latency.0));
+            Transfer { bytes: t.bytes, delay, way: program.way_of_message(from, to) }
+        };
         HostEffects {
             clock,
             far: (!device.is_host()).then(|| DeviceExchange::new(device)),
             meetings: bound.meetings.iter().map(exchange).collect(),
-            transfers: bound.transfers.iter().map(|t| t.bytes).collect(),
-            link_free_at: Mutex::new(0),
+            transfers: bound.transfers.iter().map(transfer).collect(),
+            ways: bound.meetings.iter().map(|m| program.way_of_round(&program.groups[m.group].ranks)).collect(),
+            links: Mutex::default(),
         }
     }
 
     /// What went wrong in communication since this was asked last.
     pub fn take_failure(&self) -> Option<KernelError> {
         self.far.as_ref().and_then(DeviceExchange::take_failure)
+    }
+
+    /// Gives an exchange to the links on its way.
+    fn pass(&self, way: &Way, (busy, latency): (u64, u64)) -> Passage {
+        if busy == 0 && latency == 0 {
+            return Passage::Free;
+        }
+        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        Passage::Awaited(links.serve(way, self.clock.now(), busy) + latency)
     }
 
     fn timed(&self, work: impl FnOnce()) -> Span {
@@ -82,12 +109,17 @@ impl Effects for HostEffects<'_> {
         time
     }
 
+    fn open_transfer(&self, transfer: usize, _: u64) -> Passage {
+        let Transfer { way, delay, .. } = &self.transfers[transfer];
+        self.pass(way, *delay)
+    }
+
     fn transfer_takes_device(&self, _: usize) -> bool {
         true
     }
 
     unsafe fn transfer(&self, transfer: usize, from: HostRange, to: HostRange, _: u64) -> Span {
-        debug_assert!(from.bytes == to.bytes && from.bytes == self.transfers[transfer]);
+        debug_assert!(from.bytes == to.bytes && from.bytes == self.transfers[transfer].bytes);
         // SAFETY: the caller's promise; buffers of different ranks are different blocks.
         let copy = || unsafe {
             if let Some(far) = &self.far {
@@ -103,17 +135,12 @@ impl Effects for HostEffects<'_> {
     }
 
     fn open_round(&self, meeting: usize, round: usize, _: u64) -> Passage {
-        let (busy, way) = self.meetings[meeting].delays[round];
-        if busy == 0 && way == 0 {
-            return Passage::Free;
-        }
-        let mut free_at = self.link_free_at.lock().unwrap_or_else(PoisonError::into_inner);
-        *free_at = self.clock.now().max(*free_at) + busy;
-        Passage::Awaited(*free_at + way)
+        self.pass(&self.ways[meeting], self.meetings[meeting].delays[round])
     }
 
     fn is_delayed(&self) -> bool {
-        self.meetings.iter().any(|meeting| meeting.delays.iter().any(|delay| *delay != (0, 0)))
+        let rounds = self.meetings.iter().flat_map(|meeting| &meeting.delays);
+        rounds.chain(self.transfers.iter().map(|transfer| &transfer.delay)).any(|delay| *delay != (0, 0))
     }
 
     fn round_takes_device(&self, _: usize, _: usize) -> bool {

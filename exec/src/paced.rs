@@ -15,7 +15,7 @@ use crate::memory::{MemoryReport, RankMemory};
 use crate::timeline::StepRecord;
 use paceline_kernels::{Block, Call, Device, KernelError, View};
 use paceline_sim::cost::{CostModel, Exchange, Round};
-use paceline_sim::program::{Program, RankProgram};
+use paceline_sim::program::{Links, Program, RankProgram, Way};
 use paceline_sim::trace::Trace;
 use paceline_sim::units::{Nanos, OpId, RankId};
 use smallvec::SmallVec;
@@ -82,8 +82,10 @@ struct Pace {
     clock: Clock,
     transfers: Vec<Round>,
     meetings: Vec<SmallVec<[Round; 2]>>,
-    /// When, by plan, the link between fast groups has served what it was given.
-    link_free_at: Mutex<u64>,
+    /// By transfer, and by meeting.
+    ways: (Vec<Way>, Vec<Way>),
+    /// The links between fast groups, by plan.
+    links: Mutex<Links>,
 }
 
 impl Pace {
@@ -93,7 +95,15 @@ impl Pace {
         let meetings = bound.meetings.iter();
         Pace {
             clock,
-            link_free_at: Mutex::new(0),
+            ways: (
+                bound
+                    .transfers
+                    .iter()
+                    .map(|t| program.way_of_message(RankId(t.from.rank), RankId(t.to.rank)))
+                    .collect(),
+                bound.meetings.iter().map(|m| program.way_of_round(&program.groups[m.group].ranks)).collect(),
+            ),
+            links: Mutex::default(),
             transfers: transfers
                 .map(|t| costs.transfer(program, RankId(t.from.rank), RankId(t.to.rank), t.bytes))
                 .collect(),
@@ -105,6 +115,14 @@ impl Pace {
                 })
                 .collect(),
         }
+    }
+
+    fn give(&self, way: &Way, cost: Round, since: u64) -> Passage {
+        if cost.link == Nanos::ZERO {
+            return Passage::Free;
+        }
+        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        Passage::Planned(links.serve(way, since, cost.link.0))
     }
 
     fn pass(&self, cost: Round, earliest: u64) -> Span {
@@ -131,6 +149,10 @@ impl Effects for Pace {
         }
     }
 
+    fn open_transfer(&self, transfer: usize, since: u64) -> Passage {
+        self.give(&self.ways.0[transfer], self.transfers[transfer], since)
+    }
+
     fn transfer_takes_device(&self, transfer: usize) -> bool {
         self.transfers[transfer].work > Nanos::ZERO
     }
@@ -144,13 +166,7 @@ impl Effects for Pace {
     }
 
     fn open_round(&self, meeting: usize, round: usize, since: u64) -> Passage {
-        let link = self.meetings[meeting][round].link;
-        if link == Nanos::ZERO {
-            return Passage::Free;
-        }
-        let mut free_at = self.link_free_at.lock().unwrap_or_else(PoisonError::into_inner);
-        *free_at = since.max(*free_at) + link.0;
-        Passage::Planned(*free_at)
+        self.give(&self.ways.1[meeting], self.meetings[meeting][round], since)
     }
 
     fn is_delayed(&self) -> bool {

@@ -39,8 +39,7 @@ pub struct Exchange {
 /// receiver (zero where hardware moves data beside compute).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Round {
-    /// Time that the link between fast groups is busy, which serves one exchange after the other. Programs spread every group
-    /// that crosses over all fast groups alike, so that the links of all of them are busy at once.
+    /// Time that the links between fast groups on its way are busy, which serve one exchange after the other ([`crate::program::Links`]).
     pub link: Nanos,
     /// Time that passes on the way.
     pub wire: Nanos,

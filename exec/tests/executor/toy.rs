@@ -261,7 +261,7 @@ fn rank_program(layout: &Layout, data: u32, pipeline: u32, groups: &[Group]) -> 
     step_end(layout, data, pipeline, groups, &stages, &mut b, sends, leftovers, losses);
     RankProgram {
         device: DeviceId(here.0 % layout.devices),
-        coordinates: Coordinates { data, pipeline },
+        coordinates: Coordinates { data, pipeline, group: 0 },
         stages,
         buffers: b.buffers,
         persistent,

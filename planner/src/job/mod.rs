@@ -250,6 +250,7 @@ pub(crate) const KEYS: &[&str] = &[
     "ep",
     "states",
     "group_size",
+    "pipeline_groups",
     "prefetch",
     "keep_gathered",
     "barrier_every",
@@ -315,6 +316,7 @@ fn sharing(fields: &Fields) -> Result<Sharing, JobError> {
     let usual = Sharing::default();
     Ok(Sharing {
         group_size: fields.optional_count("group_size")?,
+        pipeline_groups: fields.optional_count("pipeline_groups")?.unwrap_or(usual.pipeline_groups),
         prefetch: fields.whole("prefetch")?.map_or(usual.prefetch, |ahead| ahead.min(u64::from(u32::MAX)) as u32),
         keep_gathered: fields.truth("keep_gathered")?.unwrap_or(usual.keep_gathered),
         collectives: *fields.choices("collectives", &COLLECTIVES)?.first().unwrap_or(&usual.collectives),

@@ -141,8 +141,9 @@ impl<'a> Grid<'a> {
         for (replica, pipeline) in members {
             size += 1;
             let node = self.devices[self.device(replica, pipeline).index()].node;
-            nodes.push((node, self.levels.group_of(replica)));
-            fast.push(self.levels.group_of(replica));
+            let group = self.levels.group_of(replica, pipeline);
+            nodes.push((node, group));
+            fast.push(group);
             if replica < self.present {
                 ranks.push(self.rank(replica, pipeline));
             }
@@ -174,7 +175,7 @@ impl<'a> Grid<'a> {
     }
 
     pub fn coordinates(&self, data: u32, pipeline: u32) -> Coordinates {
-        Coordinates { data, pipeline }
+        Coordinates { data, pipeline, group: self.levels.group_of(data, pipeline) }
     }
 
     pub fn device(&self, data: u32, pipeline: u32) -> DeviceId {

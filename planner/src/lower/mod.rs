@@ -109,6 +109,11 @@ pub enum LowerError {
     /// Groups that do not share the replicas out.
     #[error("group_size = {group} does not divide the {data} data-parallel replicas; take one of their divisors")]
     Group { group: u32, data: u32 },
+    /// Groups that do not share the pipeline out.
+    #[error(
+        "pipeline_groups = {groups} does not divide the {pipeline} ranks of a pipeline; take one of their divisors"
+    )]
+    PipelineGroups { groups: u32, pipeline: u32 },
     /// A partition within groups where there are none.
     #[error(
         "states = {partition} cuts within groups, and {} = {group} of {data} data-parallel replicas leaves none; set a group_size between 1 and {data}, or take states = {same}, which is the same here",

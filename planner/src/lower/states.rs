@@ -24,6 +24,10 @@ pub struct Sharing {
     pub prefetch: u32,
     /// Gathered parameters live until their last pass of the step, instead of for one pass.
     pub keep_gathered: bool,
+    /// Fast groups over which the ranks of a pipeline are spread, in runs of equal length: messages between stages then cross the
+    /// links too.
+    #[serde(skip_serializing_if = "is_one")]
+    pub pipeline_groups: u32,
     /// By which rounds collectives are done: one algorithm for those that join several fast groups of several replicas, or for
     /// each the fastest.
     pub collectives: Collectives,
@@ -35,8 +39,19 @@ pub struct Sharing {
 impl Default for Sharing {
     /// One group of all replicas, and parameters gathered one pass ahead for one pass.
     fn default() -> Sharing {
-        Sharing { group_size: None, prefetch: 1, keep_gathered: false, collectives: Collectives::TwoLevel, link: None }
+        Sharing {
+            group_size: None,
+            pipeline_groups: 1,
+            prefetch: 1,
+            keep_gathered: false,
+            collectives: Collectives::TwoLevel,
+            link: None,
+        }
     }
+}
+
+fn is_one(number: &u32) -> bool {
+    *number == 1
 }
 
 /// How states are shared.
@@ -66,6 +81,8 @@ pub(super) struct Levels {
     partition: StatePartition,
     data: u32,
     copies: u32,
+    /// Ranks of a pipeline.
+    pipeline: u32,
     group: u32,
     sharing: Sharing,
 }
@@ -90,7 +107,11 @@ impl Levels {
             return Err(LowerError::TwoCopies { partition, schedule: blueprint.order.name.clone() });
         }
         let partition = if alone { StatePartition::NONE } else { partition };
-        Ok(Levels { partition, data, copies, group: size, sharing })
+        let pipeline = blueprint.order.actions.len() as u32;
+        if sharing.pipeline_groups == 0 || !pipeline.is_multiple_of(sharing.pipeline_groups) {
+            return Err(LowerError::PipelineGroups { groups: sharing.pipeline_groups, pipeline });
+        }
+        Ok(Levels { partition, data, copies, pipeline, group: size, sharing })
     }
 
     /// The levels of a unit; `tied` when another rank holds a copy of a matrix in it. The sum of the gradients of both copies
@@ -130,9 +151,10 @@ impl Levels {
         self.data / self.group
     }
 
-    /// The fast group of a replica.
-    pub fn group_of(&self, replica: u32) -> u32 {
-        replica / self.group
+    /// The fast group of a pipeline rank of a replica.
+    pub fn group_of(&self, replica: u32, pipeline: u32) -> u32 {
+        let spread = self.sharing.pipeline_groups;
+        replica / self.group * spread + pipeline * spread / self.pipeline
     }
 
     /// All replicas in the order of their blocks.
@@ -238,8 +260,14 @@ mod tests {
     fn parts_nest_and_tile() {
         for (data, group) in [(1, 1), (4, 2), (8, 4), (8, 2), (6, 3), (12, 4), (6, 6), (5, 1)] {
             for elements in [0, 1, 10, 25, 250, 251, 1024] {
-                let levels =
-                    Levels { partition: StatePartition::ZERO3, data, copies: 1, group, sharing: Sharing::default() };
+                let levels = Levels {
+                    partition: StatePartition::ZERO3,
+                    data,
+                    copies: 1,
+                    pipeline: 1,
+                    group,
+                    sharing: Sharing::default(),
+                };
                 let cut = |replica| levels.cut(replica, 0, elements);
                 let tile = |replicas: Vec<u32>, level, all: Range<u64>, part: u64| {
                     let mut reach = all.start;

@@ -157,8 +157,12 @@ impl ProfileCost {
                     OpKind::Collective { collective, group, buffer, bytes, arrangement, .. } => {
                         let element = rank.buffers[buffer.index()].element;
                         let exchange = Exchange { collective, bytes, element, arrangement };
-                        let rounds = self.work_by_round(exchange, &program.groups[group.index()]);
-                        rounds.iter().for_each(|&round| sum.add(round));
+                        let group = &program.groups[group.index()];
+                        let hand_over = self.hand_over(program, group);
+                        for &round in self.work_by_round(exchange, group) {
+                            sum.add(round);
+                            sum.add(hand_over);
+                        }
                     }
                     _ => sum.add_all(&self.parts(program, id, op), 1.0),
                 }
@@ -194,6 +198,14 @@ impl ProfileCost {
         if device(from) == device(to) { self.overheads.shared_message } else { self.overheads.message }
     }
 
+    /// From the moment when all members of a collective stand before a round to the begin of its work: whoever comes last wakes the
+    /// others, as the sender of a message wakes its receiver.
+    fn hand_over(&self, program: &Program, group: &Group) -> Estimate {
+        let mut devices = group.ranks.iter().map(|rank| program.ranks[rank.index()].device);
+        let first = devices.next();
+        if devices.all(|device| Some(device) == first) { self.overheads.shared_message } else { self.overheads.message }
+    }
+
     fn work_by_round(&self, exchange: Exchange, group: &Group) -> &[Estimate] {
         self.rounds.get(&Meeting::new(exchange, group)).map_or(&[], |rounds| &rounds[..])
     }
@@ -209,18 +221,26 @@ impl CostModel for ProfileCost {
 
     fn transfer(&self, program: &Program, from: RankId, to: RankId, bytes: u64) -> Round {
         let (copy, latency) = (self.copy(bytes), self.latency(program, from, to));
-        Round { link: Nanos::ZERO, wire: Nanos::from_seconds(latency.seconds), work: Nanos::from_seconds(copy.seconds) }
+        let link = program.link().filter(|_| program.crosses(from, to));
+        let way = link.map_or(Nanos::ZERO, |link| link.latency);
+        Round {
+            link: link.map_or(Nanos::ZERO, |link| link.busy(bytes)),
+            wire: way + Nanos::from_seconds(latency.seconds),
+            work: Nanos::from_seconds(copy.seconds),
+        }
     }
 
-    fn collective(&self, _: &Program, exchange: Exchange, group: &Group) -> SmallVec<[Round; 2]> {
+    fn collective(&self, program: &Program, exchange: Exchange, group: &Group) -> SmallVec<[Round; 2]> {
         let meeting = Meeting::new(exchange, group);
         let link = group.crossing.and_then(|crossing| crossing.link);
+        let hand_over = Nanos::from_seconds(self.hand_over(program, group).seconds);
         let round = |(step, work): (Step, &Estimate)| {
             let bytes = step.crossing(meeting.members, meeting.groups, meeting.part().min(exchange.bytes));
             let link = link.filter(|_| bytes > 0);
+            let way = link.map_or(Nanos::ZERO, |link| link.latency);
             Round {
                 link: link.map_or(Nanos::ZERO, |link| link.busy(bytes)),
-                wire: link.map_or(Nanos::ZERO, |link| link.latency),
+                wire: way + hand_over,
                 work: Nanos::from_seconds(work.seconds),
             }
         };

@@ -4,7 +4,7 @@ use super::EngineError;
 use super::state::State;
 use super::timeline::Timeline;
 use crate::cost::{CostModel, Exchange, Round};
-use crate::program::{OpKind, OpRef, Partners, Program, Stream};
+use crate::program::{OpKind, OpRef, Partners, Program, Stream, Way};
 use crate::units::{OpId, RankId};
 use smallvec::SmallVec;
 
@@ -26,6 +26,8 @@ pub struct Compiled<'p> {
     pub(super) streams: Vec<usize>,
     /// By rank.
     pub(super) devices: Vec<u32>,
+    /// The links between fast groups that transfers take, and then those of meetings; none where links are not slowed down.
+    pub(super) ways: Vec<Way>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -121,6 +123,11 @@ impl<'p> Compiled<'p> {
             }
             meetings.push(Meeting { group: found.group as u32, members: (from, members.len() as u32) });
         }
+        let mut ways = Vec::new();
+        if program.link().is_some() {
+            ways.extend(partners.transfers.iter().map(|t| program.way_of_message(t.from.rank, t.to.rank)));
+            ways.extend(partners.meetings.iter().map(|m| program.way_of_round(&program.groups[m.group].ranks)));
+        }
         let streams = program.ranks.iter().map(|rank| {
             let highest = rank.ops.iter().map(|op| usize::from(op.stream.0)).max();
             highest.map_or(0, |highest| highest + 1)
@@ -135,6 +142,7 @@ impl<'p> Compiled<'p> {
             transfers,
             meetings,
             members,
+            ways,
         })
     }
 

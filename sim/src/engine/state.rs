@@ -4,8 +4,9 @@ use super::EngineError;
 use super::compiled::{Compiled, Role, Times};
 use super::timeline::Timeline;
 use crate::cost::Round;
+use crate::program::Links;
 use crate::trace::WaitReason;
-use crate::units::OpId;
+use crate::units::{Nanos, OpId};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
@@ -123,8 +124,10 @@ pub(super) struct State<'c, 't> {
     line: Timeline,
     /// Ranks that may go on.
     awake: Vec<u32>,
-    /// When the link between fast groups has served what it was given.
-    link_free_at: u64,
+    /// The links between fast groups.
+    links: Links,
+    /// By transfer: when it has passed the wire.
+    passed: Vec<u64>,
 }
 
 impl<'c, 't> State<'c, 't> {
@@ -153,7 +156,8 @@ impl<'c, 't> State<'c, 't> {
                 wait: vec![None; count],
             },
             awake: Vec::new(),
-            link_free_at: 0,
+            links: Links::default(),
+            passed: vec![0; compiled.transfers.len()],
         }
     }
 
@@ -342,7 +346,7 @@ impl<'c, 't> State<'c, 't> {
                 let times = self.times.transfers[transfer as usize];
                 for op in [ends.from, ends.to] {
                     let met = self.line.start[op as usize];
-                    self.note_cause(op, met, self.now - met - times.wire.0);
+                    self.note_cause(op, met, self.now - self.passed[transfer as usize]);
                     self.line.start[op as usize] = self.now;
                 }
                 times.work.0
@@ -416,11 +420,21 @@ impl<'c, 't> State<'c, 't> {
             self.line.start[op as usize] = self.now;
             self.note_cause(op, self.now, 0);
         }
-        let wire = self.times.transfers[transfer as usize].wire.0;
-        if wire > 0 {
-            self.plan(self.now + wire, Event::Passed(transfer));
+        let Round { link, wire, .. } = self.times.transfers[transfer as usize];
+        let passed = self.sent(transfer as usize, link) + wire.0;
+        self.passed[transfer as usize] = passed;
+        if passed > self.now {
+            self.plan(passed, Event::Passed(transfer));
         } else {
             self.copy(transfer);
+        }
+    }
+
+    /// When the links on a way have served an exchange that is given to them now.
+    fn sent(&mut self, way: usize, link: Nanos) -> u64 {
+        match self.compiled.ways.get(way).filter(|_| link > Nanos::ZERO) {
+            Some(way) => self.links.serve(way, self.now, link.0),
+            None => self.now + link.0,
         }
     }
 
@@ -475,11 +489,7 @@ impl<'c, 't> State<'c, 't> {
         }
         met.remaining = members.len() as u32;
         let Round { link, wire, .. } = self.round(meeting);
-        let mut passed = self.now + wire.0;
-        if link.0 > 0 {
-            self.link_free_at = self.now.max(self.link_free_at) + link.0;
-            passed = self.link_free_at + wire.0;
-        }
+        let passed = self.sent(self.compiled.transfers.len() + meeting as usize, link) + wire.0;
         if passed > self.now {
             self.plan(passed, Event::RoundPassed(meeting));
         } else {

@@ -1,8 +1,9 @@
 use super::*;
 use crate::cost::{CostModel, Exchange, Round};
 use crate::program::{
-    Arrangement, Buffer, Collective, Coordinates, Device, Direction, Element, Group, MemoryClass, Message,
-    NetworkLevel, Op, OpKind, PROGRAM_FORMAT, Pass, Payload, RankProgram, Stage, Stream, Tensor, Unit, Workload,
+    Arrangement, Buffer, Collective, Coordinates, Crossing, Device, Direction, Element, Group, Link, MemoryClass,
+    Message, NetworkLevel, Op, OpKind, PROGRAM_FORMAT, Pass, Payload, RankProgram, Stage, Stream, Tensor, Unit,
+    Workload,
 };
 use crate::trace::WaitReason;
 use crate::units::{BufferId, DeviceId, GroupId, MicrobatchId, Nanos, OpId, RankId, StageId};
@@ -225,6 +226,39 @@ fn a_collective_takes_its_rounds_on_the_devices_of_its_members() {
     assert_eq!(trace.makespan, Nanos(10 + 10 + 10 + 2 * 4 + 10 + 2 * 3));
 }
 
+/// Two fast groups whose links are slowed down; by how much, costs say.
+const CROSSING: Crossing = Crossing { groups: 2, link: Some(Link { latency: Nanos::ZERO, bytes_per_second: 1 }) };
+
+/// A message and a collective from one group to the other stand behind each other; a message the other way does not.
+#[test]
+fn messages_and_collectives_share_a_link() {
+    let leaving = vec![
+        op(0, compute(Pass::F, 0, 0), &[]),
+        op(3, send(1, 1, 0), &[0]),
+        op(4, receive(1, 0, 0), &[0]),
+        op(1, all_reduce(0), &[0]),
+    ];
+    let entering = vec![
+        op(0, compute(Pass::F, 1, 0), &[]),
+        op(3, receive(0, 1, 0), &[0]),
+        op(4, send(0, 0, 0), &[0]),
+        op(1, all_reduce(0), &[0]),
+    ];
+    let mut two = program(2, vec![(0, leaving), (1, entering)]);
+    two.groups[0].crossing = Some(CROSSING);
+    two.ranks[1].coordinates.group = 1;
+    let round = |link, wire| Round { link: Nanos(link), wire: Nanos(wire), work: Nanos::ZERO };
+    let costs = Given { f: 4, message: round(20, 1), rounds: smallvec![round(10, 3)], ..Given::default() };
+    let trace = simulate(&two, &costs).unwrap();
+    // Both messages from 4 to 24, each in its direction, and one on the way; then the collective, which takes both.
+    assert_eq!(spans(&trace, 0)[1..], [(4, 4, 25), (4, 4, 25), (4, 4, 37)]);
+    // Within one group nothing is shared.
+    two.ranks[1].coordinates.group = 0;
+    two.groups[0].crossing = None;
+    let trace = simulate(&two, &costs).unwrap();
+    assert_eq!(spans(&trace, 0)[1..], [(4, 4, 25), (4, 4, 25), (4, 4, 17)]);
+}
+
 #[test]
 fn the_link_between_groups_serves_one_exchange_after_the_other() {
     let reduce = |group: u32| match all_reduce(0) {
@@ -235,8 +269,15 @@ fn the_link_between_groups_serves_one_exchange_after_the_other() {
     };
     let ops = |group| vec![op(0, compute(Pass::F, group as u16, 0), &[]), op(1, reduce(group), &[0])];
     let mut four = program(4, vec![(0, ops(0)), (1, ops(0)), (2, ops(1)), (3, ops(1))]);
-    let pair = |first: u32| Group { ranks: vec![RankId(first), RankId(first + 1)], size: 2, ..four.groups[0].clone() };
+    let pair = |first: u32| Group {
+        ranks: vec![RankId(first), RankId(first + 1)],
+        size: 2,
+        crossing: Some(CROSSING),
+        ..four.groups[0].clone()
+    };
     four.groups = vec![pair(0), pair(2)];
+    four.ranks[1].coordinates.group = 1;
+    four.ranks[3].coordinates.group = 1;
     let round = |link, wire| smallvec![Round { link: Nanos(link), wire: Nanos(wire), work: Nanos::ZERO }];
     // All stand before their collective at 4. The link is busy with the first until 14 and with the second until 24; the way
     // takes 3 more and keeps nobody else waiting.

@@ -18,6 +18,7 @@
 //! predicted and measured peaks are compared in bytes.
 
 mod check;
+mod links;
 mod partners;
 mod precision;
 mod rounds;
@@ -26,6 +27,7 @@ mod types;
 mod update;
 
 pub use check::{CheckError, check};
+pub use links::{Links, Way};
 pub use partners::{Meeting, OpRef, PartnerError, Partners, Transfer};
 pub use precision::{Element, Precision};
 pub use rounds::{Algorithm, Step, rounds, tree_offsets, tree_parts};

@@ -182,7 +182,7 @@ mod tests {
         let buffer = |class, tensor, start, bytes| Buffer { class, bytes, tensor, start, element: Element::F32 };
         let rank = |(number, update): (usize, &Range<u64>)| RankProgram {
             device: DeviceId(0),
-            coordinates: Coordinates { data: number as u32, pipeline: 0 },
+            coordinates: Coordinates { data: number as u32, ..Coordinates::default() },
             stages: vec![STAGE],
             buffers: vec![
                 buffer(MemoryClass::Gradient, Tensor::Gradients { stage, unit }, 0, 4 * LEN),

@@ -139,7 +139,7 @@ pub struct Crossing {
     pub link: Option<Link>,
 }
 
-/// A link that serves what is sent over it in order of arrival, one after the other.
+/// A link that serves what is sent over it in order of arrival, one after the other: see [`super::Links`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Link {
     /// From the last byte sent to the last byte received.
@@ -210,6 +210,9 @@ pub struct Coordinates {
     pub data: u32,
     /// Pipeline rank.
     pub pipeline: u32,
+    /// The fast group that it lies in.
+    #[serde(default)]
+    pub group: u32,
 }
 
 /// A piece of a rank's memory with one lifetime per step.

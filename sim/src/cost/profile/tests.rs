@@ -106,7 +106,7 @@ fn program(devices: u32) -> Program {
         ranks: (0..2)
             .map(|rank| RankProgram {
                 device: DeviceId(rank % devices),
-                coordinates: Coordinates { data: rank, pipeline: 0 },
+                coordinates: Coordinates { data: rank, ..Coordinates::default() },
                 stages: vec![STAGE],
                 buffers: buffers(rank),
                 persistent: vec![BufferId(0), BufferId(3), BufferId(4)],
@@ -228,7 +228,8 @@ fn communication_takes_the_rounds_of_the_executor() {
             group,
         )
     };
-    let work = |seconds| Round { link: Nanos::ZERO, wire: Nanos::ZERO, work: nanos(seconds) };
+    // Handed over as a message is.
+    let work = |seconds| Round { link: Nanos::ZERO, wire: nanos(4e-5), work: nanos(seconds) };
     assert_eq!(collective(&costs, Collective::ReduceScatter, bytes)[..], [work(5e-3)]);
     assert_eq!(collective(&costs, Collective::AllReduce, 8)[..], [work(7e-3), work(9e-3)]);
     let message = |costs: &ProfileCost, program| costs.transfer(program, RankId(0), RankId(1), MESSAGE_BYTES);

@@ -103,7 +103,7 @@ fn valid() -> Program {
             .into_iter()
             .map(|(number, ops)| RankProgram {
                 device: DeviceId(number),
-                coordinates: Coordinates { data: 0, pipeline: number },
+                coordinates: Coordinates { pipeline: number, ..Coordinates::default() },
                 stages: vec![StageId(number as u16)],
                 buffers: buffers(number as u16),
                 persistent: vec![BufferId(0)],
