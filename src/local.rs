@@ -96,28 +96,36 @@ pub fn kernels_of_job(job: &Job) -> Result<BTreeSet<KernelKey>, Failure> {
     Ok(keys)
 }
 
-/// Measures this machine at `keys` and around them, with progress.
+/// Measures this machine at `keys` and around them, with progress on the screen.
 pub fn calibrate(
     screen: &Screen,
     keys: &BTreeSet<KernelKey>,
     settings: &MeasureSettings,
     stop: &AtomicBool,
 ) -> Result<Profile, Failure> {
-    let keys: Vec<KernelKey> = keys.iter().cloned().collect();
-    let around = measure::grid_around(&keys);
     let mut progress = screen.progress(settings.budget.as_secs().max(1), "calibrate");
     let mut tell = |at: measure::MeasureProgress| {
         progress.set((at.fraction * settings.budget.as_secs_f64()) as u64, at.phase.to_string());
     };
-    measure::calibrate(&CpuDevice::new(), &keys, &around, settings, &mut tell, Some(stop)).map_err(
-        |error| match error {
-            MeasureError::Stopped => Failure::interrupted("calibration stopped; nothing was written"),
-            MeasureError::Devices { .. } | MeasureError::TooLarge { .. } | MeasureError::Memory(_) => {
-                Failure::bad_input(error)
-            }
-            other => Failure::internal(other),
-        },
-    )
+    measure(keys, settings, &mut tell, stop)
+}
+
+/// Measures this machine at `keys` and around them.
+pub fn measure(
+    keys: &BTreeSet<KernelKey>,
+    settings: &MeasureSettings,
+    tell: &mut dyn FnMut(measure::MeasureProgress),
+    stop: &AtomicBool,
+) -> Result<Profile, Failure> {
+    let keys: Vec<KernelKey> = keys.iter().cloned().collect();
+    let around = measure::grid_around(&keys);
+    measure::calibrate(&CpuDevice::new(), &keys, &around, settings, tell, Some(stop)).map_err(|error| match error {
+        MeasureError::Stopped => Failure::interrupted("calibration stopped; nothing was written"),
+        MeasureError::Devices { .. } | MeasureError::TooLarge { .. } | MeasureError::Memory(_) => {
+            Failure::bad_input(error)
+        }
+        other => Failure::internal(other),
+    })
 }
 
 /// Settings of a measurement of `seconds`.

@@ -13,6 +13,7 @@ mod table;
 mod timeline;
 mod trace_file;
 mod training;
+mod workshop;
 
 use clap::{Parser, Subcommand};
 use screen::{ColorChoice, Screen};

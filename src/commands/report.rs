@@ -138,7 +138,7 @@ fn of_job(path: &Path, local: &LocalMachine) -> Result<Report, Failure> {
     let answer = ask(&settings, local).map_err(|error| Failure::bad_input(format!("{}: {error}", path.display())))?;
     let lanes = simulate(&settings, local).map_err(Failure::bad_input)?;
     let (json, configuration, accuracy, note) = if settings.is_local() {
-        let (job, configuration) = local_job(settings.table()).map_err(Failure::bad_input)?;
+        let (job, configuration) = local_job(&settings).map_err(Failure::bad_input)?;
         let machine = local.machine.for_job(&job);
         let program = configuration.program(&job, machine).map_err(Failure::bad_input)?;
         let predicted = predict(&program, &*local.predictor, machine, job.memory_limit).map_err(Failure::internal)?;

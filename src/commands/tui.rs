@@ -4,9 +4,12 @@ use crate::failure::Failure;
 use crate::interrupt;
 use crate::job_source::JobSource;
 use crate::local::Local;
+use crate::profile_store;
 use crate::screen::Screen;
+use crate::workshop::LocalWorkshop;
 use paceline_tui::app::{App, Notice};
 use paceline_tui::desk::Desk;
+use paceline_tui::event::Effect;
 use paceline_tui::settings::Settings;
 use paceline_tui::terminal;
 use paceline_tui::theme::Palette;
@@ -14,6 +17,7 @@ use paceline_tui::visit::Visit;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 use toml::Table;
 
@@ -29,6 +33,10 @@ pub struct Arguments {
     /// Profile of this machine (default: as for `paceline predict`).
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
+
+    /// A recorded timeline to lay under the predicted one: a trace of `paceline run --trace` or `--perfetto`.
+    #[arg(long, value_name = "FILE")]
+    pub measured: Option<PathBuf>,
 
     /// Colours (default: those of the last visit; none with NO_COLOR).
     #[arg(long, value_enum, value_name = "THEME")]
@@ -82,15 +90,30 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     }
     let stop = interrupt::flag()?;
     let (sender, events) = channel();
-    let mut desk = Desk::open(local, sender.clone());
-    terminal::show(&mut app, effects, &mut desk, (sender, events), &stop)
-        .map_err(|error| Failure::internal(format!("the terminal cannot be used: {error}")))?;
+    let mut desk = Desk::open(local, sender.clone()).with_workshop(Arc::new(LocalWorkshop {
+        checkpoints: checkpoints(arguments.source.job.as_deref()),
+        profile: arguments.profile.clone().or_else(profile_store::user_path),
+    }));
+    if let Some(path) = &arguments.measured {
+        effects.push(Effect::Load(path.display().to_string()));
+    }
+    let shown = terminal::show(&mut app, effects, &mut desk, (sender, events), &stop);
+    if desk.is_at_work() {
+        screen.say("a run or a measurement comes to its end; Ctrl-C leaves at once");
+    }
+    desk.close();
+    shown.map_err(|error| Failure::internal(format!("the terminal UI ended: {error}")))?;
     if let Some(path) = path
         && let Err(error) = Visit::of(&app, &job).write(&path)
     {
         screen.warn(format!("the state of this visit is not kept: {}: {error}", path.display()));
     }
     Ok(())
+}
+
+/// Where the checkpoints of a job's runs go: beside it, and without one in the working folder.
+fn checkpoints(job: Option<&Path>) -> PathBuf {
+    job.map_or_else(|| PathBuf::from("paceline.checkpoints"), |job| job.with_extension("checkpoints"))
 }
 
 /// The keys of the job, those of the default where none is named.

@@ -1,6 +1,7 @@
 //! The state of the terminal UI and how events change it. It knows neither the terminal nor the simulator: tests drive it
 //! with keys and hand it answers.
 
+use crate::calibration::{self, Calibration};
 use crate::event::{Effect, Event, News, OptionNews};
 use crate::plans::{Plans, Wish, job_to_search};
 use crate::question::Answer;
@@ -8,11 +9,13 @@ use crate::search::SearchProgress;
 use crate::settings::{KNOBS, Settings, place_of};
 use crate::theme::Palette;
 use crate::timeline::Timeline;
+use crate::training::{self, Training, USUAL_STEPS};
 use ratatui::crossterm::event::{
     KeyCode, KeyEvent, KeyEventKind, KeyModifiers, MouseButton, MouseEvent, MouseEventKind,
 };
 use ratatui::layout::{Position, Rect};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 use toml::Table;
 
 /// The views.
@@ -26,11 +29,15 @@ pub enum View {
     Timeline,
     /// The search.
     Plan,
+    /// An execution.
+    Run,
+    /// What is known of this machine.
+    Calibrate,
 }
 
 impl View {
     /// In the order of their tabs.
-    pub const ALL: [View; 3] = [View::Predict, View::Timeline, View::Plan];
+    pub const ALL: [View; 5] = [View::Predict, View::Timeline, View::Plan, View::Run, View::Calibrate];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -38,6 +45,8 @@ impl View {
             View::Predict => "Predict",
             View::Timeline => "Timeline",
             View::Plan => "Plan",
+            View::Run => "Run",
+            View::Calibrate => "Calibrate",
         }
     }
 }
@@ -53,6 +62,12 @@ pub enum Target {
     Ranks,
     /// A plan, by its place among those that are shown.
     Plan(usize),
+    /// A class of the profile, by its place.
+    Class(usize),
+    /// The ranks of a run.
+    Crew,
+    /// A cell of the map: the places of its model and of its number of nodes.
+    Cell(usize, usize),
     /// The timeline of a rank, from a column on.
     Lane {
         /// Which.
@@ -102,6 +117,10 @@ pub struct App {
     pub timeline: Timeline,
     /// The plans.
     pub plans: Plans,
+    /// The execution.
+    pub training: Training,
+    /// The profile.
+    pub calibration: Calibration,
     /// The keys of the job that was opened: the axes that it fixes stay fixed in a search.
     pub job: Table,
     /// Colours.
@@ -133,6 +152,8 @@ impl App {
             first_rank: 0,
             timeline: Timeline::default(),
             plans: Plans::default(),
+            training: Training::default(),
+            calibration: Calibration::default(),
             job: Table::new(),
             palette,
             help: false,
@@ -180,14 +201,11 @@ impl App {
             Event::Key(key) => self.key(key),
             Event::Mouse(mouse) => self.mouse(mouse),
             Event::Resize => Vec::new(),
-            Event::News(news) => {
-                self.news(news);
-                Vec::new()
-            }
+            Event::News(news) => self.news(news),
         }
     }
 
-    fn news(&mut self, news: News) {
+    fn news(&mut self, news: News) -> Vec<Effect> {
         match news {
             News::Answer { question, outcome } if question == self.question => {
                 self.waiting = false;
@@ -221,9 +239,41 @@ impl App {
             }
             News::Written(Ok(path)) => self.say(format!("written to {path}"), false),
             News::Written(Err(why)) => self.say(why, true),
+            News::Recorded { path, outcome } => match *outcome {
+                Ok(lanes) => {
+                    self.timeline.load(path, lanes);
+                    self.say("m shows predicted, measured or both", false);
+                }
+                Err(why) => self.say(why, true),
+            },
+            News::Run { run, news } if run == self.training.run => {
+                if let Some(lanes) = self.training.tell(news) {
+                    self.timeline.load("the latest run", lanes);
+                }
+            }
+            News::Profile(outcome) => self.calibration.profile = Some(*outcome),
+            News::Measuring { number, progress }
+                if number == self.calibration.number && self.calibration.running.is_some() =>
+            {
+                self.calibration.running = Some(progress);
+            }
+            News::Measured { number, outcome } if number == self.calibration.number => {
+                self.calibration.running = None;
+                return match outcome {
+                    Ok(path) => {
+                        self.say(format!("measured; the profile lies in {path}, and figures follow it"), false);
+                        vec![Effect::Profile, self.ask()]
+                    }
+                    Err(why) => {
+                        self.say(why, !self.calibration.stopping);
+                        Vec::new()
+                    }
+                };
+            }
             // Answers to what is not asked any more.
             _ => {}
         }
+        Vec::new()
     }
 
     fn key(&mut self, key: KeyEvent) -> Vec<Effect> {
@@ -239,8 +289,13 @@ impl App {
             return self.type_key(key);
         }
         self.notice = None;
-        if self.view == View::Plan && self.plans.typing {
-            return self.plan_key(key);
+        match self.view {
+            View::Plan if self.plans.typing => return self.plan_key(key),
+            View::Timeline if self.timeline.typed.is_some() => {
+                return self.timeline.type_key(key).map(Effect::Load).into_iter().collect();
+            }
+            View::Run if self.training.typed.is_some() => return self.run_key(key),
+            _ => {}
         }
         match key.code {
             KeyCode::Char('q') => return vec![Effect::Quit],
@@ -255,6 +310,8 @@ impl App {
                 View::Predict => return self.predict_key(key),
                 View::Timeline => drop(self.timeline.key(key.code)),
                 View::Plan => return self.plan_key(key),
+                View::Run => return self.run_key(key),
+                View::Calibrate => return self.calibrate_key(key),
             },
         }
         Vec::new()
@@ -273,7 +330,57 @@ impl App {
             self.timeline.predicted = None;
             return vec![Effect::Simulate { question: self.question, settings: Box::new(self.settings.clone()) }];
         }
+        if view == View::Calibrate && self.calibration.profile.is_none() {
+            return vec![Effect::Profile];
+        }
         Vec::new()
+    }
+
+    fn run_key(&mut self, key: KeyEvent) -> Vec<Effect> {
+        let usual = self.job_steps();
+        match self.training.key(key, usual) {
+            None => Vec::new(),
+            Some(training::Wish::Stop) => vec![Effect::StopRun],
+            Some(training::Wish::Start { .. }) if self.calibration.running.is_some() => {
+                self.say("this machine is being measured, and a run would spoil that; Esc in Calibrate stops it", true);
+                Vec::new()
+            }
+            Some(training::Wish::Start { .. }) if !self.settings.is_local() => {
+                self.say("a run is on this machine: set cluster to local in Predict, with a model of its size", true);
+                Vec::new()
+            }
+            Some(training::Wish::Start { resume }) => {
+                self.training.begin(resume);
+                let (run, steps) = (self.training.run, self.training.steps_wanted);
+                vec![Effect::Train { run, settings: Box::new(self.settings.clone()), steps, resume }]
+            }
+        }
+    }
+
+    /// Steps that the job asks for.
+    pub fn job_steps(&self) -> u64 {
+        let steps = self.settings.rest("train").and_then(|train| train.get("steps")?.as_integer());
+        steps.and_then(|steps| u64::try_from(steps).ok()).filter(|steps| *steps > 0).unwrap_or(USUAL_STEPS)
+    }
+
+    fn calibrate_key(&mut self, key: KeyEvent) -> Vec<Effect> {
+        match self.calibration.key(key) {
+            None => Vec::new(),
+            Some(calibration::Wish::Stop) => vec![Effect::StopMeasuring],
+            Some(calibration::Wish::Measure) if self.training.is_running() => {
+                self.say("a run is under way, and would spoil what is measured; Esc in Run stops it", true);
+                Vec::new()
+            }
+            Some(calibration::Wish::Measure) => {
+                self.calibration.begin();
+                let seconds = self.calibration.seconds(self.settings.is_local());
+                vec![Effect::Measure {
+                    number: self.calibration.number,
+                    seconds,
+                    settings: Box::new(self.settings.clone()),
+                }]
+            }
+        }
     }
 
     fn predict_key(&mut self, key: KeyEvent) -> Vec<Effect> {
@@ -327,6 +434,7 @@ impl App {
             Wish::Open(row) => {
                 let budgets = ["tokens", "price"].map(|key| (place_of(key), self.settings.get(key).map(str::to_owned)));
                 self.settings = Settings::from_table(&row.job);
+                self.settings.opened = row.scored.as_ref().map(|scored| Arc::new(scored.configuration.clone()));
                 for (place, value) in budgets {
                     if let (Some(place), Some(value)) = (place, value) {
                         self.settings = self.settings.with(place, &value);
@@ -423,6 +531,16 @@ impl App {
             (Some(Target::Plan(_)), Some(up)) => {
                 let code = if up { KeyCode::Up } else { KeyCode::Down };
                 return self.plan_key(KeyEvent::from(code));
+            }
+            (Some(Target::Class(place)), _) if pressed => self.calibration.at = place,
+            (Some(Target::Class(_)), Some(up)) => {
+                let code = if up { KeyCode::Up } else { KeyCode::Down };
+                return self.calibrate_key(KeyEvent::from(code));
+            }
+            (Some(Target::Cell(model, nodes)), _) if pressed => self.plans.cell = (model, nodes),
+            (Some(Target::Crew), Some(up)) => {
+                let code = if up { KeyCode::Up } else { KeyCode::Down };
+                return self.run_key(KeyEvent::from(code));
             }
             (Some(Target::Ranks), Some(up)) => {
                 let code = if up { KeyCode::PageUp } else { KeyCode::PageDown };

@@ -1,15 +1,25 @@
-//! Where simulation happens: a thread of its own that answers the latest question and drops outdated ones.
+//! Where work happens, off the UI's thread: one thread answers the latest question and drops outdated ones, and searches, runs
+//! and measurements have a thread each.
 
+use crate::calibration::ProfileView;
 use crate::event::{Effect, Event, News, OptionNews};
+use crate::lanes::Lanes;
 use crate::plans::Cell;
-use crate::question::{Answer, LocalMachine, ask, simulate};
+use crate::question::{Answer, LocalMachine, ask, local_job, simulate};
+use crate::recorded;
 use crate::search::{find, plan_file};
 use crate::settings::Settings;
+use crate::training::{Begun, End, RunNews};
+use crate::workshop::{TrainOrder, Workshop};
+use paceline_planner::prediction::predict;
+use paceline_profiles::Profile;
 use std::fs::File;
 use std::io::{self, Write};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use toml::Table;
 
@@ -28,15 +38,32 @@ enum Wanted {
     Lanes,
 }
 
-/// The way to the thread.
-#[derive(Debug)]
+/// The way to the threads.
 pub struct Desk {
     asked: Sender<Asked>,
     latest: Arc<AtomicU64>,
-    local: LocalMachine,
+    local: Machine,
     news: Sender<Event>,
     /// Stops the search under way.
     stop: Arc<AtomicBool>,
+    workshop: Option<Arc<dyn Workshop>>,
+    /// Stops the run or the measurement under way, of which there is one at a time.
+    stop_work: Arc<AtomicBool>,
+    work: Option<JoinHandle<()>>,
+}
+
+/// This machine as it is known now: a measurement replaces it.
+#[derive(Clone)]
+struct Machine(Arc<Mutex<LocalMachine>>);
+
+impl Machine {
+    fn now(&self) -> LocalMachine {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn replace(&self, local: LocalMachine) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = local;
+    }
 }
 
 /// Plans that a search keeps.
@@ -58,9 +85,30 @@ impl Desk {
         let (asked, questions) = channel();
         let latest = Arc::new(AtomicU64::new(0));
         let of_thread = latest.clone();
+        let local = Machine(Arc::new(Mutex::new(local)));
         let (machine, told) = (local.clone(), news.clone());
         std::thread::spawn(move || answer(&machine, &questions, &told, &of_thread));
-        Desk { asked, latest, local, news, stop: Arc::default() }
+        Desk { asked, latest, local, news, stop: Arc::default(), workshop: None, stop_work: Arc::default(), work: None }
+    }
+
+    /// The same with a workshop, which trains and measures.
+    pub fn with_workshop(self, workshop: Arc<dyn Workshop>) -> Desk {
+        Desk { workshop: Some(workshop), ..self }
+    }
+
+    /// Whether a run or a measurement is under way.
+    pub fn is_at_work(&self) -> bool {
+        self.work.as_ref().is_some_and(|work| !work.is_finished())
+    }
+
+    /// Ends everything, and waits until a run has come to the end of its step and written its checkpoint.
+    pub fn close(mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.stop_work.store(true, Ordering::Relaxed);
+        if let Some(work) = self.work.take() {
+            // A thread that panicked has said so.
+            drop(work.join());
+        }
     }
 
     /// Does what the state machine wants.
@@ -91,12 +139,56 @@ impl Desk {
             Effect::Map { search, job } => self.search(move |local, news, stop| map(search, &job, local, news, stop)),
             Effect::StopSearch => self.stop.store(true, Ordering::Relaxed),
             Effect::Write(row) => {
-                let written = plan_file(&row, &self.local).and_then(|text| {
+                let written = plan_file(&row, &self.local.now()).and_then(|text| {
                     let kind = if row.scored.is_some() { "json" } else { "toml" };
                     write_new(kind, &text).map_err(|error| format!("the plan cannot be written: {error}"))
                 });
                 drop(self.news.send(Event::News(News::Written(written))));
             }
+            Effect::Load(path) => {
+                let news = self.news.clone();
+                std::thread::spawn(move || {
+                    let outcome = Box::new(recorded::read(Path::new(path.trim())).map(Arc::new));
+                    drop(news.send(Event::News(News::Recorded { path, outcome })));
+                });
+            }
+            Effect::Profile => {
+                let (local, news) = (self.local.now(), self.news.clone());
+                std::thread::spawn(move || {
+                    let outcome = Box::new(ProfileView::of(&local).map(Arc::new));
+                    drop(news.send(Event::News(News::Profile(outcome))));
+                });
+            }
+            Effect::Train { run, settings, steps, resume } => {
+                let news = self.news.clone();
+                let tell = move |told| drop(news.send(Event::News(News::Run { run, news: told })));
+                self.work(move |workshop, machine, stop| {
+                    let ended = match workshop {
+                        Some(workshop) => train(workshop, &machine.now(), &settings, steps, resume, &tell, stop),
+                        None => Err("there is no workshop that could train".into()),
+                    };
+                    tell(RunNews::Ended(ended));
+                });
+            }
+            Effect::Measure { number, seconds, settings } => {
+                let news = self.news.clone();
+                self.work(move |workshop, machine, stop| {
+                    let mut tell = |progress| drop(news.send(Event::News(News::Measuring { number, progress })));
+                    let job =
+                        if settings.is_local() { local_job(&settings).map(|(job, _)| Some(job)) } else { Ok(None) };
+                    let outcome = match (workshop, job) {
+                        (Some(workshop), Ok(job)) => workshop.measure(job.as_ref(), seconds, &mut tell, stop),
+                        (None, _) => Err("there is no workshop that could measure".into()),
+                        (_, Err(why)) => Err(why),
+                    };
+                    let outcome = outcome.map(|measured| {
+                        machine.replace(measured.local);
+                        measured.path
+                    });
+                    drop(news.send(Event::News(News::Measured { number, outcome })));
+                });
+            }
+            Effect::StopRun | Effect::StopMeasuring => self.stop_work.store(true, Ordering::Relaxed),
             Effect::Quit => self.stop.store(true, Ordering::Relaxed),
         }
     }
@@ -105,8 +197,21 @@ impl Desk {
     fn search(&mut self, work: impl FnOnce(&LocalMachine, &Sender<Event>, &AtomicBool) + Send + 'static) {
         self.stop.store(true, Ordering::Relaxed);
         self.stop = Arc::default();
-        let (local, news, stop) = (self.local.clone(), self.news.clone(), self.stop.clone());
+        let (local, news, stop) = (self.local.now(), self.news.clone(), self.stop.clone());
         std::thread::spawn(move || work(&local, &news, &stop));
+    }
+
+    /// Starts a run or a measurement on a thread of its own. The state machine asks for one at a time.
+    fn work(&mut self, work: impl FnOnce(Option<&dyn Workshop>, &Machine, &Arc<AtomicBool>) + Send + 'static) {
+        let before = self.work.take();
+        self.stop_work.store(true, Ordering::Relaxed);
+        self.stop_work = Arc::default();
+        let (workshop, machine, stop) = (self.workshop.clone(), self.local.clone(), self.stop_work.clone());
+        self.work = Some(std::thread::spawn(move || {
+            // What was before is at its end; a panic there was told by its own thread.
+            drop(before.map(JoinHandle::join));
+            work(workshop.as_deref(), &machine, &stop);
+        }));
     }
 
     fn ask(&self, asked: Asked) {
@@ -155,13 +260,40 @@ fn write_new(kind: &str, text: &str) -> io::Result<String> {
     Err(io::Error::other("plan.* to plan-999.* are all taken"))
 }
 
-fn answer(local: &LocalMachine, questions: &Receiver<Asked>, news: &Sender<Event>, latest: &AtomicU64) {
-    let mut known: Option<(Settings, Result<Answer, String>)> = None;
+/// Lowers and predicts what the settings say, and has it trained.
+fn train(
+    workshop: &dyn Workshop,
+    local: &LocalMachine,
+    settings: &Settings,
+    steps: Option<u64>,
+    resume: bool,
+    tell: &dyn Fn(RunNews),
+    stop: &Arc<AtomicBool>,
+) -> Result<End, String> {
+    let (job, configuration) = local_job(settings)?;
+    let machine = local.machine.for_job(&job);
+    let program = configuration.program(&job, machine).map_err(|error| error.to_string())?;
+    let (prediction, trace) =
+        predict(&program, &*local.predictor, machine, job.memory_limit).map_err(|error| error.to_string())?;
+    tell(RunNews::Begun(Box::new(Begun {
+        title: format!("{}: {configuration}", job.model.name),
+        predicted_seconds: prediction.iteration_seconds,
+        predicted_peaks: trace.ranks.iter().map(|rank| rank.peak_bytes).collect(),
+        limit_bytes: prediction.memory.limit_bytes,
+        predicted: Arc::new(Lanes::of_trace(&trace)),
+    })));
+    let order = TrainOrder { job: &job, program: &program, steps: steps.unwrap_or(job.train.steps), resume };
+    workshop.train(order, &mut |news| tell(news), stop)
+}
+
+fn answer(machine: &Machine, questions: &Receiver<Asked>, news: &Sender<Event>, latest: &AtomicU64) {
+    let mut known: Option<(Settings, Arc<Profile>, Result<Answer, String>)> = None;
     while let Ok(asked) = questions.recv() {
         let outdated = || latest.load(Ordering::Acquire) != asked.question;
         if outdated() {
             continue;
         }
+        let local = &machine.now();
         let knob = match asked.wanted {
             Wanted::Prediction { knob } => knob,
             Wanted::Lanes => {
@@ -173,10 +305,15 @@ fn answer(local: &LocalMachine, questions: &Receiver<Asked>, news: &Sender<Event
             }
         };
         let outcome = match &known {
-            Some((settings, outcome)) if *settings == *asked.settings => outcome.clone(),
+            // What was predicted with another profile is outdated.
+            Some((settings, profile, outcome))
+                if *settings == *asked.settings && Arc::ptr_eq(profile, &local.profile) =>
+            {
+                outcome.clone()
+            }
             _ => ask(&asked.settings, local),
         };
-        known = Some(((*asked.settings).clone(), outcome.clone()));
+        known = Some(((*asked.settings).clone(), local.profile.clone(), outcome.clone()));
         let told = News::Answer { question: asked.question, outcome: Box::new(outcome) };
         if news.send(Event::News(told)).is_err() {
             return;

@@ -1,10 +1,12 @@
 //! What happens to the state machine, and what it asks of the world. Neither knows a terminal.
 
+use crate::calibration::{MeasureNews, ProfileView};
 use crate::lanes::Lanes;
 use crate::plans::Cell;
 use crate::question::Answer;
 use crate::search::{Found, Row, SearchProgress};
 use crate::settings::Settings;
+use crate::training::RunNews;
 use ratatui::crossterm::event::{KeyEvent, MouseEvent};
 use std::sync::Arc;
 use toml::Table;
@@ -73,6 +75,36 @@ pub enum News {
         /// The timeline, or why there is none.
         outcome: Box<Result<Arc<Lanes>, String>>,
     },
+    /// A recorded timeline was read.
+    Recorded {
+        /// From which file.
+        path: String,
+        /// The timeline, or what is wrong with the file.
+        outcome: Box<Result<Arc<Lanes>, String>>,
+    },
+    /// A run goes on.
+    Run {
+        /// Which run.
+        run: u64,
+        /// What it tells.
+        news: RunNews,
+    },
+    /// What is known of this machine.
+    Profile(Box<Result<Arc<ProfileView>, String>>),
+    /// How far a measurement is.
+    Measuring {
+        /// Which.
+        number: u64,
+        /// How far.
+        progress: MeasureNews,
+    },
+    /// A measurement is over: where its profile lies, or why there is none.
+    Measured {
+        /// Which.
+        number: u64,
+        /// Its outcome.
+        outcome: Result<String, String>,
+    },
 }
 
 /// What one value of a knob comes to.
@@ -121,6 +153,34 @@ pub enum Effect {
     StopSearch,
     /// Write a plan to a file of its own.
     Write(Box<Row>),
+    /// Read a recorded timeline.
+    Load(String),
+    /// Train.
+    Train {
+        /// Names the run.
+        run: u64,
+        /// What.
+        settings: Box<Settings>,
+        /// Until so many steps are done; the job's where none.
+        steps: Option<u64>,
+        /// From the latest checkpoint.
+        resume: bool,
+    },
+    /// Stop the run after its present step.
+    StopRun,
+    /// Look at the profile of this machine.
+    Profile,
+    /// Measure this machine.
+    Measure {
+        /// Names the measurement.
+        number: u64,
+        /// For so long.
+        seconds: f64,
+        /// What is to be run on it; usual shapes are measured where it is for a cluster.
+        settings: Box<Settings>,
+    },
+    /// Stop measuring.
+    StopMeasuring,
     /// Leave.
     Quit,
 }

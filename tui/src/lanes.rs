@@ -1,10 +1,9 @@
 //! A timeline as views show it: a lane per rank with its passes, why it is idle between them, its memory, and the longest
-//! chain of passes. Made from the schedule of a cluster or from a trace, predicted or measured.
+//! chain of passes. Made from the schedule of a cluster here, and from a trace in [`crate::recorded`].
 
 use paceline_planner::order::{Action, ComputeOrder};
 use paceline_planner::predict::{ClusterSchedule, MemoryParts};
-use paceline_sim::program::{OpKind, Pass, Stream};
-use paceline_sim::trace::{Event, Trace, WaitReason};
+use paceline_sim::program::Pass;
 use paceline_sim::units::MicrobatchId;
 use std::collections::HashMap;
 
@@ -187,43 +186,17 @@ impl Lanes {
         lanes
     }
 
-    /// Of a trace.
-    pub fn of_trace(trace: &Trace) -> Lanes {
-        let mut lanes = Lanes {
-            end: trace.makespan.seconds(),
-            measured: trace.origin == paceline_sim::trace::Origin::Measured,
-            ..Lanes::default()
-        };
-        let mut reasons: Vec<HashMap<u64, String>> = Vec::new();
-        let mut last = 0;
-        for rank in &trace.ranks {
-            let mut lane = Lane::default();
-            let mut why = HashMap::new();
-            let mut compute: Vec<&Event> = rank.events.iter().filter(|e| e.stream == Stream::COMPUTE).collect();
-            compute.sort_by_key(|event| (event.start, event.op));
-            for event in compute {
-                if let Some(reason) = reason(event, &rank.events) {
-                    why.entry(event.start.0).or_insert(reason);
-                }
-                let what = match &event.kind {
-                    OpKind::Compute { pass, stage, microbatch, .. } => {
-                        last = last.max(stage.index() as u32);
-                        What::Pass { pass: *pass, stage: stage.index() as u32, microbatch: microbatch.0 }
-                    }
-                    _ => What::Optimizer,
-                };
-                if event.end > event.start {
-                    lane.spans.push(span(event.start.seconds(), event.end.seconds(), what));
-                }
-            }
-            lane.memory = rank.memory.iter().map(|(at, bytes)| (at.seconds(), *bytes as f64)).collect();
-            lane.peak_bytes = rank.peak_bytes as f64;
-            lanes.lanes.push(lane);
-            reasons.push(why);
-        }
+    /// Of what was recorded: lanes with their spans and memory, and why a span began at a nanosecond, where that is known.
+    pub(crate) fn of_recorded(lanes: Vec<Lane>, end: f64, measured: bool, reasons: &[HashMap<u64, String>]) -> Lanes {
+        let stages = lanes.iter().flat_map(|lane| &lane.spans).filter_map(|span| match span.what {
+            What::Pass { stage, .. } => Some(stage),
+            _ => None,
+        });
+        let last = stages.max().unwrap_or(0);
+        let mut lanes = Lanes { lanes, end, measured };
         lanes.link(|stage| stage == last, |stage| stage == 0);
         let nanos = |time: f64| (time * 1e9).round() as u64;
-        lanes.explain(|rank, end| reasons[rank].get(&nanos(end)).cloned(), "has nothing left to do");
+        lanes.explain(|rank, end| reasons.get(rank)?.get(&nanos(end)).cloned(), "has nothing left to do");
         lanes.mark_critical();
         lanes
     }
@@ -355,7 +328,7 @@ fn lane_end(lane: &Lane, place: usize) -> f64 {
     place.checked_sub(1).map_or(0.0, |before| lane.spans[before].end)
 }
 
-fn span(start: f64, end: f64, what: What) -> Span {
+pub(crate) fn span(start: f64, end: f64, what: What) -> Span {
     Span { start, end, what, cause: None, critical: false }
 }
 
@@ -373,23 +346,6 @@ fn is_last(order: &ComputeOrder, stage: u32) -> bool {
 
 fn is_first(order: &ComputeOrder, stage: u32) -> bool {
     order.placement.is_first(action(stage).stage)
-}
-
-/// Why an event of a trace started later than it could have.
-fn reason(event: &Event, events: &[Event]) -> Option<String> {
-    match event.wait? {
-        WaitReason::Device => Some("its device is held by another rank or by communication".into()),
-        WaitReason::Peer => Some("its peers have not arrived".into()),
-        WaitReason::Op(op) => events.get(op.index()).map(|other| match &other.kind {
-            OpKind::Recv { peer, message, .. } => {
-                format!("the message of microbatch {} from r{} is on its way", message.microbatch.0, peer.0)
-            }
-            OpKind::Send { .. } => "its message has not been taken".into(),
-            OpKind::Collective { .. } => "a collective is under way".into(),
-            OpKind::Compute { .. } => "an earlier pass is not done".into(),
-            _ => "the optimizer is not done".into(),
-        }),
-    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use crate::search::{Found, Row, SearchProgress};
 use crate::settings::Settings;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
+use serde::{Deserialize, Serialize};
 use toml::Table;
 
 /// Keys of a job that a search may choose. Everything else is what is searched for.
@@ -10,7 +11,8 @@ const AXES: [&str; 12] =
     ["micro_batch", "tp", "sp", "cp", "pp", "chunks", "ep", "dp", "states", "group_size", "schedule", "recompute"];
 
 /// What rows are sorted by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Sort {
     /// Fastest first.
     #[default]
@@ -24,7 +26,8 @@ pub enum Sort {
 }
 
 /// How plans are shown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Shape {
     /// A row each.
     #[default]

@@ -69,9 +69,12 @@ pub fn cluster_requests(mut table: Table) -> Result<Vec<ClusterRequest>, String>
 ///
 /// # Errors
 /// What is wrong, with what is allowed.
-pub fn local_job(table: Table) -> Result<(Job, Configuration), String> {
-    let job = Job::from_table(table, "job").map_err(|error| error.to_string())?;
-    let configuration = Configuration::of_job(&job).map_err(|error| error.to_string())?;
+pub fn local_job(settings: &Settings) -> Result<(Job, Configuration), String> {
+    let job = Job::from_table(settings.table(), "job").map_err(|error| error.to_string())?;
+    let configuration = match &settings.opened {
+        Some(opened) => (**opened).clone(),
+        None => Configuration::of_job(&job).map_err(|error| error.to_string())?,
+    };
     Ok((job, configuration))
 }
 
@@ -109,7 +112,7 @@ pub fn on_cluster(settings: &Settings) -> Result<OnCluster, String> {
 /// As [`ask`].
 pub fn simulate(settings: &Settings, local: &LocalMachine) -> Result<Lanes, String> {
     if settings.is_local() {
-        let (job, configuration) = local_job(settings.table())?;
+        let (job, configuration) = local_job(settings)?;
         let machine = local.machine.for_job(&job);
         let program = configuration.program(&job, machine).map_err(|error| error.to_string())?;
         let predicted = predict(&program, &*local.predictor, machine, job.memory_limit);
@@ -139,7 +142,7 @@ fn ask_cluster(settings: &Settings) -> Result<Answer, String> {
 }
 
 fn ask_local(settings: &Settings, local: &LocalMachine) -> Result<Answer, String> {
-    let (job, configuration) = local_job(settings.table())?;
+    let (job, configuration) = local_job(settings)?;
     let machine = local.machine.for_job(&job);
     let program = configuration.program(&job, machine).map_err(|error| error.to_string())?;
     let (prediction, _) =

@@ -1,5 +1,6 @@
 //! The knobs: keys of a job file with one value each, how a value is turned up and down, and what may be typed.
 
+use paceline_planner::configuration::Configuration;
 use paceline_planner::job::{LOCAL, parse_bytes};
 use paceline_planner::predict::PRECISIONS;
 use paceline_planner::schedules;
@@ -7,6 +8,7 @@ use paceline_profiles::cluster_names;
 use paceline_sim::cluster::Architecture;
 use paceline_sim::partition::StatePartition;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use toml::{Table, Value};
 
 /// What values a knob takes.
@@ -136,6 +138,9 @@ pub struct Settings {
     rest: Table,
     /// Axes for which the job lists several values; the first is set.
     pub several: Vec<&'static str>,
+    /// The configuration of a plan for this machine, until a knob is turned: it says more than the knobs do, such as how many
+    /// layers each stage has.
+    pub opened: Option<Arc<Configuration>>,
 }
 
 impl Settings {
@@ -194,6 +199,11 @@ impl Settings {
         table
     }
 
+    /// A key of the job that is no knob.
+    pub fn rest(&self, key: &str) -> Option<&Value> {
+        self.rest.get(key)
+    }
+
     /// A knob's value, where it is set.
     pub fn get(&self, key: &str) -> Option<&str> {
         self.values.get(key).map(String::as_str)
@@ -225,6 +235,7 @@ impl Settings {
             if knob.usual.is_none() {
                 return Err(format!("{} has to be given", knob.key));
             }
+            self.forget_opened(place);
             self.values.remove(knob.key);
             return Ok(());
         }
@@ -243,6 +254,7 @@ impl Settings {
             }
             _ => {}
         }
+        self.forget_opened(place);
         self.values.insert(knob.key, typed.to_owned());
         Ok(())
     }
@@ -250,12 +262,14 @@ impl Settings {
     /// Unsets a knob, where it may be absent.
     pub fn reset(&mut self, place: usize) {
         if KNOBS[place].usual.is_some() {
+            self.forget_opened(place);
             self.values.remove(KNOBS[place].key);
         }
     }
 
     /// Turns a knob one notch up or down. Numbers double and halve, words go round.
     pub fn turn(&mut self, place: usize, up: bool) {
+        self.forget_opened(place);
         let knob = &KNOBS[place];
         let now = self.values.get(knob.key).map(String::as_str);
         let next = match knob.kind {
@@ -326,9 +340,19 @@ impl Settings {
         }
     }
 
+    /// Another value of a knob is another configuration; a budget is none of its business.
+    fn forget_opened(&mut self, place: usize) {
+        if !matches!(KNOBS[place].kind, Kind::Budget) {
+            self.opened = None;
+        }
+    }
+
     /// The same settings with a knob at another value, unchecked.
     pub fn with(&self, place: usize, value: &str) -> Settings {
         let mut other = self.clone();
+        if other.get(KNOBS[place].key) != Some(value) {
+            other.forget_opened(place);
+        }
         other.values.insert(KNOBS[place].key, value.to_owned());
         other
     }

@@ -26,11 +26,21 @@ struct Screen {
     terminal: Terminal<CrosstermBackend<Stdout>>,
 }
 
+/// Whether the terminal is ours. It is given back once: leaving the alternate screen moves the cursor to where it was, and a
+/// second time would print over what came after.
+static TAKEN: AtomicBool = AtomicBool::new(false);
+
 fn give_back() {
+    if !TAKEN.swap(false, Ordering::Relaxed) {
+        return;
+    }
     // As much as can be given back is; the terminal may be gone.
     drop(execute!(stdout(), DisableMouseCapture, LeaveAlternateScreen, Show));
     drop(disable_raw_mode());
 }
+
+/// Whether a thread has panicked since the terminal was taken: then its message is on the terminal, and nothing is drawn over it.
+static PANICKED: AtomicBool = AtomicBool::new(false);
 
 /// A panic, of whatever thread, gives the terminal back before its message is printed.
 fn guard_panics() {
@@ -38,6 +48,7 @@ fn guard_panics() {
     GUARD.call_once(|| {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
+            PANICKED.store(true, Ordering::Relaxed);
             give_back();
             before(panic);
         }));
@@ -47,7 +58,11 @@ fn guard_panics() {
 impl Screen {
     fn take() -> io::Result<Screen> {
         guard_panics();
-        enable_raw_mode()?;
+        TAKEN.store(true, Ordering::Relaxed);
+        if let Err(error) = enable_raw_mode() {
+            TAKEN.store(false, Ordering::Relaxed);
+            return Err(error);
+        }
         let taken = execute!(stdout(), EnterAlternateScreen, EnableMouseCapture)
             .and_then(|()| Terminal::new(CrosstermBackend::new(stdout())));
         match taken {
@@ -128,6 +143,9 @@ fn follow(
             }
             desk.carry_out(effect);
         }
+        if PANICKED.load(Ordering::Relaxed) {
+            return Err(io::Error::other("a thread panicked, which is a bug"));
+        }
         let mut targets = Vec::new();
         screen.terminal.draw(|frame| targets = draw(frame, app))?;
         app.drawn(targets);
@@ -135,6 +153,7 @@ fn follow(
         let mut next = loop {
             match events.recv_timeout(LOOK) {
                 Ok(event) => break Some(event),
+                Err(RecvTimeoutError::Timeout) if PANICKED.load(Ordering::Relaxed) => break None,
                 Err(RecvTimeoutError::Timeout) if !stop.load(Ordering::Relaxed) => {}
                 Err(_) => return Ok(()),
             }

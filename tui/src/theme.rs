@@ -3,6 +3,7 @@
 use ratatui::style::{Color, Modifier, Style};
 use serde::{Deserialize, Serialize};
 
+use crate::activity::{KIND_NAMES, KINDS};
 use crate::figures::{CLASS_NAMES, CLASSES, PART_NAMES, PARTS};
 use crate::lanes::What;
 use paceline_sim::program::Pass;
@@ -149,6 +150,29 @@ impl Theme {
             What::Optimizer => 96,
         };
         Style::new().bg(Color::Indexed(code)).fg(Color::Indexed(231))
+    }
+
+    /// Style of a cell of a map, from cold (0) to hot (1).
+    pub fn heat(&self, share: f64) -> Style {
+        let (ramp, text): ([u8; 8], u8) = match self.palette {
+            Palette::Dark => ([52, 88, 94, 136, 100, 64, 28, 22], 231),
+            Palette::Light => ([217, 223, 229, 228, 192, 156, 120, 114], 16),
+            Palette::Mono => return Style::new(),
+        };
+        let step = (share.clamp(0.0, 1.0) * (ramp.len() - 1) as f64).round() as usize;
+        Style::new().bg(Color::Indexed(ramp[step])).fg(Color::Indexed(text))
+    }
+
+    /// Sign and style of a kind of a rank's time.
+    pub fn kind(&self, kind: usize) -> (char, Style) {
+        if self.is_mono() {
+            return (KIND_NAMES[kind].1, Style::new());
+        }
+        const COLOURS: [u8; KINDS] = [67, 167, 242, 96, 30, 0];
+        match COLOURS[kind] {
+            0 => ('·', self.dim),
+            code => ('█', Style::new().fg(Color::Indexed(code))),
+        }
     }
 
     /// Sign and style of a part of an iteration.

@@ -1,7 +1,7 @@
 //! The state of the timeline: which part of it is seen, and what the cursor is on.
 
 use crate::lanes::{Gap, Lanes, Span};
-use ratatui::crossterm::event::KeyCode;
+use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use std::sync::Arc;
 
 /// Which timelines are drawn.
@@ -12,7 +12,7 @@ pub enum Shown {
     Predicted,
     /// The measured one.
     Measured,
-    /// Both, rank by rank, measured above predicted.
+    /// Both, rank by rank, predicted above measured.
     Both,
 }
 
@@ -25,6 +25,10 @@ pub struct Timeline {
     pub question: u64,
     /// A measured one.
     pub measured: Option<Arc<Lanes>>,
+    /// Where that comes from, for people.
+    pub source: String,
+    /// The path that is typed, while it is.
+    pub typed: Option<String>,
     /// Which are drawn.
     pub shown: Shown,
     /// The rank with the cursor.
@@ -86,6 +90,26 @@ impl Timeline {
         self.rank = self.rank.min(ranks.saturating_sub(1));
     }
 
+    /// A measured timeline is there; it is shown with the predicted one.
+    pub fn load(&mut self, source: impl Into<String>, measured: Arc<Lanes>) {
+        self.source = source.into();
+        self.measured = Some(measured);
+        self.shown = Shown::Both;
+        self.whole();
+        let ranks = self.lanes().map_or(0, |lanes| lanes.lanes.len());
+        self.rank = self.rank.min(ranks.saturating_sub(1));
+    }
+
+    /// The span of the other timeline that does the same as the one under the cursor, where both are shown.
+    pub fn counterpart(&self) -> Option<&Span> {
+        if self.shown != Shown::Both {
+            return None;
+        }
+        let what = self.span()?.what;
+        let lane = self.measured.as_ref()?.lanes.get(self.rank)?;
+        lane.spans.iter().find(|span| span.what == what)
+    }
+
     fn whole(&mut self) {
         (self.from, self.span) = (0.0, 0.0);
         self.cursor = self.cursor.clamp(0.0, self.end());
@@ -135,6 +159,20 @@ impl Timeline {
         self.rank = rank;
     }
 
+    /// Takes a key while a path is typed; returns the path when it is whole.
+    pub fn type_key(&mut self, key: KeyEvent) -> Option<String> {
+        let typed = self.typed.as_mut()?;
+        match key.code {
+            KeyCode::Char('u') if key.modifiers.contains(KeyModifiers::CONTROL) => typed.clear(),
+            KeyCode::Char(letter) if !key.modifiers.contains(KeyModifiers::CONTROL) => typed.push(letter),
+            KeyCode::Backspace => drop(typed.pop()),
+            KeyCode::Esc => self.typed = None,
+            KeyCode::Enter => return self.typed.take().filter(|path| !path.trim().is_empty()),
+            _ => {}
+        }
+        None
+    }
+
     /// Takes a key; whether it was one of the timeline's.
     pub fn key(&mut self, code: KeyCode) -> bool {
         let ranks = self.lanes().map_or(0, |lanes| lanes.lanes.len());
@@ -150,6 +188,7 @@ impl Timeline {
             KeyCode::Char('+' | '=' | 'i') => self.zoom(0.5, self.cursor),
             KeyCode::Char('-' | 'o') => self.zoom(2.0, self.cursor),
             KeyCode::Char('0') => self.whole(),
+            KeyCode::Char('f') => self.typed = Some(String::new()),
             KeyCode::Char('c') => self.next_critical(),
             KeyCode::Char('n') => self.next_gap(),
             KeyCode::Char('m') if self.measured.is_some() => {

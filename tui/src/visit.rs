@@ -1,7 +1,8 @@
-//! What is kept from one visit to the next, job by job, in a small file: knobs, view and colours.
+//! What is kept from one visit to the next, job by job, in a small file: knobs, views and colours.
 
 use crate::app::{App, View};
 use crate::event::Effect;
+use crate::plans::{Shape, Sort};
 use crate::settings::{Settings, place_of};
 use crate::theme::Palette;
 use serde::{Deserialize, Serialize};
@@ -21,6 +22,14 @@ pub struct Visit {
     pub knob: String,
     /// The view.
     pub view: View,
+    /// The order of plans.
+    pub sort: Sort,
+    /// How plans are shown.
+    pub shape: Shape,
+    /// The filter of plans.
+    pub filter: String,
+    /// Steps of a run, where they were chosen.
+    pub steps: Option<u64>,
     /// The colours, where they were chosen.
     pub palette: Option<Palette>,
 }
@@ -33,6 +42,10 @@ impl Visit {
             knobs: app.settings.values().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
             knob: crate::settings::KNOBS[app.knob].key.to_owned(),
             view: app.view,
+            sort: app.plans.sort,
+            shape: app.plans.shape,
+            filter: app.plans.filter.clone(),
+            steps: app.training.steps_wanted,
             palette: (app.palette != Palette::Mono).then_some(app.palette),
         }
     }
@@ -79,6 +92,9 @@ impl Visit {
         if let Some(place) = place_of(&self.knob) {
             app.knob = place;
         }
+        (app.plans.sort, app.plans.shape) = (self.sort, self.shape);
+        app.plans.filter.clone_from(&self.filter);
+        app.training.steps_wanted = self.steps;
         effects.push(app.ask());
         effects
     }
@@ -95,6 +111,8 @@ mod tests {
         app.settings.turn(place_of("pp").unwrap(), true);
         app.settings.reset(place_of("nodes").unwrap());
         app.knob = place_of("tp").unwrap();
+        app.plans.sort = Sort::Memory;
+        app.training.steps_wanted = Some(7);
         let folder = std::env::temp_dir().join(format!("paceline-visit-{}", std::process::id()));
         let path = folder.join("deep").join("visit.toml");
         Visit::of(&app, &job).write(&path).unwrap();
@@ -103,6 +121,7 @@ mod tests {
         let (mut again, _) = App::new(visit.settings(&job), Palette::Dark, None);
         visit.restore(&mut again);
         assert_eq!(again.knob, app.knob);
+        assert_eq!((again.plans.sort, again.training.steps_wanted), (Sort::Memory, Some(7)));
         let mut changed = job.clone();
         changed.insert("pp".into(), toml::Value::Integer(8));
         assert_eq!(visit.settings(&changed).get("pp"), Some("8"));

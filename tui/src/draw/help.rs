@@ -33,6 +33,7 @@ fn keys(view: View) -> &'static [(&'static str, &'static str)] {
             ("0", "see all"),
             ("c", "next pass on the critical path"),
             ("n", "next gap of the rank"),
+            ("f", "load a recorded timeline from a file"),
             ("m", "predicted, measured, both"),
         ],
         View::Plan => &[
@@ -44,6 +45,19 @@ fn keys(view: View) -> &'static [(&'static str, &'static str)] {
             ("m", "compute the map of models and nodes"),
             ("Enter", "open the plan in Predict"),
             ("w", "write it: a plan to run, or a job"),
+        ],
+        View::Run => &[
+            ("s", "train the settings of Predict"),
+            ("Esc, x", "stop after the present step"),
+            ("r", "go on from the latest checkpoint"),
+            ("+ -, digits", "steps to be done in all"),
+            ("Up Down, k j", "more ranks"),
+        ],
+        View::Calibrate => &[
+            ("s", "measure this machine"),
+            ("Esc, x", "stop; nothing is kept then"),
+            ("+ -, h l", "measure longer, shorter"),
+            ("Up Down, k j", "class: its residuals are drawn"),
         ],
     }
 }

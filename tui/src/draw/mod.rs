@@ -1,11 +1,14 @@
 //! Drawing: a function of the state. Each view has its own file; here the frame around them.
 
 mod bars;
+mod calibration;
 mod help;
 mod plans;
+mod plot;
 mod predict;
 mod text;
 mod timeline;
+mod training;
 
 use crate::app::{App, Target, View};
 use crate::theme::Theme;
@@ -43,6 +46,8 @@ pub fn draw(frame: &mut Frame, app: &App) -> Targets {
         View::Predict => predict::draw(frame, app, &theme, body, &mut targets),
         View::Timeline => timeline::draw(frame, app, &theme, body, &mut targets),
         View::Plan => plans::draw(frame, app, &theme, body, &mut targets),
+        View::Run => training::draw(frame, app, &theme, body, &mut targets),
+        View::Calibrate => calibration::draw(frame, app, &theme, body, &mut targets),
     }
     notice(frame, app, &theme, foot);
     if app.help {
@@ -52,10 +57,18 @@ pub fn draw(frame: &mut Frame, app: &App) -> Targets {
 }
 
 fn tabs(frame: &mut Frame, app: &App, theme: &Theme, area: Rect, targets: &mut Targets) {
-    let mut spans = vec![Span::styled(" Paceline ", theme.title)];
-    let mut column = area.x + 10;
-    for (place, view) in View::ALL.into_iter().enumerate() {
-        let label = format!(" F{} {} ", place + 2, view.name());
+    let labels = View::ALL.iter().enumerate().map(|(place, view)| format!(" F{} {} ", place + 2, view.name()));
+    let labels: Vec<String> = labels.collect();
+    let right = format!("{} ? keys ", if app.waiting { " computing " } else { "" });
+    let wanted = labels.iter().map(String::len).sum::<usize>() + right.len();
+    // The name gives way before a tab does.
+    let mut spans = Vec::new();
+    let mut column = area.x;
+    if wanted + 10 <= usize::from(area.width) {
+        spans.push(Span::styled(" Paceline ", theme.title));
+        column += 10;
+    }
+    for (view, label) in View::ALL.into_iter().zip(labels) {
         let width = label.len() as u16;
         let here = view == app.view;
         targets.push((Rect::new(column, area.y, width.min(area.right().saturating_sub(column)), 1), Target::Tab(view)));
@@ -63,8 +76,7 @@ fn tabs(frame: &mut Frame, app: &App, theme: &Theme, area: Rect, targets: &mut T
         spans.push(Span::styled(label, if here { theme.selected } else { theme.dim }));
     }
     frame.render_widget(Paragraph::new(Line::from(spans)), area);
-    let right = format!("{}  ? keys ", if app.waiting { "computing" } else { "" });
-    let width = right.chars().count() as u16;
+    let width = right.len() as u16;
     if column + width <= area.right() {
         let corner = Rect::new(area.right() - width, area.y, width, 1);
         frame.render_widget(Paragraph::new(Span::styled(right, theme.dim)), corner);
@@ -83,6 +95,8 @@ fn notice(frame: &mut Frame, app: &App, theme: &Theme, area: Rect) {
             View::Predict => (predict::hint(app), theme.dim),
             View::Timeline => (timeline::hint(app), theme.dim),
             View::Plan => (plans::hint(app), theme.dim),
+            View::Run => (training::hint(app), theme.dim),
+            View::Calibrate => (calibration::hint(app), theme.dim),
         },
     };
     frame.render_widget(Paragraph::new(Span::styled(text::cut(&line, width), style)), area);

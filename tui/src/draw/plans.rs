@@ -2,7 +2,7 @@
 
 use super::{Targets, text};
 use crate::app::{App, Target};
-use crate::plans::{Plans, Shape, Sort};
+use crate::plans::{Cell, Plans, Shape, Sort};
 use crate::search::Row;
 use crate::theme::Theme;
 use paceline_sim::units::{show_bytes, show_percent, show_seconds};
@@ -32,7 +32,7 @@ pub fn draw(frame: &mut Frame, app: &App, theme: &Theme, area: Rect, targets: &m
     match plans.shape {
         Shape::Table => table(frame, plans, theme, rest, targets),
         Shape::Pareto => pareto(frame, plans, theme, rest),
-        Shape::Map => map(frame, plans, theme, rest),
+        Shape::Map => map(frame, plans, theme, rest, targets),
     }
 }
 
@@ -177,8 +177,11 @@ fn pareto(frame: &mut Frame, plans: &Plans, theme: &Theme, area: Rect) {
     frame.render_widget(Paragraph::new(lines), area);
 }
 
-/// MFU of the best plan by model and number of nodes.
-fn map(frame: &mut Frame, plans: &Plans, theme: &Theme, area: Rect) {
+/// Columns of the names of the models.
+const NAMES: usize = 19;
+
+/// MFU of the best plan by model and number of nodes, and with room also which plan.
+fn map(frame: &mut Frame, plans: &Plans, theme: &Theme, area: Rect, targets: &mut Targets) {
     let (models, nodes) = (plans.models(), plans.nodes());
     if models.is_empty() {
         let said = if plans.running {
@@ -189,33 +192,35 @@ fn map(frame: &mut Frame, plans: &Plans, theme: &Theme, area: Rect) {
         frame.render_widget(Paragraph::new(Line::styled(said, theme.dim)), area);
         return;
     }
-    let mut head = format!(" {:<18}", "MFU; nodes:");
+    let room = usize::from(area.width).saturating_sub(NAMES + 1);
+    let wide = (room / nodes.len().max(1)).clamp(7, 17);
+    // The head, an empty line and three lines on the focus stay.
+    let tall = if wide >= 13 && usize::from(area.height) >= models.len() * 3 + 5 { 3 } else { 1 };
+    let mut head = format!(" {:<NAMES$}", "MFU; nodes:");
     for n in &nodes {
-        head += &format!("{n:>8}");
+        head += &format!("{n:>wide$}");
     }
-    let mut lines = vec![Line::styled(head, theme.dim)];
+    let mut lines = vec![Line::styled(text::cut(&head, usize::from(area.width)), theme.dim)];
     for (row, model) in models.iter().enumerate() {
-        let mut spans = vec![Span::raw(format!(" {}", text::fit(model, 18)))];
-        for (column, n) in nodes.iter().enumerate() {
-            let here = plans.cell == (row, column);
-            let (said, style) = match plans.cell_of(model, *n).map(|cell| &cell.best) {
-                None => ("...".to_string(), theme.dim),
-                Some(Err(_)) => ("none".to_string(), theme.dim),
-                Some(Ok(best)) => {
-                    let mfu = best.figures.mfu.unwrap_or(0.0);
-                    let style = if mfu >= 0.45 {
-                        theme.good
-                    } else if mfu >= 0.3 {
-                        theme.warn
-                    } else {
-                        theme.bad
-                    };
-                    (format!("{:.1}", mfu * 100.0), style)
-                }
-            };
-            spans.push(Span::styled(format!("{said:>8}"), if here { theme.selected } else { style }));
+        for part in 0..tall {
+            let name = if part == 0 { *model } else { "" };
+            let mut spans = vec![Span::raw(format!(" {}", text::fit(name, NAMES)))];
+            for (column, n) in nodes.iter().enumerate() {
+                let here = plans.cell == (row, column);
+                let (said, style) = cell(plans.cell_of(model, *n), part, theme);
+                let style = if here { theme.selected } else { style };
+                // One column between cells.
+                spans.push(Span::raw(" "));
+                spans.push(Span::styled(format!("{:>w$}", text::cut(&said, wide - 1), w = wide - 1), style));
+            }
+            lines.push(Line::from(spans));
         }
-        lines.push(Line::from(spans));
+        for column in 0..nodes.len() {
+            let x = area.x + (1 + NAMES + column * wide) as u16;
+            let y = area.y + (1 + row * tall) as u16;
+            let place = Rect::new(x, y, wide as u16, tall as u16).intersection(area);
+            targets.push((place, Target::Cell(row, column)));
+        }
     }
     lines.push(Line::raw(""));
     let (model, n) = (models.get(plans.cell.0), nodes.get(plans.cell.1));
@@ -237,4 +242,32 @@ fn map(frame: &mut Frame, plans: &Plans, theme: &Theme, area: Rect) {
         );
     }
     frame.render_widget(Paragraph::new(lines), area);
+}
+
+/// A line of a cell: the MFU, then how the model is cut, then the rest of the plan.
+fn cell(cell: Option<&Cell>, part: usize, theme: &Theme) -> (String, Style) {
+    match cell.map(|cell| &cell.best) {
+        None => (if part == 0 { "..." } else { "" }.to_string(), theme.dim),
+        Some(Err(_)) => (if part == 0 { "none" } else { "" }.to_string(), theme.dim),
+        Some(Ok(best)) => {
+            let mfu = best.figures.mfu.unwrap_or(0.0);
+            let number = |key: &str| best.job.get(key).and_then(toml::Value::as_integer).unwrap_or(1);
+            let word = |key: &str| best.job.get(key).and_then(toml::Value::as_str);
+            let said = match part {
+                0 => format!("{:.1}", mfu * 100.0),
+                1 => {
+                    let cuts = [("d", "dp"), ("t", "tp"), ("c", "cp"), ("p", "pp"), ("e", "ep")];
+                    let cuts = cuts.map(|(letter, key)| (letter, number(key))).into_iter().filter(|(_, n)| *n > 1);
+                    cuts.map(|(letter, n)| format!("{letter}{n}")).collect::<Vec<_>>().join(" ")
+                }
+                _ => {
+                    let kept = word("recompute").filter(|kind| *kind != "none").map_or("", |kind| &kind[..1]);
+                    format!("mb{} {} {kept}", number("micro_batch"), word("states").unwrap_or("-"))
+                        .trim_end()
+                        .to_owned()
+                }
+            };
+            (said, theme.heat(mfu / 0.6))
+        }
+    }
 }

@@ -14,7 +14,10 @@ use ratatui::widgets::Paragraph;
 
 /// What the bottom line says.
 pub fn hint(app: &App) -> String {
-    let both = if app.timeline.measured.is_some() { ", m measured" } else { "" };
+    if let Some(typed) = &app.timeline.typed {
+        return format!(" file of a recorded timeline: {typed}_  (Enter reads it, Esc does not)");
+    }
+    let both = if app.timeline.measured.is_some() { ", m measured" } else { ", f file" };
     format!(" arrows move, + - zoom, 0 all, c critical path, n next gap{both}; F B X W R O passes, ~ communication")
 }
 
@@ -39,14 +42,19 @@ pub fn draw(frame: &mut Frame, app: &App, theme: &Theme, area: Rect, targets: &m
     let (from, to) = timeline.window();
     let width = usize::from(area.width);
     let kind = match timeline.shown {
-        Shown::Both => "measured (m) above predicted (p)",
+        Shown::Both => "predicted (p) above measured (m)",
         Shown::Measured => "measured",
         Shown::Predicted if lanes.measured => "measured",
         Shown::Predicted => "predicted",
     };
     let busy: f64 = lanes.lanes.iter().map(Lane::busy).sum::<f64>() / lanes.lanes.len().max(1) as f64;
+    let other = match (timeline.shown, &timeline.measured) {
+        (Shown::Both, Some(measured)) => format!(" ({} in {})", show_seconds(measured.end), timeline.source),
+        (Shown::Measured, Some(_)) => format!(" in {}", timeline.source),
+        _ => String::new(),
+    };
     let head = format!(
-        " {kind}, {} ranks, {} per iteration, {} idle; from {} to {}",
+        " {kind}, {} ranks, {} per iteration{other}, {} idle; from {} to {}",
         lanes.lanes.len(),
         show_seconds(lanes.end),
         show_percent(1.0 - busy / lanes.end.max(f64::MIN_POSITIVE)),
@@ -80,8 +88,8 @@ pub fn draw(frame: &mut Frame, app: &App, theme: &Theme, area: Rect, targets: &m
             targets.push((drawn, Target::Lane { rank, left: area.x + left }));
         };
         if let (true, Some(measured), Some(Ok(predicted))) = (both, &timeline.measured, &timeline.predicted) {
-            draw_lane('m', measured);
             draw_lane('p', predicted);
+            draw_lane('m', measured);
         } else {
             draw_lane(' ', lanes);
         }
@@ -97,7 +105,7 @@ fn draw_detail(frame: &mut Frame, timeline: &Timeline, lanes: &Lanes, theme: &Th
         (Some(span), _) => format!(
             "{}, {}{}",
             span.what.describe(),
-            show_seconds(span.end - span.start),
+            took(span, timeline.counterpart()),
             if span.critical { ", on the critical path" } else { "" }
         ),
         (None, Some(gap)) => format!("idle for {}: {}", show_seconds(gap.end - gap.start), gap.why),
@@ -116,6 +124,20 @@ fn draw_detail(frame: &mut Frame, timeline: &Timeline, lanes: &Lanes, theme: &Th
     let lines =
         vec![Line::styled(text::cut(&line, width), theme.accent), Line::styled(text::cut(&memory, width), theme.title)];
     frame.render_widget(Paragraph::new(lines), Rect { height: area.height.min(2), ..area });
+}
+
+/// How long a span takes, and how long it took.
+fn took(span: &crate::lanes::Span, measured: Option<&crate::lanes::Span>) -> String {
+    let predicted = span.end - span.start;
+    match measured.map(|span| span.end - span.start) {
+        None => show_seconds(predicted),
+        Some(measured) => format!(
+            "predicted {}, measured {} ({:+.1} %)",
+            show_seconds(predicted),
+            show_seconds(measured),
+            (predicted / measured - 1.0) * 100.0
+        ),
+    }
 }
 
 /// What fills a column: the work that takes most of it, none where idleness does.

@@ -1,10 +1,12 @@
 //! The timeline.
 
 use crate::stage::{SIZES, answer, lanes, machine, picture, press, tell};
+use paceline_planner::prediction::predict;
 use paceline_tui::app::{App, View};
 use paceline_tui::desk::Desk;
 use paceline_tui::event::{Effect, Event, News};
 use paceline_tui::lanes::Lanes;
+use paceline_tui::question::local_job;
 use paceline_tui::settings::Settings;
 use paceline_tui::theme::Palette;
 use ratatui::crossterm::event::{KeyModifiers, MouseButton, MouseEvent, MouseEventKind};
@@ -79,15 +81,79 @@ fn the_critical_path_and_gaps_are_walked_with_reasons() {
 }
 
 #[test]
-fn measured_is_shown_above_predicted() {
+fn predicted_is_shown_above_measured() {
     let mut app = app(lanes("1f1b", 2, 4));
     let mut measured = lanes("gpipe", 2, 4);
     measured.measured = true;
-    app.timeline.measured = Some(Arc::new(measured));
+    let outcome = Box::new(Ok(Arc::new(measured)));
+    app.on(Event::News(News::Recorded { path: "run.json".into(), outcome }));
+    insta::assert_snapshot!("timeline-both", picture(&mut app, (80, 24)));
+    // What is under the cursor is held against what it took.
+    press(&mut app, "c");
+    assert!(picture(&mut app, (120, 24)).contains("predicted 1.00 s, measured 1.00 s (+0.0 %)"));
+    press(&mut app, "m");
+    assert!(picture(&mut app, (80, 24)).contains("predicted, 2 ranks"));
     press(&mut app, "m");
     assert!(picture(&mut app, (80, 24)).contains("measured, 2 ranks"));
-    press(&mut app, "m");
-    insta::assert_snapshot!("timeline-both", picture(&mut app, (80, 24)));
+}
+
+/// A traced step comes back from both kinds of files as it was in memory: passes, gaps with their reasons, memory, the
+/// critical path.
+#[test]
+fn recorded_timelines_are_read_from_files() {
+    let job: toml::Table = "model = 'demo-1m'\nseq = 64\nglobal_batch = 4\npp = 2".parse().unwrap();
+    let (job, configuration) = local_job(&Settings::from_table(&job)).unwrap();
+    let local = machine();
+    let program = configuration.program(&job, local.machine.for_job(&job)).unwrap();
+    let (_, mut trace) = predict(&program, &*local.predictor, local.machine.for_job(&job), None).unwrap();
+    trace.origin = paceline_sim::trace::Origin::Measured;
+    let expected = Lanes::of_trace(&trace);
+    assert!(expected.lanes[0].gaps.iter().any(|gap| gap.why.contains("on its way")), "{:?}", expected.lanes[0].gaps);
+    let folder = std::env::temp_dir().join(format!("paceline-recorded-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let write = |name: &str, text: String| {
+        let path = folder.join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let ours = write("run.json", serde_json::to_string(&trace).unwrap());
+    let chrome = write("chrome.json", trace.to_chrome().to_string());
+    let foreign =
+        write("foreign.json", r#"{"traceEvents":[{"ph":"X","name":"aten::mm","pid":1,"ts":1,"dur":2}]}"#.into());
+    let broken = write("broken.json", "{\"traceEvents\": [".into());
+    let (sender, events) = channel();
+    let mut desk = Desk::open(local, sender);
+    let mut app = app(lanes("1f1b", 2, 4));
+    let mut load = |app: &mut App, path: &str| {
+        for effect in press(app, &format!("fx<c-u>{path}<enter>")) {
+            desk.carry_out(effect);
+        }
+        app.on(events.recv_timeout(Duration::from_secs(60)).unwrap());
+    };
+    for path in [&ours, &chrome] {
+        app.timeline.measured = None;
+        load(&mut app, path);
+        let read = app.timeline.measured.clone().unwrap_or_else(|| panic!("{:?}", app.notice));
+        assert!(read.measured && (read.end - expected.end).abs() < 1e-6);
+        assert_eq!(read.lanes.len(), 2);
+        for (read, expected) in read.lanes.iter().zip(&expected.lanes) {
+            let whats =
+                |lane: &paceline_tui::lanes::Lane| lane.spans.iter().map(|s| (s.what, s.critical)).collect::<Vec<_>>();
+            assert_eq!(whats(read), whats(expected));
+            let whys =
+                |lane: &paceline_tui::lanes::Lane| lane.gaps.iter().map(|gap| gap.why.clone()).collect::<Vec<_>>();
+            assert_eq!(whys(read), whys(expected));
+            assert_eq!((read.peak_bytes, read.memory.len()), (expected.peak_bytes, expected.memory.len()));
+        }
+    }
+    for (path, why) in
+        [(&foreign, "pass of Paceline"), (&broken, "truncated"), (&"/nowhere.json".to_string(), "No such file")]
+    {
+        load(&mut app, path);
+        let notice = app.notice.clone().unwrap();
+        assert!(notice.bad && notice.text.contains(why), "{notice:?}");
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 #[test]
