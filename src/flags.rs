@@ -49,6 +49,10 @@ pub struct JobFlags {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cp: Option<u32>,
+    /// How context ranks exchange on a cluster: zig-zag, ring, all-gather or all-to-all.
+    #[arg(long, value_name = "KIND")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cp_exchange: Option<String>,
     /// Pipeline-parallel size.
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -65,6 +69,14 @@ pub struct JobFlags {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ep: Option<u32>,
+    /// Tokens of the busiest expert-parallel rank over the mean, on a cluster.
+    #[arg(long, value_name = "RATIO")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_skew: Option<f64>,
+    /// Tokens of an expert-parallel rank beyond this multiple of the mean are dropped, on a cluster.
+    #[arg(long, value_name = "RATIO")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_capacity: Option<f64>,
     /// How parameters, gradients and optimizer states are partitioned.
     #[arg(long, value_name = "NNN..GGG|zero1|...")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -117,6 +129,18 @@ pub struct JobFlags {
     #[arg(long, value_name = "KERNEL")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention: Option<String>,
+    /// What runs beside computation on a cluster: none, all, or some of gradients, parameters, tensor, experts.
+    #[arg(long, value_name = "LIST")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overlap: Option<String>,
+    /// Bytes of parameters that are gathered at a time on a cluster; a block by default.
+    #[arg(long, value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gather_bucket: Option<String>,
+    /// Bytes of gradients that are reduced at a time on a cluster.
+    #[arg(long, value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reduce_bucket: Option<String>,
     /// Memory per rank.
     #[arg(long, value_name = "BYTES|80GiB")]
     #[serde(skip_serializing_if = "Option::is_none")]

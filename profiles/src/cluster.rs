@@ -81,6 +81,9 @@ pub enum ClusterError {
     /// A figure that cannot be.
     #[error("cluster {cluster}: {key} = {value}, but it has to be a finite number above zero")]
     Value { cluster: String, key: &'static str, value: f64 },
+    /// A fitted parameter that is no number.
+    #[error("cluster {cluster}: [physics] {name} = {value}, but it has to be a finite number")]
+    Physics { cluster: String, name: String, value: f64 },
     /// Neither a name nor a table of a GPU.
     #[error("cluster {cluster}: no GPU; name a shipped one (gpu = \"H100-SXM\") or describe one in a [gpu] table")]
     NoGpu { cluster: String },
@@ -235,7 +238,9 @@ impl Cluster {
         if own.format > 1 {
             return Err(ClusterError::Format { format: own.format });
         }
-        Ok(Cluster { physics: own.physics, ..own.cluster.build(own.gpu)? })
+        let cluster = Cluster { physics: own.physics, ..own.cluster.build(own.gpu)? };
+        cluster.check()?;
+        Ok(cluster)
     }
 
     /// The file that [`Cluster::from_toml`] reads this cluster from again.
@@ -282,6 +287,9 @@ impl Cluster {
         if !(self.host_pace_us.is_finite() && self.host_pace_us >= 0.0) {
             let value = self.host_pace_us;
             return Err(ClusterError::Value { cluster: self.name.clone(), key: "host_pace_us", value });
+        }
+        if let Some((name, &value)) = self.physics.iter().find(|(_, value)| !value.is_finite()) {
+            return Err(ClusterError::Physics { cluster: self.name.clone(), name: name.clone(), value });
         }
         Ok(())
     }

@@ -353,7 +353,7 @@ fn as_prediction(p: &ClusterPrediction) -> Prediction {
             measured: p.provenance.measured,
             fitted: p.provenance.fitted,
             datasheet: p.provenance.datasheet,
-            assumed: 0.0,
+            assumed: p.provenance.assumed,
         },
     }
 }

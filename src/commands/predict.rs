@@ -154,7 +154,7 @@ pub fn show(screen: &Screen, prediction: &Prediction) -> Result<(), Failure> {
         sources.push(format!("{} from datasheets", show_percent(from.datasheet)));
     }
     if from.assumed > 0.0 {
-        sources.push(format!("{} assumed from other operators", show_percent(from.assumed)));
+        sources.push(format!("{} assumed", show_percent(from.assumed)));
     }
     screen.line(format!("\n  Of the predicted time: {}.", sources.join(", ")))
 }

@@ -93,7 +93,7 @@ impl From<&ClusterPrediction> for Figures {
                 measured: p.provenance.measured,
                 fitted: p.provenance.fitted,
                 datasheet: p.provenance.datasheet,
-                assumed: 0.0,
+                assumed: p.provenance.assumed,
             },
         }
     }

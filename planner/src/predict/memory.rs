@@ -4,18 +4,21 @@ use super::{MemoryClasses, MemoryParts, PredictError, ROUNDS, Stage, Timer, orde
 use crate::replay::{StageMemory, peaks};
 use paceline_profiles::{Cluster, Generation};
 use paceline_sim::cluster::memory::{RankParameters, states};
-use paceline_sim::cluster::{Architecture, Layout, MessageBuffers, Partition, activations, work};
+use paceline_sim::cluster::{Architecture, Layout, MessageBuffers, Partition, Recompute, activations, work};
 use paceline_sim::partition::Level;
 
 /// Bytes that one microbatch keeps, by stage.
 pub(super) fn kept(model: &Architecture, layout: &Layout, stages: &[Stage]) -> Vec<f64> {
     let kept_by = |stage: &Stage| {
-        let mut known: [Option<f64>; 2] = [None; 2];
+        let again = stage.blocks.start + layout.recomputed(stage.blocks.end - stage.blocks.start);
+        let mut known: [Option<f64>; 4] = [None; 4];
         let kept: f64 = stage
             .blocks
             .clone()
             .map(|l| {
-                *known[usize::from(model.routed(l))].get_or_insert_with(|| activations::kept_by_block(model, layout, l))
+                let (kind, recompute) = if l < again { (0, layout.recompute) } else { (2, Recompute::None) };
+                *known[kind + usize::from(model.routed(l))]
+                    .get_or_insert_with(|| activations::kept_under(model, layout, l, recompute))
             })
             .sum();
         let spread = layout.partition == Partition::VocabularySpread && stage.blocks.start == 0;

@@ -223,20 +223,22 @@ pub fn predict_cluster(
     let per_gpu = tokens / iteration / layout.gpus() as f64;
     let mfu = per_gpu * flops / rate;
     let head = 6.0 * (model.hidden * model.vocab) as f64;
-    let again = match layout.recompute {
-        Recompute::None => 0.0,
-        Recompute::Full => (whole - head) / 3.0,
-        // Keys, output projection, and half of gate and up or the second matrix of the MLP.
-        Recompute::Operators => {
-            let (_, key, _) = model.attention.widths();
-            let width = key + model.attention.output_width() + model.ffn;
-            2.0 * (model.layers * model.hidden * width) as f64
-        }
-        Recompute::Selective => {
-            let (query, _, _) = model.attention.widths();
-            2.0 * (model.layers * layout.seq * (query + model.attention.output_width())) as f64
-        }
-    };
+    let recomputed: u64 = stages.iter().map(|s| layout.recomputed(s.blocks.end - s.blocks.start)).sum();
+    let again = recomputed as f64 / model.layers as f64
+        * match layout.recompute {
+            Recompute::None => 0.0,
+            Recompute::Full => (whole - head) / 3.0,
+            // Keys, output projection, and half of gate and up or the second matrix of the MLP.
+            Recompute::Operators => {
+                let (_, key, _) = model.attention.widths();
+                let width = key + model.attention.output_width() + model.ffn;
+                2.0 * (model.layers * model.hidden * width) as f64
+            }
+            Recompute::Selective => {
+                let (query, _, _) = model.attention.widths();
+                2.0 * (model.layers * layout.seq * (query + model.attention.output_width())) as f64
+            }
+        };
     Ok(ClusterPrediction {
         iteration_seconds: iteration,
         tokens_per_second_per_gpu: per_gpu,
@@ -246,13 +248,13 @@ pub fn predict_cluster(
         compute,
         memory,
         exchanges: ends.alone[ends.critical()],
-        provenance: origin(&time, &timer, cluster),
+        provenance: origin(&time, &compute, &timer, cluster),
     })
 }
 
 /// Where an iteration's time comes from: communication that shows, over links whose bandwidth was measured or is a datasheet's;
 /// everything else from stated rates through fitted efficiencies.
-fn origin(time: &TimeParts, timer: &Timer<'_>, cluster: &Cluster) -> Origin {
+fn origin(time: &TimeParts, compute: &ComputeParts, timer: &Timer<'_>, cluster: &Cluster) -> Origin {
     let (layout, groups) = (timer.layout, &timer.groups);
     let tensor = if layout.sp { "gather_gbps" } else { "all_reduce_gbps" };
     let data = if layout.sharding == StatePartition::NONE { "all_reduce_gbps" } else { "gather_gbps" };
@@ -274,7 +276,10 @@ fn origin(time: &TimeParts, timer: &Timer<'_>, cluster: &Cluster) -> Origin {
             origin.datasheet += share;
         }
     }
-    origin.fitted = 1.0 - origin.measured - origin.datasheet;
+    if !timer.device.known_format() {
+        origin.assumed = compute.products / total;
+    }
+    origin.fitted = 1.0 - origin.measured - origin.datasheet - origin.assumed;
     origin
 }
 

@@ -138,4 +138,7 @@ pub struct Origin {
     pub fitted: f64,
     /// Communication over links whose bandwidth is a datasheet's or assumed.
     pub datasheet: f64,
+    /// Matrix products in formats of which no run is known on GPUs of the generation.
+    #[serde(default)]
+    pub assumed: f64,
 }

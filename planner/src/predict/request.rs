@@ -77,6 +77,7 @@ pub struct ClusterRequest {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub schedule: Option<String>,
     /// `none`, `selective` (the attention core), `operators` (every second product and what is elementwise), `full`; `none` by default.
+    /// `full:K` (or another kind with a number) for the first K blocks of every stage only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recompute: Option<String>,
     /// A recipe, see [`PRECISIONS`]; `bf16` by default.
@@ -85,7 +86,8 @@ pub struct ClusterRequest {
     /// `naive`, `fused`, `flash`; `flash` by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention: Option<String>,
-    /// Which communication between replicas runs beside computation: `all`, `gradients`, `parameters`, `none`; `all` by default.
+    /// Which communication runs beside computation: `none`, `all` (that between replicas: the default), or some of `gradients`,
+    /// `parameters`, `tensor` and `experts`, with commas.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlap: Option<String>,
     /// Bytes of parameters that are gathered at a time; a block by default.
@@ -100,25 +102,44 @@ pub struct ClusterRequest {
 }
 
 /// Recipes of number formats.
-pub const PRECISIONS: [(&str, Numerics); 7] = [
+pub const PRECISIONS: [(&str, Numerics); 11] = [
     ("fp32", Numerics::FP32),
     ("bf16", Numerics::MIXED),
     ("bf16-fp32-gradients", Numerics::MIXED_FP32_GRADIENTS),
     ("bf16-fp32-accumulation", Numerics::MIXED_FP32_ACCUMULATION),
     ("fp8", Numerics { compute: Compute::Fp8, ..Numerics::MIXED }),
+    ("fp8-transformer-engine", Numerics::FP8_TRANSFORMER_ENGINE),
+    ("fp8-lm", Numerics::FP8_LM),
+    ("fp8-deepseek", Numerics::FP8_DEEPSEEK),
+    ("fp8-nanotron", Numerics::FP8_NANOTRON),
     ("mxfp8", Numerics { compute: Compute::Fp8, ..Numerics::MIXED }),
     ("nvfp4", Numerics { compute: Compute::Fp4, ..Numerics::MIXED }),
 ];
 
-const fn overlap(gradients: bool, parameters: bool) -> Overlap {
-    Overlap { gradients, tensor: false, input_gradients: true, parameters }
+/// What runs beside computation, from a list of words.
+fn overlap(text: &str) -> Result<Overlap, RequestError> {
+    let mut overlap =
+        Overlap { gradients: false, tensor: false, input_gradients: true, parameters: false, experts: false };
+    for word in text.split(',').map(str::trim) {
+        match word {
+            "none" => {}
+            "all" => (overlap.gradients, overlap.parameters) = (true, true),
+            "gradients" => overlap.gradients = true,
+            "parameters" => overlap.parameters = true,
+            "tensor" => overlap.tensor = true,
+            "experts" => overlap.experts = true,
+            _ => {
+                return Err(RequestError::Word {
+                    key: "overlap",
+                    value: text.to_owned(),
+                    allowed: "none, all (that between replicas), or some of gradients, parameters, tensor, experts, with commas"
+                        .into(),
+                });
+            }
+        }
+    }
+    Ok(overlap)
 }
-const OVERLAPS: [(&str, Overlap); 4] = [
-    ("all", overlap(true, true)),
-    ("gradients", overlap(true, false)),
-    ("parameters", overlap(false, true)),
-    ("none", overlap(false, false)),
-];
 const RECOMPUTES: [(&str, Recompute); 4] = [
     ("none", Recompute::None),
     ("selective", Recompute::Selective),
@@ -205,6 +226,23 @@ fn trainable(text: &str, model: &Architecture) -> Result<f64, RequestError> {
         None => text.parse::<f64>().ok(),
     };
     share.filter(|share| *share > 0.0 && *share <= 1.0).ok_or_else(wrong)
+}
+
+/// What is computed again, and of how many blocks of a stage, from `kind` or `kind:blocks`.
+fn recompute(text: &str) -> Result<(Recompute, Option<u64>), RequestError> {
+    let (kind, blocks) = text.split_once(':').map_or((text, None), |(kind, blocks)| (kind, Some(blocks)));
+    let known = RECOMPUTES.iter().find(|(name, _)| *name == kind).map(|(_, kind)| *kind);
+    let blocks = blocks.map(|blocks| blocks.parse::<u64>().ok().filter(|n| *n > 0 && kind != "none"));
+    match (known, blocks) {
+        (Some(kind), None) => Ok((kind, None)),
+        (Some(kind), Some(Some(blocks))) => Ok((kind, Some(blocks))),
+        _ => Err(RequestError::Word {
+            key: "recompute",
+            value: text.to_owned(),
+            allowed: "none, selective, operators, full; with a colon and a number of blocks, for the first blocks of every stage (full:2)"
+                .into(),
+        }),
+    }
 }
 
 fn word<T: Copy>(key: &'static str, value: Option<&str>, usual: &str, known: &[(&str, T)]) -> Result<T, RequestError> {
@@ -350,6 +388,7 @@ impl ClusterRequest {
                 ("flash", best_flash(cluster)),
             ],
         )?;
+        let (recompute, recomputed_blocks) = recompute(self.recompute.as_deref().unwrap_or("none"))?;
         let layout = Layout {
             tp,
             sp: self.sp.unwrap_or(true) && tp > 1,
@@ -365,11 +404,12 @@ impl ClusterRequest {
             trainable: self.trainable.as_deref().map_or(Ok(1.0), |text| trainable(text, model))?,
             schedule: if pp == 1 { "1f1b".into() } else { name.into() },
             microbatches: self.global_batch / part,
-            recompute: word("recompute", self.recompute.as_deref(), "none", &RECOMPUTES)?,
+            recompute,
+            recomputed_blocks,
             attention,
             numerics: word("precision", self.precision.as_deref(), "bf16", &PRECISIONS)?,
             memory_limit: self.memory_limit.map(|bytes| bytes as f64),
-            overlap: word("overlap", self.overlap.as_deref(), "all", &OVERLAPS)?,
+            overlap: overlap(self.overlap.as_deref().unwrap_or("all"))?,
             gather_bytes: bucket("gather_bucket", self.gather_bucket)?,
             bucket_bytes: bucket("reduce_bucket", self.reduce_bucket)?,
             ..Layout::single(self.seq, micro_batch)
@@ -461,8 +501,16 @@ mod tests {
             (error(&|r| r.trainable = Some("lora:0".into())), "rank R of at least 1"),
             (error(&|r| r.trainable = Some("lora:8:q,z".into())), "no matrix \"z\" in llama-3-8b"),
             (error(&|r| r.recompute = Some("some".into())), "selective"),
+            (error(&|r| r.recompute = Some("full:0".into())), "full:2"),
+            (error(&|r| r.recompute = Some("none:2".into())), "recompute = \"none:2\""),
             (error(&|r| r.precision = Some("int1".into())), "bf16"),
             (error(&|r| r.schedule = Some("none".into())), "none"),
+            (
+                error(&|r| r.overlap = Some("gradients,sleep".into())),
+                "overlap = \"gradients,sleep\"; allowed: none, all",
+            ),
+            (error(&|r| r.expert_skew = Some(0.5)), "expert_skew = 0.5"),
+            (error(&|r| r.expert_capacity = Some(f64::NAN)), "expert_capacity = NaN"),
             (error(&|r| r.seq = 0), "seq"),
             (error(&|r| r.tp = Some(0)), "tp"),
             (error(&|r| (r.pp, r.nodes) = (Some(64), Some(8))), "32 stages"),

@@ -272,19 +272,24 @@ impl Timer<'_> {
         let mut times = PassTimes::default();
         // Blocks of one kind take the same time.
         let routed = stage.blocks.clone().filter(|l| self.model.routed(*l)).count() as f64;
-        let dense = (stage.blocks.end - stage.blocks.start) as f64 - routed;
+        let blocks = stage.blocks.end - stage.blocks.start;
+        let dense = blocks as f64 - routed;
+        // The first blocks are computed again, dense ones mostly.
+        let again = self.layout.recomputed(blocks);
+        let dense_again = stage.blocks.clone().take(again as usize).filter(|l| !self.model.routed(*l)).count() as f64;
         let dense_at = stage.blocks.clone().find(|l| !self.model.routed(*l));
         let routed_at = stage.blocks.clone().find(|l| self.model.routed(*l));
-        for (layer, count) in [(dense_at, dense), (routed_at, routed)] {
+        let kinds = [(dense_at, dense, dense_again), (routed_at, routed, again as f64 - dense_again)];
+        for (layer, count, again) in kinds {
             if let Some(layer) = layer {
-                self.add(&mut times, &work::block(self.model, self.layout, layer), count, true);
+                self.add(&mut times, &work::block(self.model, self.layout, layer), count, again);
             }
         }
         if stage.embedding > 0.0 {
-            self.add(&mut times, &work::embedding(self.model, self.layout), 1.0, false);
+            self.add(&mut times, &work::embedding(self.model, self.layout), 1.0, 0.0);
         }
         if stage.head > 0.0 {
-            self.add(&mut times, &work::head(self.model, self.layout, stage.head), 1.0, false);
+            self.add(&mut times, &work::head(self.model, self.layout, stage.head), 1.0, 0.0);
         }
         if self.layout.partition == Partition::VocabularySpread && stage.head > 0.0 {
             self.add_vocabulary_exchanges(&mut times);
@@ -313,7 +318,8 @@ impl Timer<'_> {
         times.backward += backward;
     }
 
-    fn add(&self, times: &mut PassTimes, work: &Work, count: f64, block: bool) {
+    /// Adds `count` layers of some work, `again` of which are computed once more in the backward pass.
+    fn add(&self, times: &mut PassTimes, work: &Work, count: f64, again: f64) {
         let layer = self.layer(work);
         let physics = self.physics;
         let (forward, backward, weights) = (layer.forward, layer.backward, layer.weights);
@@ -351,10 +357,13 @@ impl Timer<'_> {
         times.tensor[1] += count * tensor_backward;
         times.context[0] += count * context_forward;
         times.context[1] += count * context_backward;
-        times.experts[0] += count * layer.experts;
-        times.experts[1] += count * layer.experts;
-        if block {
-            times.recompute += count * self.recompute(work, forward, tensor_forward + context_forward + layer.experts);
+        let experts_beside = |behind: f64| {
+            if overlap.experts { exposed(layer.experts, behind, physics) } else { layer.experts }
+        };
+        times.experts[0] += count * experts_beside(forward.gpu);
+        times.experts[1] += count * experts_beside(backward.gpu + weights.gpu);
+        if again > 0.0 {
+            times.recompute += again * self.recompute(work, forward, tensor_forward + context_forward + layer.experts);
         }
     }
 

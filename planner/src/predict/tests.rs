@@ -56,6 +56,7 @@ fn parts_sum_to_the_whole() {
         }
         assert_eq!(p.memory.peak_bytes.len() as u64, layout.pp);
         assert!((p.provenance.measured + p.provenance.fitted + p.provenance.datasheet - 1.0).abs() < 1e-12);
+        assert_eq!(p.provenance.assumed, 0.0);
         assert!(p.mfu > 0.1 && p.mfu < 0.8, "{}", p.mfu);
         assert!(p.hfu >= p.mfu);
     }
@@ -127,7 +128,7 @@ fn more_work_takes_longer_and_more_room() {
     assert!(full.time.recompute > base.time.recompute);
     assert!(full.memory.peak_bytes[0] < base.memory.peak_bytes[0]);
     let hidden = predict(&Layout {
-        overlap: Overlap { gradients: true, tensor: true, input_gradients: true, parameters: true },
+        overlap: Overlap { gradients: true, tensor: true, input_gradients: true, parameters: true, experts: true },
         ..layout()
     });
     assert!(hidden.iteration_seconds < base.iteration_seconds);
@@ -184,4 +185,61 @@ fn a_spread_vocabulary_keeps_more_microbatches_in_flight() {
     assert!((one.memory.by_class[7].activations / each - 2.0).abs() < 1e-9);
     assert!((interlaced.memory.by_class[7].activations / each - 5.0).abs() < 1e-9);
     assert!(one.iteration_seconds < two.iteration_seconds && two.iteration_seconds < interlaced.iteration_seconds);
+}
+
+/// Messages to experts and back run beside the passes of another microbatch if asked; the busiest rank's share makes them longer, and a
+/// capacity bounds it.
+#[test]
+fn experts_exchange_beside_computation_and_as_skewed_as_they_are() {
+    let model = Architecture::load("mixtral-8x7b").unwrap();
+    let cluster = find_cluster("dgx-h100-ib").unwrap();
+    let base = Layout { ep: 8, dp: 8, microbatches: 4, ..Layout::single(4096, 1) };
+    let of = |layout: &Layout| predict_cluster(&model, layout, cluster, &Physics::default()).unwrap();
+    let plain = of(&base);
+    let beside = of(&Layout { overlap: Overlap { experts: true, ..base.overlap }, ..base.clone() });
+    let contention = Physics::default().contention;
+    assert!((beside.time.exposed_ep / plain.time.exposed_ep - contention).abs() < 1e-9, "{:?}", beside.time);
+    let skewed = |skew, capacity| {
+        let routing = paceline_sim::cluster::Routing { skew, capacity };
+        of(&Layout { routing, ..base.clone() }).time.exposed_ep / plain.time.exposed_ep
+    };
+    // Beside the latency, which stays, the time goes with the busiest rank's tokens.
+    let (two, three) = (skewed(2.0, None), skewed(3.0, None));
+    assert!(two > 1.85 && (three - two - (two - 1.0)).abs() < 1e-9, "{two} {three}");
+    assert_eq!(skewed(2.0, Some(1.25)), skewed(1.25, None));
+}
+
+/// Formats that no run is known of are assumed, and the prediction says for how much of the time.
+#[test]
+fn unknown_formats_are_said_to_be_assumed() {
+    let of = |cluster: &str, compute| {
+        let numerics = Numerics { compute, ..Numerics::MIXED };
+        let layout = Layout { numerics, ..layout() };
+        predict_cluster(&gpt(), &layout, find_cluster(cluster).unwrap(), &Physics::default()).unwrap()
+    };
+    for (cluster, compute, assumed) in [
+        ("dgx-h100-ib", Compute::Bf16, false),
+        ("dgx-h100-ib", Compute::Fp8, false),
+        ("dgx-b200-ib", Compute::Fp8, true),
+        ("dgx-b200-ib", Compute::Fp4, true),
+    ] {
+        let p = of(cluster, compute);
+        let share = if assumed { p.compute.products / p.time.total() } else { 0.0 };
+        assert!((p.provenance.assumed - share).abs() < 1e-12, "{cluster} {compute:?}: {:?}", p.provenance);
+    }
+}
+
+/// Of six blocks of a stage, two computed again keep their inputs only, and take two sixths of the time.
+#[test]
+fn some_blocks_are_recomputed() {
+    let of = |recompute, recomputed_blocks| {
+        predict(&Layout { recompute, recomputed_blocks, pp: 16, chunks: 1, dp: 1, ..layout() })
+    };
+    let (none, two, all) = (of(Recompute::None, None), of(Recompute::Full, Some(2)), of(Recompute::Full, None));
+    assert!((two.time.recompute / all.time.recompute - 2.0 / 6.0).abs() < 1e-9);
+    let kept = |p: &ClusterPrediction| p.memory.by_class[3].activations;
+    let mixed = (4.0 * kept(&none) + 2.0 * kept(&all)) / 6.0;
+    assert!((kept(&two) / mixed - 1.0).abs() < 1e-9, "{} {mixed}", kept(&two));
+    assert!(none.hfu < two.hfu / two.mfu * none.mfu && two.hfu / two.mfu < all.hfu / all.mfu);
+    assert_eq!(of(Recompute::Full, Some(99)), all);
 }

@@ -101,6 +101,25 @@ pub fn case(row: &Row) -> Result<Case, String> {
     })
 }
 
+/// More parameters than any model has, by far.
+const MOST_PARAMETERS: f64 = 1e15;
+/// The same for heads' widths times blocks times the sequence.
+const MOST_ATTENTION: f64 = 1e16;
+
+/// Whether the product of counts that are each possible is; beyond, the arithmetic would not hold.
+fn plausible(model: &Architecture, row: &Row) -> Result<(), String> {
+    let (query, key, value) = model.attention.widths();
+    let width = query as f64 + key as f64 + value as f64 + model.attention.output_width() as f64;
+    let (hidden, layers) = (model.hidden as f64, model.layers as f64);
+    let experts = model.experts.map_or(0.0, |e| e.count.max(e.top_k) as f64 * e.ffn as f64 + e.shared_ffn as f64);
+    let parameters = layers * hidden * (width + 3.0 * (model.ffn as f64 + experts)) + 2.0 * model.vocab as f64 * hidden;
+    let attention = layers * width * row.number("seq").unwrap_or(0.0);
+    if parameters > MOST_PARAMETERS || attention > MOST_ATTENTION {
+        return Err(format!("a model of some {parameters:.0e} parameters; are the columns shifted?"));
+    }
+    Ok(())
+}
+
 fn need(row: &Row, column: &str) -> Result<u64, String> {
     row.count(column).filter(|n| *n > 0).ok_or_else(|| format!("{column} not known"))
 }
@@ -110,10 +129,13 @@ fn any(text: &str, words: &[&str]) -> bool {
     words.iter().any(|w| text.contains(w))
 }
 
+/// The largest width or number of blocks that notes may name.
+const MOST_IN_NOTES: u64 = 1_000_000;
+
 fn number_in(row: &Row, keys: &[&str]) -> Option<u64> {
     keys.iter().find_map(|key| row.note(key)).and_then(|text| {
         let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
-        digits.parse().ok()
+        digits.parse().ok().filter(|n| *n <= MOST_IN_NOTES)
     })
 }
 
@@ -182,6 +204,7 @@ fn architecture(row: &Row, recipe: &Recipe) -> Result<Architecture, String> {
         positions: if gpt && !alibi { PositionTable::Learned(seq) } else { PositionTable::None },
         dropout: recipe.dropout && gpt,
     };
+    plausible(&usual, row)?;
     Ok(match row.number("params_b").filter(|b| *b > 0.0) {
         Some(billions) => agree(usual, billions * 1e9),
         None => usual,
@@ -433,8 +456,8 @@ fn gigabits_per_node(text: &str) -> Option<f64> {
     let at = text.find("gb")?;
     let before = text[..at].trim_end();
     let digits = |t: &str| {
-        let start = t.rfind(|c: char| !c.is_ascii_digit()).map_or(0, |n| n + 1);
-        t[start..].parse::<f64>().ok().map(|n| (n, start))
+        let start = t.trim_end_matches(|c: char| c.is_ascii_digit()).len();
+        t[start..].parse::<f64>().ok().filter(|n| *n > 0.0 && *n < 1e9).map(|n| (n, start))
     };
     let (rate, start) = digits(before)?;
     let rest = before[..start].trim_end();
@@ -485,6 +508,8 @@ mod tests {
             ("4 x 100 gb/s omni-path", Some(400.0)),
             ("nvlink + inter-node not stated", None),
             ("nvlink 600gb/s", None),
+            ("infiniband \u{fffd}x400gbps", None),
+            ("0x200gbps", None),
             ("", None),
         ] {
             assert_eq!(gigabits_per_node(text), found, "{text}");
@@ -529,6 +554,7 @@ mod tests {
             ("a,s,m,2,64,,4,,,,,128,,A100,8,,,,1,,,ok,", "gbs not known"),
             ("a,s,m,2,64,,4,,,,,128,,A100,8,,,,3,8,,ok,", "multiple"),
             ("a,s,m,2,64,,4,,,,,128,,A100,8,,,,1,8,,crashed,", "outcome"),
+            ("a,s,m,9000,200000,900000,4,,,9000,2,128,,A100,8,,,,1,8,,ok,", "e19 parameters"),
         ] {
             assert!(one(line).unwrap_err().contains(reason), "{line}");
         }

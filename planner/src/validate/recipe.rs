@@ -49,9 +49,10 @@ pub struct Recipe {
     pub context: ContextExchange,
 }
 
-const NONE: Overlap = Overlap { gradients: false, tensor: false, input_gradients: false, parameters: false };
-const DATA: Overlap = Overlap { gradients: true, tensor: false, input_gradients: true, parameters: true };
-const ALL: Overlap = Overlap { gradients: true, tensor: true, input_gradients: true, parameters: true };
+const NONE: Overlap =
+    Overlap { gradients: false, tensor: false, input_gradients: false, parameters: false, experts: false };
+const DATA: Overlap = Overlap { gradients: true, input_gradients: true, parameters: true, ..NONE };
+const ALL: Overlap = Overlap { tensor: true, ..DATA };
 
 /// The defaults of a run's framework.
 pub fn recipe(row: &Row) -> Recipe {

@@ -24,6 +24,9 @@ pub enum ReadError {
     /// A figure that cannot be.
     #[error("runs, line {line}: {column} = {value:?}, but it has to be {allowed}")]
     Figure { line: u64, column: &'static str, value: String, allowed: &'static str },
+    /// A count that no run has.
+    #[error("runs, line {line}: {column} = {value}, more than the {most} that are computed with; is the row shifted?")]
+    TooLarge { line: u64, column: &'static str, value: f64, most: f64 },
 }
 
 /// Columns without which a run cannot be predicted.
@@ -48,6 +51,30 @@ const POSITIVE: [&str; 13] = [
 /// Columns of numbers that may be zero, where they are given.
 const COUNTS: [&str; 11] =
     ["params_b", "tp", "cp", "pp", "vpp", "ep", "experts", "topk", "tokens_per_sec_per_gpu", "tflops_per_gpu", "mfu"];
+
+/// The largest counts that a run can have: a hundred times and more of what anyone has run, and small enough to compute with.
+const MOST: [(&str, f64); 18] = [
+    ("layers", 1e4),
+    ("hidden", 2e5),
+    ("ffn_hidden", 1e6),
+    ("heads", 1e4),
+    ("kv_heads", 1e4),
+    ("vocab", 1e7),
+    ("experts", 1e4),
+    ("topk", 1e4),
+    ("seq", 1e8),
+    ("gpus", 1e7),
+    ("gpus_per_node", 1e4),
+    ("tp", 1e7),
+    ("cp", 1e7),
+    ("pp", 1e4),
+    ("vpp", 1e4),
+    ("dp", 1e7),
+    ("ep", 1e7),
+    ("mbs", 1e6),
+];
+/// The same for the global batch, in sequences.
+const MOST_SEQUENCES: f64 = 1e8;
 
 /// Reads a file.
 ///
@@ -122,6 +149,11 @@ impl Row {
                 }
             }
         }
+        for (column, most) in MOST.into_iter().chain([("gbs", MOST_SEQUENCES)]) {
+            if let Some(value) = self.number(column).filter(|n| *n > most) {
+                return Err(ReadError::TooLarge { line: self.line, column, value, most });
+            }
+        }
         Ok(())
     }
 
@@ -163,5 +195,7 @@ mod tests {
             assert!(error.contains("line 2") && error.contains(phrase), "{error}");
         }
         assert!(read(&format!("{HEAD}a,s,0,64,4,128,A100,8,1,\n")).is_err());
+        let error = read(&format!("{HEAD}a,s,1e12,64,4,128,A100,8,1,\n")).unwrap_err().to_string();
+        assert!(error.contains("line 2: layers = 1000000000000, more than the 10000"), "{error}");
     }
 }

@@ -79,6 +79,7 @@ fn published_runs_stay_predicted() {
     for (source, time, memory) in [
         ("korthikanti", 0.05, None),
         ("megatron-sc21", 0.05, None),
+        ("mosaic-mpt", 0.03, None),
         ("zero-bubble", 0.08, Some(0.04)),
         ("simumax-b200", 0.08, Some(0.03)),
     ] {

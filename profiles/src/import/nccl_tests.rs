@@ -325,7 +325,8 @@ impl CollectiveRow {
             .flatten()
             .filter(|h| h.seconds > 0.0 && h.algbw > 0.0)
             .min_by(|a, b| a.seconds.total_cmp(&b.seconds))?;
-        (self.bytes > 0).then(|| self.bytes as f64 / half.seconds * half.busbw / half.algbw)
+        let bandwidth = self.bytes as f64 / half.seconds * half.busbw / half.algbw;
+        (self.bytes > 0 && bandwidth >= 1.0 && bandwidth.is_finite()).then_some(bandwidth)
     }
 }
 

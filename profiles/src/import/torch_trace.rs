@@ -84,6 +84,9 @@ fn class(name: &str, category: &str) -> KernelClass {
     }
 }
 
+/// Microseconds beyond which a time stamp is damaged: 30,000 years.
+const LATEST: f64 = 1e18;
+
 /// A kernel on a device's time line, in microseconds.
 struct Span {
     from: f64,
@@ -118,7 +121,7 @@ pub fn read(text: &str) -> Result<TorchTrace, TraceError> {
         if !["kernel", "gpu_memcpy", "gpu_memset"].contains(&category.as_str()) {
             continue;
         }
-        let number = |key: &str| event.get(key).and_then(Value::as_f64).filter(|n| n.is_finite());
+        let number = |key: &str| event.get(key).and_then(Value::as_f64).filter(|n| n.abs() < LATEST);
         let (Some(from), Some(length)) = (number("ts"), number("dur").filter(|d| *d >= 0.0)) else {
             trace.malformed += 1;
             continue;

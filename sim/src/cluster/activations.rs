@@ -101,7 +101,12 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Vec<Kept> {
 
 /// What one block keeps from its forward to its backward pass, under the layout's recomputation.
 pub fn kept_by_block(model: &Architecture, layout: &Layout, layer: u64) -> f64 {
-    match layout.recompute {
+    kept_under(model, layout, layer, layout.recompute)
+}
+
+/// The same under some recomputation.
+pub fn kept_under(model: &Architecture, layout: &Layout, layer: u64, recompute: Recompute) -> f64 {
+    match recompute {
         Recompute::None => block(model, layout, layer).iter().map(|k| k.bytes).sum(),
         Recompute::Selective => block(model, layout, layer).iter().filter(|k| !k.core).map(|k| k.bytes).sum(),
         Recompute::Operators => kept_products(model, layout, layer),

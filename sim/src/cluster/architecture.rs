@@ -350,6 +350,9 @@ mod tests {
             ..llama(l, h, 64, 64, 4 * h, v)
         };
         assert_eq!(gpt.parameters() - 2 * h, 12 * l * h * h + 13 * l * h + (v + s) * h);
+        // The playbook's, without a table of positions: N = h v + L (12 h^2 + 13 h) + 2 h.
+        let rotary = Architecture { positions: PositionTable::None, ..gpt.clone() };
+        assert_eq!(rotary.parameters(), h * v + l * (12 * h * h + 13 * h) + 2 * h);
         let whole = gpt.flops_per_token(s, false);
         let head = 6.0 * (h * v) as f64;
         let with_recompute = head + (whole - head) * 4.0 / 3.0;

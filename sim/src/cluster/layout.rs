@@ -47,6 +47,9 @@ pub struct Layout {
     pub microbatches: u64,
     /// What the forward pass throws away and computes again.
     pub recompute: Recompute,
+    /// Blocks of each stage of which that holds, its first ones (Megatron-LM's `block` method); all without.
+    #[serde(default)]
+    pub recomputed_blocks: Option<u64>,
     /// Kernel of the attention.
     pub attention: AttentionKernel,
     /// Kernels of logits and loss.
@@ -282,6 +285,10 @@ pub struct Overlap {
     pub input_gradients: bool,
     /// Parameter gathering beside the forward pass.
     pub parameters: bool,
+    /// Dispatch of tokens to experts and their return beside the passes of another microbatch (DeepSeek-V3, arXiv 2412.19437,
+    /// section 3.2.1: forward and backward passes of two microbatches in one).
+    #[serde(default)]
+    pub experts: bool,
 }
 
 impl Numerics {
@@ -319,6 +326,57 @@ impl Numerics {
     pub const GATHERED_16_BIT: Numerics =
         Numerics { parameter: 4.0, gradient: 4.0, master: 0.0, reduced: 2.0, ..Numerics::MIXED };
 
+    /// 8-bit products with parameters and gradients in 32 bits (Transformer Engine): 16 bytes. This and the next three are the rows of
+    /// the Ultra-Scale Playbook's table of FP8 recipes.
+    pub const FP8_TRANSFORMER_ENGINE: Numerics = Numerics {
+        compute: Compute::Fp8,
+        parameter: 4.0,
+        gradient: 4.0,
+        accumulated: 0.0,
+        master: 0.0,
+        moments: 8.0,
+        activation: 2.0,
+        reduced: 4.0,
+    };
+
+    /// FP8-LM at level O3 (arXiv 2310.18313): 8-bit parameters, gradients and first moments, 16-bit master weights, sums of gradients
+    /// and second moments: 9 bytes.
+    pub const FP8_LM: Numerics = Numerics {
+        compute: Compute::Fp8,
+        parameter: 1.0,
+        gradient: 1.0,
+        accumulated: 2.0,
+        master: 2.0,
+        moments: 3.0,
+        activation: 2.0,
+        reduced: 1.0,
+    };
+
+    /// DeepSeek-V3 (arXiv 2412.19437, section 3.3): 8-bit parameters, 16-bit gradients and moments, 32-bit master weights and sums
+    /// of gradients: 15 bytes.
+    pub const FP8_DEEPSEEK: Numerics = Numerics {
+        compute: Compute::Fp8,
+        parameter: 1.0,
+        gradient: 2.0,
+        accumulated: 4.0,
+        master: 4.0,
+        moments: 4.0,
+        activation: 2.0,
+        reduced: 4.0,
+    };
+
+    /// nanotron's FP8: 8-bit parameters, gradients and moments, 16-bit master weights, sums of gradients in 32 bits: 10 bytes.
+    pub const FP8_NANOTRON: Numerics = Numerics {
+        compute: Compute::Fp8,
+        parameter: 1.0,
+        gradient: 1.0,
+        accumulated: 4.0,
+        master: 2.0,
+        moments: 2.0,
+        activation: 2.0,
+        reduced: 4.0,
+    };
+
     /// Bytes of all states of one parameter, unsharded.
     pub fn bytes_per_parameter(&self) -> f64 {
         self.parameter + self.gradient + self.accumulated + self.master + self.moments
@@ -347,6 +405,7 @@ impl Layout {
             micro_batch,
             microbatches: 1,
             recompute: Recompute::None,
+            recomputed_blocks: None,
             attention: AttentionKernel::Flash2,
             loss: LossKernel::InPlace,
             launches: Launches::default(),
@@ -356,7 +415,13 @@ impl Layout {
             fused_norms: true,
             scatters: true,
             numerics: Numerics::MIXED_FP32_GRADIENTS,
-            overlap: Overlap { gradients: false, tensor: false, input_gradients: true, parameters: false },
+            overlap: Overlap {
+                gradients: false,
+                tensor: false,
+                input_gradients: true,
+                parameters: false,
+                experts: false,
+            },
             bucket_bytes: None,
             gather_bytes: None,
             memory_limit: None,
@@ -388,6 +453,14 @@ impl Layout {
         let ranks = self.data_ranks();
         let most = self.group.unwrap_or_else(|| (node / self.tp.max(1)).clamp(1, ranks));
         (1..=most.min(ranks)).rev().find(|m| ranks.is_multiple_of(*m)).unwrap_or(1)
+    }
+
+    /// Blocks of a stage of `blocks` that are computed again.
+    pub fn recomputed(&self, blocks: u64) -> u64 {
+        match self.recompute {
+            Recompute::None => 0,
+            _ => self.recomputed_blocks.map_or(blocks, |most| most.min(blocks)),
+        }
     }
 
     /// By how much the norms' tensors are cut.
@@ -467,6 +540,17 @@ mod tests {
         assert_eq!(Numerics::MIXED_FP32_GRADIENTS.bytes_per_parameter(), 18.0);
         assert_eq!(Numerics::MIXED_FP32_ACCUMULATION.bytes_per_parameter(), 20.0);
         assert_eq!(Numerics::GATHERED_16_BIT.bytes_per_parameter(), 16.0);
+        // The playbook's table of FP8 recipes, and its reductions from 20 bytes.
+        for (recipe, bytes, percent) in [
+            (Numerics::FP8_TRANSFORMER_ENGINE, 16.0, 20.0),
+            (Numerics::FP8_LM, 9.0, 55.0),
+            (Numerics::FP8_DEEPSEEK, 15.0, 25.0),
+            (Numerics::FP8_NANOTRON, 10.0, 50.0),
+        ] {
+            assert_eq!(recipe.bytes_per_parameter(), bytes);
+            let before = Numerics::MIXED_FP32_ACCUMULATION.bytes_per_parameter();
+            assert_eq!(100.0 * (before - bytes) / before, percent);
+        }
     }
 
     #[test]

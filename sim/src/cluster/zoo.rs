@@ -53,8 +53,9 @@ fn presets() -> String {
 type Row = (&'static str, u64, u64, u64, u64, u64, u64, u64, Option<(u64, u64, u64, u64, u64)>, bool);
 
 /// From the models' own `config.json` (Mixtral: arXiv 2401.04088; Qwen3: arXiv 2505.09388; DeepSeek: arXiv 2405.04434 and
-/// 2412.19437) and, for the GPT family, from table 2.1 of arXiv 2005.14165.
-const PRESETS: [Row; 7] = [
+/// 2412.19437; GPT-NeoX: arXiv 2204.06745; BLOOM: arXiv 2211.05100; MPT: its `config.json`) and, for GPT-3, from table 2.1 of arXiv
+/// 2005.14165.
+const PRESETS: [Row; 11] = [
     ("mixtral-8x7b", 32, 4096, 32, 8, 128, 14336, 32_000, Some((8, 2, 14336, 0, 0)), false),
     ("mixtral-8x22b", 56, 6144, 48, 8, 128, 16384, 32_768, Some((8, 2, 16384, 0, 0)), false),
     ("qwen3-30b-a3b", 48, 2048, 32, 4, 128, 6144, 151_936, Some((128, 8, 768, 0, 0)), false),
@@ -62,6 +63,10 @@ const PRESETS: [Row; 7] = [
     ("deepseek-v2", 60, 5120, 128, 128, 192, 12288, 102_400, Some((160, 6, 1536, 3072, 1)), true),
     ("deepseek-v3", 61, 7168, 128, 128, 192, 18432, 129_280, Some((256, 8, 2048, 2048, 3)), true),
     ("gpt3-175b", 96, 12288, 96, 96, 128, 49152, 51_200, None, false),
+    ("gpt-neox-20b", 44, 6144, 64, 64, 96, 24576, 50_432, None, false),
+    ("bloom-176b", 70, 14336, 112, 112, 128, 57344, 250_880, None, false),
+    ("mpt-7b", 32, 4096, 32, 32, 128, 16384, 50_432, None, false),
+    ("mpt-30b", 48, 7168, 64, 64, 112, 28672, 50_432, None, false),
 ];
 
 fn latent(heads: u64) -> Attention {
@@ -122,14 +127,17 @@ pub(super) fn document(path: &str) -> Result<Option<(Value, PathBuf)>, ZooError>
 }
 
 fn preset(&(name, layers, hidden, heads, kv_heads, head_dim, ffn, vocab, experts, compressed): &Row) -> Architecture {
-    let gpt = name.starts_with("gpt");
+    // GPT-3 learns positions, GPT-NeoX rotates; BLOOM and MPT have linear biases (ALiBi), which are no parameters. MPT has no other biases
+    // either.
+    let plain = ["gpt", "bloom", "mpt"].iter().any(|family| name.starts_with(family));
+    let learned = name.starts_with("gpt3");
     Architecture {
         name: name.into(),
         layers,
         hidden,
         attention: if compressed { latent(heads) } else { Attention::Grouped { heads, kv_heads, head_dim } },
         ffn,
-        gated: !gpt,
+        gated: !plain,
         experts: experts.map(|(count, top_k, ffn, shared_ffn, dense_layers)| Experts {
             count,
             top_k,
@@ -138,9 +146,9 @@ fn preset(&(name, layers, hidden, heads, kv_heads, head_dim, ffn, vocab, experts
             dense_layers,
         }),
         vocab,
-        tied: gpt,
-        biases: gpt,
-        positions: if gpt { PositionTable::Learned(2048) } else { PositionTable::None },
+        tied: plain && !name.starts_with("gpt-neox"),
+        biases: plain && !name.starts_with("mpt"),
+        positions: if learned { PositionTable::Learned(2048) } else { PositionTable::None },
         dropout: false,
     }
 }
@@ -241,6 +249,10 @@ mod tests {
             56 * (88_080_384 + 2_415_919_104 + 61_440) + 402_653_184 + 6_144
         );
         assert_eq!(Architecture::load("llama-3-8b").unwrap().parameters(), 8_030_261_248);
+        // Of their checkpoints. BLOOM normalises its embedding, too, which is two vectors more.
+        assert_eq!(Architecture::load("gpt-neox-20b").unwrap().parameters(), 20_554_567_680);
+        assert_eq!(Architecture::load("mpt-7b").unwrap().parameters(), 6_649_286_656);
+        assert_eq!(Architecture::load("bloom-176b").unwrap().parameters() + 2 * 14336, 176_247_271_424);
         for name in ["Mixtral-8x7B", "mistralai/Mixtral_8x7B", "MIXTRAL 8X7B"] {
             assert_eq!(Architecture::load(name).unwrap().parameters(), 46_702_792_704);
         }
