@@ -1,6 +1,7 @@
 //! `paceline`: will it fit, how fast will it be, what should I launch?
 
 mod commands;
+mod distributed;
 mod failure;
 mod flags;
 mod interrupt;

@@ -44,9 +44,11 @@ pub fn settings(job: &Job, data: &Dataset, steps: u64) -> Result<RunSettings, Fa
 /// Whose fault a failed run is.
 pub fn failure(error: ExecError) -> Failure {
     match error {
-        ExecError::Setting { .. } | ExecError::Data(_) | ExecError::Checkpoint(_) | ExecError::Program(_) => {
-            Failure::bad_input(error)
-        }
+        ExecError::Setting { .. }
+        | ExecError::NoRoom { .. }
+        | ExecError::Data(_)
+        | ExecError::Checkpoint(_)
+        | ExecError::Program(_) => Failure::bad_input(error),
         other => Failure::internal(other),
     }
 }

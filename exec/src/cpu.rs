@@ -8,6 +8,7 @@ use crate::interpreter::Hands;
 use crate::kernel_times::KernelTally;
 use crate::memory::RankMemory;
 use crate::numbers::{self, dtype};
+use crate::processes::Mesh;
 use crate::seam::{Launch, Operands, Passes};
 use crate::settings::OptimizerSettings;
 use paceline_kernels::{AdamW, Call, Device, KernelError, View};
@@ -32,9 +33,16 @@ pub(crate) struct Job<'a> {
     pub poison: bool,
     /// Steps of the program.
     pub steps: u32,
+    /// The other processes, where every rank has its own.
+    pub mesh: Option<&'a Mesh>,
 }
 
 impl Job<'_> {
+    /// Whether this process runs a rank.
+    pub fn hosts(&self, rank: usize) -> bool {
+        self.mesh.is_none_or(|mesh| mesh.rank() as usize == rank)
+    }
+
     /// The update of a step, `step` done before.
     fn adamw(&self, step: u64, decay: bool) -> AdamW {
         let settings = &self.optimizer;

@@ -116,9 +116,10 @@ pub(crate) fn with_crew<E: Effects, H: Hands + Send, R>(
         finished: AtomicU32::new(0),
     };
     let cores = if pin { core_affinity::get_core_ids().unwrap_or_default() } else { Vec::new() };
+    let leader = &shared.leader;
     std::thread::scope(|scope| {
         let _stop = StopOnDrop(fabric);
-        for (rank, own) in (0u32..).zip(hands) {
+        for (rank, own) in fabric.hosted().zip(hands) {
             let (shared, core) = (&shared, cores.get(fabric.bound.device(rank)).copied());
             let body = move || {
                 if let Some(core) = core {
@@ -138,6 +139,20 @@ pub(crate) fn with_crew<E: Effects, H: Hands + Send, R>(
                 key: "ranks",
                 value: hands.len().to_string(),
                 allowed: format!("the system gives no thread for rank {rank}: {error}; use fewer ranks"),
+            })?;
+        }
+        for stream in 0..fabric.carried_streams() {
+            let carry = move || {
+                if catch_unwind(AssertUnwindSafe(|| fabric.carry(stream))).is_err() {
+                    fabric.abort(ExecError::Program(format!("the exchanges of stream {stream} failed")));
+                }
+                leader.unpark();
+            };
+            let thread = std::thread::Builder::new().name(format!("stream {stream}"));
+            thread.spawn_scoped(scope, carry).map_err(|error| ExecError::Setting {
+                key: "ranks",
+                value: hands.len().to_string(),
+                allowed: format!("the system gives no thread for communication: {error}"),
             })?;
         }
         if fabric.effects.is_delayed() {

@@ -9,6 +9,8 @@ use std::sync::{Mutex, PoisonError};
 
 /// Elements that are summed at a time, in memory of its own.
 const BLOCK: usize = 1 << 20;
+/// Bytes of that memory.
+pub(crate) const ROOM: u64 = (BLOCK * DType::F64.bytes()) as u64;
 
 /// Communication within one device.
 pub(crate) struct DeviceExchange<'d> {
@@ -80,7 +82,7 @@ impl<'d> DeviceExchange<'d> {
         let mut room = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
         let block = match &mut *room {
             Some(block) => block,
-            none => none.insert(self.device.allocate(BLOCK * DType::F64.bytes())?),
+            none => none.insert(self.device.allocate(ROOM as usize)?),
         };
         if let &Move::Swap { one, other, len } = work {
             for start in (0..len).step_by(BLOCK) {

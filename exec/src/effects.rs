@@ -1,5 +1,8 @@
 //! What communication does to memory and how long it takes, behind one trait: really done, or only paced.
 
+use crate::bind::Partner;
+use crate::error::ExecError;
+
 /// When a piece of work ran, in nanoseconds since the run began.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Span {
@@ -40,6 +43,22 @@ pub(crate) trait Effects: Sync {
 
     /// Both sides of a transfer have arrived, the later one at `since`: gives it to the links between fast groups, if it crosses.
     fn open_transfer(&self, transfer: usize, since: u64) -> Passage;
+
+    /// Whether this process runs a rank. Where it does not run all, exchanges of ranks are carried by threads of their streams.
+    fn hosts(&self, _rank: u32) -> bool {
+        true
+    }
+
+    /// Does the part of this process's rank in an exchange with ranks of other processes, to its end.
+    ///
+    /// # Safety
+    /// The range is the op's, and lives; only this call touches it.
+    unsafe fn carry(&self, _partner: Partner, _range: HostRange) -> Result<Span, ExecError> {
+        Err(ExecError::Program("an exchange with another process, where there is none".into()))
+    }
+
+    /// The run ends with this error: whoever waits for other processes stops waiting, and they are told.
+    fn give_up(&self, _error: &ExecError) {}
 
     /// Whether a transfer takes its receiver's device.
     fn transfer_takes_device(&self, transfer: usize) -> bool;

@@ -1,8 +1,9 @@
 //! What can go wrong in a run. Every message names the thing, the value, what is allowed and a way out.
 
+use crate::processes::ProcessError;
 use paceline_kernels::KernelError;
 use paceline_sim::program::Tensor;
-use paceline_sim::units::{OpId, RankId};
+use paceline_sim::units::{OpId, RankId, show_bytes};
 use std::path::PathBuf;
 use thiserror::Error;
 
@@ -30,6 +31,31 @@ pub enum ExecError {
     /// A kernel refused or ran out of memory.
     #[error("{rank} {op}: {source}")]
     Kernel { rank: RankId, op: OpId, source: KernelError },
+    /// The device failed outside of any op.
+    #[error(transparent)]
+    Device(KernelError),
+    /// Ranks that do not fit into the memory of their device, found before any of it is taken.
+    #[error(
+        "{rank} needs {} ({classes}) on {device}, which has {} free of {}{}: choose a smaller micro_batch, recompute = 'full', more \
+         partitioned states, or more devices",
+        show_bytes(*bytes), show_bytes(*free), show_bytes(*total),
+        if *before == 0 { String::new() } else { format!(", of which the ranks before it take {}", show_bytes(*before)) }
+    )]
+    NoRoom {
+        rank: RankId,
+        device: String,
+        /// Of its arena.
+        bytes: u64,
+        /// Its classes at the peak, largest first.
+        classes: String,
+        /// What ranks before it on the same device take.
+        before: u64,
+        free: u64,
+        total: u64,
+    },
+    /// Working with other processes.
+    #[error(transparent)]
+    Process(Box<ProcessError>),
     /// The loss or the gradient norm is not a number any more.
     #[error("step {step}: {what} is {value}; lower the learning rate, lengthen the warm-up or lower the clipping norm")]
     Diverged { step: u64, what: &'static str, value: f64 },
@@ -39,6 +65,12 @@ pub enum ExecError {
     /// A thread of the executor panicked: a bug.
     #[error("{rank} panicked: {message}")]
     Panic { rank: RankId, message: String },
+}
+
+impl From<ProcessError> for ExecError {
+    fn from(error: ProcessError) -> ExecError {
+        ExecError::Process(Box::new(error))
+    }
 }
 
 /// Why training data cannot be used.

@@ -10,7 +10,8 @@
 //! One lock is held at a time, never while work is done.
 
 use crate::bind::{Bound, OpRef, Partner};
-use crate::effects::{Effects, HostRange, Passage};
+use crate::carriage::Carriage;
+use crate::effects::{Effects, HostRange, Passage, Span};
 use crate::error::ExecError;
 use crate::record::Record;
 use crate::slot::{Next, Slot};
@@ -159,6 +160,9 @@ pub(crate) struct Fabric<'p, E> {
     /// What is under way between fast groups: when it has passed.
     wire: Mutex<BinaryHeap<Reverse<(u64, Passing)>>>,
     wire_changed: Condvar,
+    /// Exchanges with other processes, and whether there are any.
+    carriage: Carriage,
+    alone: bool,
     /// Ops ended so far: tells a slow step from one that stands still.
     progress: AtomicU64,
     /// How often a waiting thread looks before it sleeps, while its device is idle.
@@ -196,6 +200,8 @@ impl<'p, E: Effects> Fabric<'p, E> {
             error: Mutex::new(None),
             wire: Mutex::new(BinaryHeap::new()),
             wire_changed: Condvar::new(),
+            alone: (0..bound.program.ranks.len() as u32).all(|rank| effects.hosts(rank)),
+            carriage: Carriage::new(bound.streams.iter().copied().max().unwrap_or(0)),
             progress: AtomicU64::new(0),
             spins,
             bound,
@@ -228,6 +234,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
 
     /// Gives the run up. The first error is kept.
     pub fn abort(&self, error: ExecError) {
+        self.effects.give_up(&error);
         self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         self.stop();
     }
@@ -239,6 +246,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
         // Under the lock, so that the watcher has either seen the flag or waits already.
         drop(self.wire.lock().unwrap_or_else(PoisonError::into_inner));
         self.wire_changed.notify_all();
+        self.carriage.wake();
     }
 
     pub fn aborted(&self) -> bool {
@@ -464,8 +472,57 @@ impl<'p, E: Effects> Fabric<'p, E> {
         }
     }
 
+    /// The ranks that this process runs.
+    pub fn hosted(&self) -> impl Iterator<Item = u32> {
+        (0..self.ranks.len() as u32).filter(|&rank| self.effects.hosts(rank))
+    }
+
+    /// Streams whose exchanges are carried to other processes, each by a thread that calls [`Fabric::carry`].
+    pub fn carried_streams(&self) -> usize {
+        if self.alone { 0 } else { self.carriage.streams() }
+    }
+
+    /// Carries the exchanges of a stream until the run ends.
+    pub fn carry(&self, stream: usize) {
+        while let Some(op) = self.carriage.take(stream, || self.aborted()) {
+            let partner = self.bound.partners[op.rank as usize][op.op as usize];
+            let range = match partner {
+                Partner::None => HostRange::default(),
+                Partner::Sender(t) => self.transfers[t as usize].from.load(),
+                Partner::Receiver(t) => self.transfers[t as usize].to.load(),
+                Partner::Member { meeting, member } => self.meetings[meeting as usize].ranges[member as usize].load(),
+            };
+            // SAFETY: the op has arrived and has not ended, so the program lets nobody else touch its range.
+            match unsafe { self.effects.carry(partner, range) } {
+                Err(error) => return self.abort(error),
+                Ok(Span { start, effective: end, .. }) => {
+                    let mut consequences = Consequences::new();
+                    consequences.push(Consequence::Ended { op, met: start, start, end });
+                    self.settle(consequences);
+                }
+            }
+        }
+    }
+
+    /// Whether an op meets ranks of other processes.
+    fn is_carried(&self, partner: Partner) -> bool {
+        let away = |op: OpRef| !self.effects.hosts(op.rank);
+        match partner {
+            _ if self.alone => false,
+            Partner::None => false,
+            Partner::Sender(t) => away(self.bound.transfers[t as usize].to),
+            Partner::Receiver(t) => away(self.bound.transfers[t as usize].from),
+            Partner::Member { meeting, .. } => self.bound.meetings[meeting as usize].members.iter().any(|&op| away(op)),
+        }
+    }
+
     fn arrive(&self, op: OpRef, at: u64, consequences: &mut Consequences) {
-        match self.bound.partners[op.rank as usize][op.op as usize] {
+        let partner = self.bound.partners[op.rank as usize][op.op as usize];
+        if self.is_carried(partner) {
+            let stream = self.bound.program.ranks[op.rank as usize].ops[op.op as usize].stream;
+            return self.carriage.give(stream.0 as usize, op);
+        }
+        match partner {
             Partner::None => unreachable!("an op without partner does not arrive"),
             Partner::Sender(t) | Partner::Receiver(t) => {
                 let state = &self.transfers[t as usize];

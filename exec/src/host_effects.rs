@@ -1,20 +1,27 @@
 //! Communication by copies and sums in memory that all ranks reach.
 
-use crate::bind::{Bound, Meeting};
+use crate::bind::{Bound, Meeting, Partner};
 use crate::collectives::{Member, Parts, perform};
 use crate::crew::Clock;
 use crate::device_exchange::DeviceExchange;
 use crate::effects::{Effects, HostRange, Passage, Span};
+use crate::error::ExecError;
 use crate::numbers::dtype;
+use crate::processes::network::{Channels, Work};
+use crate::processes::staged::{Collective as Staging, ExchangeError, Staged};
+use crate::processes::{Mesh, Processes};
 use half::bf16;
 use paceline_kernels::{DType, Device, KernelError};
-use paceline_sim::program::{Links, Step, Way, rounds};
+use paceline_sim::program::{Collective, Links, Step, Way, rounds};
 use paceline_sim::units::RankId;
 use smallvec::SmallVec;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A collective as the ranks do it.
 struct Exchange {
+    collective: Collective,
+    /// By member: its rank.
+    members: Vec<u32>,
     steps: Vec<Step>,
     dtype: DType,
     parts: Parts,
@@ -42,9 +49,41 @@ pub(crate) struct HostEffects<'d> {
     /// By meeting.
     ways: Vec<Way>,
     links: Mutex<Links>,
+    /// By transfer: the ranks of sender and receiver.
+    ends: Vec<(u32, u32)>,
+    /// Where every rank has a process of its own.
+    away: Option<Away<'d>>,
+}
+
+/// The way to ranks of other processes.
+struct Away<'d> {
+    mesh: Arc<Mesh>,
+    device: &'d dyn Device,
+    /// The device's own network; without, messages go through the host's memory.
+    channels: Option<Channels>,
 }
 
 impl<'d> HostEffects<'d> {
+    /// The same between processes, each with one rank; opens the channels of the device's network if they are wanted.
+    ///
+    /// # Errors
+    /// When the device has no network, or it cannot be opened.
+    pub fn among(mut self, bound: &Bound, processes: &Processes, device: &'d dyn Device) -> Result<Self, ExecError> {
+        let channels = match (processes.direct, device.network()) {
+            (false, _) => None,
+            (true, Some(network)) => Some(Channels::open(bound, &processes.mesh, network)?),
+            (true, None) => {
+                return Err(ExecError::Setting {
+                    key: "transport",
+                    value: "direct".into(),
+                    allowed: format!("device {} has no network of its own; choose tcp", device.name()),
+                });
+            }
+        };
+        self.away = Some(Away { mesh: processes.mesh.clone(), device, channels });
+        Ok(self)
+    }
+
     pub fn new(bound: &Bound, clock: Clock, device: &'d dyn Device) -> HostEffects<'d> {
         let exchange = |meeting: &Meeting| {
             let dtype = dtype(meeting.element);
@@ -59,7 +98,15 @@ impl<'d> HostEffects<'d> {
                 let bytes = step.crossing(members, groups, (part * width).min(meeting.bytes));
                 link.filter(|_| bytes > 0).map_or((0, 0), |link| (link.busy(bytes).0, link.latency.0))
             };
-            Exchange { delays: steps.iter().map(delay).collect(), steps, dtype, parts, groups: groups as usize }
+            Exchange {
+                collective: meeting.collective,
+                members: meeting.members.iter().map(|member| member.rank).collect(),
+                delays: steps.iter().map(delay).collect(),
+                steps,
+                dtype,
+                parts,
+                groups: groups as usize,
+            }
         };
         let program = bound.program;
         let transfer = |t: &crate::bind::Transfer| {
@@ -75,6 +122,8 @@ impl<'d> HostEffects<'d> {
             transfers: bound.transfers.iter().map(transfer).collect(),
             ways: bound.meetings.iter().map(|m| program.way_of_round(&program.groups[m.group].ranks)).collect(),
             links: Mutex::default(),
+            ends: bound.transfers.iter().map(|t| (t.from.rank, t.to.rank)).collect(),
+            away: None,
         }
     }
 
@@ -112,6 +161,57 @@ impl Effects for HostEffects<'_> {
     fn open_transfer(&self, transfer: usize, _: u64) -> Passage {
         let Transfer { way, delay, .. } = &self.transfers[transfer];
         self.pass(way, *delay)
+    }
+
+    fn hosts(&self, rank: u32) -> bool {
+        self.away.as_ref().is_none_or(|away| away.mesh.rank() == rank)
+    }
+
+    unsafe fn carry(&self, partner: Partner, range: HostRange) -> Result<Span, ExecError> {
+        let Some(Away { mesh, device, channels }) = &self.away else {
+            return Err(ExecError::Program("an exchange with another process, where there is none".into()));
+        };
+        let staged = Staged { mesh, device: *device };
+        let mut start = self.clock.now();
+        // SAFETY: the caller's promise.
+        let done = unsafe {
+            match (partner, channels) {
+                (Partner::None, _) => Ok(()),
+                (Partner::Sender(t), None) => staged.send(t, self.ends[t as usize].1, range),
+                (Partner::Receiver(t), None) => {
+                    staged.receive(t, self.ends[t as usize].0, range, || start = self.clock.now())
+                }
+                (Partner::Sender(t), Some(channels)) => channels.transfer(t as usize, range, true, mesh),
+                (Partner::Receiver(t), Some(channels)) => channels.transfer(t as usize, range, false, mesh),
+                (Partner::Member { meeting, member }, channels) => {
+                    let &Exchange { collective, ref members, ref steps, dtype, parts, groups, .. } =
+                        &self.meetings[meeting as usize];
+                    let member = member as usize;
+                    match channels {
+                        None => {
+                            let staging = Staging { meeting, steps, dtype, parts, groups, members, member };
+                            staged.perform(&staging, range)
+                        }
+                        Some(channels) => {
+                            let work = Work { collective, dtype, parts, members: members.len(), member };
+                            channels.collective(meeting as usize, &work, range, *device, mesh)
+                        }
+                    }
+                }
+            }
+        };
+        done.map_err(|error| match error {
+            ExchangeError::Process(error) => error.into(),
+            ExchangeError::Kernel(error) => ExecError::Device(error),
+        })?;
+        let end = self.clock.now();
+        Ok(Span { start, end, effective: end })
+    }
+
+    fn give_up(&self, error: &ExecError) {
+        if let Some(away) = &self.away {
+            away.mesh.give_up(&error.to_string());
+        }
     }
 
     fn transfer_takes_device(&self, _: usize) -> bool {

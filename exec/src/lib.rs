@@ -5,9 +5,10 @@
 //! op does lies behind two small traits: [`cpu`] computes with kernels in shared memory, [`paced`] waits as long as a
 //! cost model says. What a model computes lies behind [`seam`];
 //! [`layers`] is the transformer.
-//! [`measure`] makes the profile of a machine.
+//! [`measure`] makes the profile of a machine. [`processes`] lets every rank run in a process of its own, on one host or many.
 
 mod bind;
+mod carriage;
 mod checkpoint;
 mod collectives;
 mod cpu;
@@ -37,6 +38,7 @@ mod state;
 mod timeline;
 
 pub mod measure;
+pub mod processes;
 
 pub use data::{Dataset, Sampler};
 pub use error::{CheckpointError, DataError, ExecError};

@@ -7,13 +7,14 @@
 use paceline_kernels::{Block, DType, Device, KernelError};
 use paceline_sim::arena;
 use paceline_sim::program::{MemoryClass, RankProgram};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 
 /// Number of memory classes.
 const CLASSES: usize = MemoryClass::ALL.len();
 
 /// What a rank's memory held over time.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryReport {
     /// Highest sum of live bytes.
     pub peak_bytes: u64,

@@ -6,20 +6,27 @@ use crate::checkpoint::{self, Progress};
 use crate::cpu::{CpuHands, Job, StepOrders};
 use crate::crew::{Clock, with_crew};
 use crate::data::Dataset;
+use crate::device_exchange;
 use crate::error::{CheckpointError, ExecError};
 use crate::evaluate::held_out_loss;
 use crate::fabric::Fabric;
 use crate::host_effects::HostEffects;
 use crate::kernel_times::KernelTally;
-use crate::memory::MemoryReport;
+use crate::memory::{ALIGNMENT, MemoryReport};
+use crate::processes::{Mesh, ProcessError};
 use crate::report::{Observer, RunReport, StepReport};
 use crate::seam::Passes;
 use crate::settings::RunSettings;
 use crate::state::Holders;
 use crate::timeline::StepRecord;
 use paceline_kernels::{Device, KernelError};
-use paceline_sim::program::Program;
-use paceline_sim::units::{OpId, RankId};
+use paceline_sim::arena;
+use paceline_sim::memory::walk;
+use paceline_sim::program::{MemoryClass, Program};
+use paceline_sim::trace::RankTrace;
+use paceline_sim::units::{OpId, RankId, show_bytes};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -44,6 +51,78 @@ pub fn run_passes(
     data: &Dataset,
     observer: &mut dyn Observer,
 ) -> Result<RunReport, ExecError> {
+    let Some(processes) = &settings.processes else {
+        return train_here(program, passes, device, settings, data, observer);
+    };
+    let trained =
+        fits(program, &processes.mesh).and_then(|()| train_here(program, passes, device, settings, data, observer));
+    match &trained {
+        Ok(_) => processes.mesh.finish()?,
+        Err(error) => processes.mesh.give_up(&error.to_string()),
+    }
+    trained
+}
+
+/// Whether a program can run with a process per rank.
+fn fits(program: &Program, mesh: &Mesh) -> Result<(), ExecError> {
+    let (ranks, size) = (program.ranks.len(), mesh.size());
+    if ranks != size as usize {
+        return Err(ExecError::Setting {
+            key: "WORLD_SIZE",
+            value: size.to_string(),
+            allowed: format!("the plan has {ranks} ranks: start {ranks} processes, or make a plan for {size} devices"),
+        });
+    }
+    if program.steps() > 1 {
+        return Err(ExecError::Program(
+            "steps without a barrier (barrier_every) need all ranks in one process; set barrier_every = 1".into(),
+        ));
+    }
+    if program.link().is_some() {
+        return Err(ExecError::Program(
+            "a rehearsed link between groups (link_bandwidth) needs all ranks in one process".into(),
+        ));
+    }
+    Ok(())
+}
+
+/// Refuses a program whose ranks here do not fit into the device's memory together.
+fn require_room(job: &Job) -> Result<(), ExecError> {
+    let Some((free, total)) = job.device.memory().map_err(ExecError::Device)? else { return Ok(()) };
+    let hosted: Vec<usize> = (0..job.program.ranks.len()).filter(|&rank| job.hosts(rank)).collect();
+    // Ranks that share memory add up in a room of their own.
+    let mut before = if hosted.len() > 1 { device_exchange::ROOM } else { 0 };
+    for rank in hosted {
+        let bytes = arena::plan(&job.program.ranks[rank], ALIGNMENT).bytes;
+        if before + bytes > free {
+            let curve = walk(job.program, RankId(rank as u32));
+            let mut classes: Vec<(MemoryClass, u64)> = curve.peak_by_class.into_iter().collect();
+            classes.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
+            let said = classes.iter().map(|&(class, bytes)| format!("{class} {}", show_bytes(bytes)));
+            return Err(ExecError::NoRoom {
+                rank: RankId(rank as u32),
+                device: job.device.name(),
+                bytes,
+                classes: said.collect::<Vec<_>>().join(", "),
+                before,
+                free,
+                total,
+            });
+        }
+        before += bytes;
+    }
+    Ok(())
+}
+
+/// The part of this process.
+fn train_here(
+    program: &Program,
+    passes: &dyn Passes,
+    device: &dyn Device,
+    settings: &RunSettings,
+    data: &Dataset,
+    observer: &mut dyn Observer,
+) -> Result<RunReport, ExecError> {
     settings.optimizer.validate()?;
     let resumed = settings.resume.as_deref().map(checkpoint::load).transpose()?;
     if let Some((folder, progress, _)) = &resumed {
@@ -59,6 +138,7 @@ pub fn run_passes(
         });
     }
     let bound = Bound::new(program)?;
+    let processes = settings.processes.as_ref();
     let sampler = data.sampler(passes.seq(), passes.vocab(), seed)?;
     let clock = Clock::start();
     let job = Job {
@@ -70,8 +150,11 @@ pub fn run_passes(
         optimizer: settings.optimizer,
         poison: settings.poison,
         steps: program.steps(),
+        mesh: processes.map(|processes| &*processes.mesh),
     };
+    require_room(&job)?;
     let hands: Vec<Mutex<CpuHands>> = (0..program.ranks.len())
+        .filter(|&rank| job.hosts(rank))
         .map(|rank| CpuHands::new(&job, RankId(rank as u32)).map(Mutex::new))
         .collect::<Result<_, _>>()?;
     let holders = Holders { job: &job, hands: &hands };
@@ -88,10 +171,14 @@ pub fn run_passes(
     }
     drop(resumed);
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let roomy = program.devices.len() <= cores;
+    let roomy = processes.is_none() && program.devices.len() <= cores;
     let spins = if roomy { SPINS } else { 0 };
     let pin = settings.pin.unwrap_or(roomy && program.ranks.len() > program.devices.len());
-    let fabric = Fabric::new(&bound, HostEffects::new(&bound, clock, device), spins);
+    let mut effects = HostEffects::new(&bound, clock, device);
+    if let Some(processes) = processes {
+        effects = effects.among(&bound, processes, device)?;
+    }
+    let fabric = Fabric::new(&bound, effects, spins);
     let training = Training { settings, seed, data: data.name(), holders: &holders, fabric: &fabric };
     with_crew(&fabric, clock, &hands, pin, |lead| training.train(done, lead, observer))
 }
@@ -138,15 +225,19 @@ impl Training<'_, '_, '_> {
             let capture_gradients = settings.capture_gradients;
             let orders = StepOrders { step, steps: wanted, capture_gradients, time_kernels };
             self.each(|hands| hands.prepare(orders))?;
-            let times = lead.step()?;
+            // All processes begin together, so that their times can be compared.
+            self.tell(())?;
+            let mut times = lead.step()?;
             if let Some(source) = self.fabric.effects.take_failure() {
                 return Err(ExecError::Kernel { rank: RankId(0), op: OpId(0), source });
             }
             self.each(|hands| hands.conclude())?;
-            let ended = self.holders.lock(0).done();
+            let ended = self.holders.lock(self.holders.hosted().next().unwrap_or(0)).done();
+            let told = self.tell(self.word(times.end - times.begin, ended))?;
+            times.end = times.begin + told.iter().map(|word| word.nanoseconds).max().unwrap_or(0);
             let seconds = times.seconds() / f64::from(ended);
             for n in 0..ended {
-                let (loss, gradient_norm) = self.results(n as usize);
+                let (loss, gradient_norm) = results(&told, n as usize);
                 let number = step + u64::from(n);
                 let report = StepReport {
                     step: number + 1,
@@ -164,11 +255,17 @@ impl Training<'_, '_, '_> {
                     }
                 }
             }
-            so_far.stopped = settings.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
+            // Several processes stop together: after the step in which all have heard of it.
+            so_far.stopped = match self.holders.job.mesh {
+                None => self.asked_to_stop(),
+                Some(_) => told.iter().any(|word| word.stopped),
+            };
             let first = step + 1;
             step += u64::from(ended);
             let last = step == settings.steps || so_far.stopped;
-            let curves = (0..program.ranks.len()).map(|rank| std::mem::take(&mut self.holders.lock(rank).curve));
+            let hosts = |rank| self.holders.job.hosts(rank);
+            let curve = |rank| std::mem::take(&mut self.holders.lock(rank).curve);
+            let curves = (0..program.ranks.len()).map(|rank| if hosts(rank) { curve(rank) } else { Vec::new() });
             let record = StepRecord::take(self.fabric, times, curves.collect());
             observer.timeline(step, &|| record.trace(program, &self.memory()));
             if first == done + 1 && !last {
@@ -193,9 +290,13 @@ impl Training<'_, '_, '_> {
             if let Some(place) = settings.checkpoint.as_ref().filter(|place| due(place.every)) {
                 let (seed, digest) = (self.seed, self.holders.job.passes.digest());
                 let progress = Progress { step, seed, digest, data: self.data.into() };
-                let path = checkpoint::save(&place.directory, &progress, &self.holders.gather()?)?;
-                observer.saved(&path);
-                so_far.checkpoint = Some(path);
+                let state = self.holders.gather()?;
+                // Of several processes the first one writes.
+                if self.holders.job.hosts(0) {
+                    let path = checkpoint::save(&place.directory, &progress, &state)?;
+                    observer.saved(&path);
+                    so_far.checkpoint = Some(path);
+                }
             }
         }
         self.report(so_far, tokens_per_step)
@@ -224,8 +325,10 @@ impl Training<'_, '_, '_> {
 
     fn report(&self, so_far: SoFar, tokens_per_step: u64) -> Result<RunReport, ExecError> {
         let program = self.holders.job.program;
-        let memory = self.memory();
-        let hands: Vec<_> = (0..program.ranks.len()).map(|rank| self.holders.lock(rank)).collect();
+        let known = self.memory();
+        let own: Vec<MemoryReport> = self.holders.hosted().map(|rank| known[rank].clone()).collect();
+        let memory: Vec<MemoryReport> = self.tell(own)?.concat();
+        let hands: Vec<_> = self.holders.hosted().map(|rank| self.holders.lock(rank)).collect();
         let in_kernels: u64 = hands.iter().map(|hands| hands.kernels.total()).sum();
         let kernels = KernelTally::merge(hands.iter().map(|hands| &hands.kernels));
         drop(hands);
@@ -240,11 +343,14 @@ impl Training<'_, '_, '_> {
             gradients = self.holders.gradients()?;
             parameters = self.holders.gather()?.into_iter().map(|(name, tensor)| (name, tensor.values)).collect();
         }
+        let mut trace = record.trace(program, &memory);
+        let own: Vec<RankTrace> = self.holders.hosted().map(|rank| trace.ranks[rank].clone()).collect();
+        trace.ranks = self.tell(own)?.concat();
         Ok(RunReport {
             steps: so_far.steps,
             held_out: so_far.held_out,
             tokens_per_step,
-            trace: record.trace(program, &memory),
+            trace,
             trace_step: *trace_step,
             memory,
             kernels,
@@ -258,7 +364,10 @@ impl Training<'_, '_, '_> {
 
     /// What each rank holds and held at most.
     fn memory(&self) -> Vec<MemoryReport> {
-        (0..self.holders.hands.len()).map(|rank| self.holders.lock(rank).memory.report()).collect()
+        let unknown = MemoryReport { peak_bytes: 0, peak_by_class: BTreeMap::new(), reserved_bytes: 0 };
+        let of =
+            |rank| if self.holders.job.hosts(rank) { self.holders.lock(rank).memory.report() } else { unknown.clone() };
+        (0..self.holders.job.program.ranks.len()).map(of).collect()
     }
 
     fn tokens_per_step(&self) -> u64 {
@@ -270,21 +379,40 @@ impl Training<'_, '_, '_> {
             * u64::from(job.passes.seq())
     }
 
-    /// Mean loss and gradient norm of a step of the program that has ended.
-    fn results(&self, step: usize) -> (f64, f64) {
-        let (mut sum, mut count, mut squared) = (0.0, 0u32, None);
-        for rank in 0..self.holders.hands.len() {
+    fn asked_to_stop(&self) -> bool {
+        self.settings.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed))
+    }
+
+    /// What this process has to say of steps that have ended.
+    fn word(&self, nanoseconds: u64, ended: u32) -> Word {
+        let stopped = self.asked_to_stop();
+        let mut ranks = Vec::new();
+        for rank in self.holders.hosted() {
             let hands = self.holders.lock(rank);
-            let result = &hands.results[step];
-            sum += result.losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
-            count += result.losses.len() as u32;
-            squared = squared.or(result.squared_norm);
+            let of = |result: &crate::cpu::StepResult| RankWord {
+                losses: result.losses.iter().map(|&loss| f64::from(loss)).sum::<f64>().to_bits(),
+                count: result.losses.len() as u32,
+                squared_norm: result.squared_norm.map(f64::to_bits),
+            };
+            ranks.push(hands.results[..ended as usize].iter().map(of).collect());
         }
-        (sum / f64::from(count), squared.unwrap_or(f64::NAN).sqrt())
+        Word { nanoseconds, stopped, ranks }
+    }
+
+    /// The words of all processes, in order; that of this one alone where it is the only one.
+    fn tell<T: Serialize + DeserializeOwned>(&self, own: T) -> Result<Vec<T>, ExecError> {
+        let Some(mesh) = self.holders.job.mesh else { return Ok(vec![own]) };
+        let damaged = |error: serde_json::Error| ProcessError::System {
+            doing: "reading the results of another process",
+            why: error.to_string(),
+        };
+        let bytes = serde_json::to_vec(&own).map_err(damaged)?;
+        let all = mesh.all(bytes)?;
+        Ok(all.iter().map(|bytes| serde_json::from_slice(bytes)).collect::<Result<_, _>>().map_err(damaged)?)
     }
 
     fn each(&self, mut act: impl FnMut(&mut CpuHands) -> Result<(), KernelError>) -> Result<(), ExecError> {
-        for rank in 0..self.holders.hands.len() {
+        for rank in self.holders.hosted() {
             act(&mut self.holders.lock(rank)).map_err(|source| ExecError::Kernel {
                 rank: RankId(rank as u32),
                 op: OpId(0),
@@ -293,4 +421,33 @@ impl Training<'_, '_, '_> {
         }
         Ok(())
     }
+}
+
+/// What a process tells the others of steps that have ended.
+#[derive(Debug, Serialize, Deserialize)]
+struct Word {
+    nanoseconds: u64,
+    /// Its stop flag is set.
+    stopped: bool,
+    /// By rank and step.
+    ranks: Vec<Vec<RankWord>>,
+}
+
+/// Sums as bits, which travel unchanged.
+#[derive(Debug, Serialize, Deserialize)]
+struct RankWord {
+    losses: u64,
+    count: u32,
+    squared_norm: Option<u64>,
+}
+
+/// Mean loss and gradient norm of a step of the program that has ended.
+fn results(told: &[Word], step: usize) -> (f64, f64) {
+    let (mut sum, mut count, mut squared) = (0.0, 0u32, None);
+    for word in told.iter().flat_map(|word| &word.ranks).map(|steps| &steps[step]) {
+        sum += f64::from_bits(word.losses);
+        count += word.count;
+        squared = squared.or(word.squared_norm.map(f64::from_bits));
+    }
+    (sum / f64::from(count), squared.unwrap_or(f64::NAN).sqrt())
 }

@@ -2,6 +2,7 @@
 
 use crate::error::ExecError;
 use crate::learning_rate::LearningRate;
+use crate::processes::Processes;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -31,6 +32,8 @@ pub struct RunSettings {
     /// Keep the ranks of a device on one core; by default where several ranks share a device and every device can have
     /// its core, because handing a device over is several times faster within a core than between cores.
     pub pin: Option<bool>,
+    /// The other processes, where each rank has its own; without, all ranks run in this one.
+    pub processes: Option<Processes>,
 }
 
 impl RunSettings {
@@ -53,6 +56,7 @@ impl RunSettings {
             capture_gradients: false,
             poison: false,
             pin: None,
+            processes: None,
         }
     }
 }

@@ -5,6 +5,7 @@ use crate::cpu::{CpuHands, Job};
 use crate::error::ExecError;
 use crate::initialise::fill;
 use crate::numbers;
+use crate::processes::share::{UNKNOWN, is_unknown, put_together};
 use crate::seam::Parameter;
 use paceline_kernels::{DType, View};
 use paceline_sim::program::Tensor;
@@ -51,15 +52,22 @@ fn copy_overlap(from: &[f32], from_holds: &Range<usize>, to: &mut [f32], to_hold
     }
 }
 
-/// The hands of all ranks, between steps.
+/// The hands of all ranks that this process runs, between steps.
 pub(crate) struct Holders<'h, 'a> {
     pub job: &'h Job<'a>,
     pub hands: &'h [Mutex<CpuHands<'a>>],
 }
 
 impl<'h, 'a> Holders<'h, 'a> {
+    /// The hands of a rank that this process runs.
     pub fn lock(&self, rank: usize) -> MutexGuard<'h, CpuHands<'a>> {
-        self.hands[rank].lock().unwrap_or_else(PoisonError::into_inner)
+        let place = if self.job.mesh.is_some() { 0 } else { rank };
+        self.hands[place].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The ranks that this process runs.
+    pub fn hosted(&self) -> impl Iterator<Item = usize> {
+        (0..self.job.program.ranks.len()).filter(|&rank| self.job.hosts(rank))
     }
 
     /// Calls `visit` for every buffer of weights that a rank keeps through all steps, in order of rank, with the unit's
@@ -68,8 +76,8 @@ impl<'h, 'a> Holders<'h, 'a> {
         &self,
         mut visit: impl FnMut(&CpuHands<'a>, &Weights, &[Parameter]) -> Result<(), paceline_kernels::KernelError>,
     ) -> Result<(), ExecError> {
-        for (r, rank) in self.job.program.ranks.iter().enumerate() {
-            let hands = self.lock(r);
+        for r in self.hosted() {
+            let (hands, rank) = (self.lock(r), &self.job.program.ranks[r]);
             for buffer in &rank.persistent {
                 let held = &rank.buffers[buffer.index()];
                 let passes = self.job.passes;
@@ -101,8 +109,8 @@ impl<'h, 'a> Holders<'h, 'a> {
         &self,
         mut visit: impl FnMut(&CpuHands<'a>, StageId, u16, &[Parameter]) -> Result<(), paceline_kernels::KernelError>,
     ) -> Result<(), ExecError> {
-        for (r, rank) in self.job.program.ranks.iter().enumerate() {
-            let hands = self.lock(r);
+        for r in self.hosted() {
+            let (hands, rank) = (self.lock(r), &self.job.program.ranks[r]);
             for buffer in &rank.persistent {
                 let Tensor::Moments { stage, unit } = rank.buffers[buffer.index()].tensor else { continue };
                 let parameters = self.job.passes.parameters(stage, unit);
@@ -128,9 +136,49 @@ impl<'h, 'a> Holders<'h, 'a> {
         })
     }
 
-    /// Everything that training changes.
+    /// Everything that training changes: in the first process; the others give what they hold and get nothing.
     pub fn gather(&self) -> Result<ModelState, ExecError> {
+        let mut state = self.gather_own()?;
+        let Some(mesh) = self.job.mesh else { return Ok(state) };
+        let mut arrays = BTreeMap::new();
+        for (name, tensor) in &mut state {
+            for (kind, values) in [("p", &mut tensor.values), ("m", &mut tensor.first), ("v", &mut tensor.second)] {
+                arrays.insert(format!("{kind} {name}"), std::mem::take(values));
+            }
+        }
+        put_together(mesh, 0, &mut arrays)?;
+        if mesh.rank() > 0 {
+            return Ok(ModelState::new());
+        }
+        let shapes = self.shapes();
+        let mut whole = ModelState::new();
+        for (name, shape) in shapes {
+            let mut take = |kind| {
+                let mut values = arrays.remove(&format!("{kind} {name}")).unwrap_or_default();
+                // What nobody holds is zero: moments of frozen parameters.
+                values.iter_mut().filter(|value| is_unknown(**value)).for_each(|value| *value = 0.0);
+                values
+            };
+            let (values, first, second) = (take("p"), take("m"), take("v"));
+            whole.insert(name, TensorState { shape, values, first, second });
+        }
+        Ok(whole)
+    }
+
+    /// The shape of every parameter of the program, by name.
+    fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        let stages = (0u16..).map(StageId).zip(&self.job.program.stages);
+        let units = stages.flat_map(|(stage, held)| (0..held.units.len() as u16).map(move |unit| (stage, unit)));
+        let passes = self.job.passes;
+        let parameters = units
+            .flat_map(|(stage, unit)| passes.parameters(stage, unit).into_iter().chain(passes.frozen(stage, unit)));
+        parameters.map(|parameter| (parameter.name, parameter.shape)).collect()
+    }
+
+    /// What this process holds of everything that training changes; where there are others, the rest is [`UNKNOWN`].
+    fn gather_own(&self) -> Result<ModelState, ExecError> {
         let mut state = ModelState::new();
+        let blank = if self.job.mesh.is_some() { UNKNOWN } else { 0.0 };
         self.for_each_piece(|_, weights, parameters| {
             if weights.are_rounded() {
                 return Ok(());
@@ -140,9 +188,9 @@ impl<'h, 'a> Holders<'h, 'a> {
                 let range = parameter.range.clone();
                 let entry = state.entry(parameter.name.clone()).or_insert_with(|| TensorState {
                     shape: parameter.shape.clone(),
-                    values: vec![0.0; range.len()],
-                    first: vec![0.0; range.len()],
-                    second: vec![0.0; range.len()],
+                    values: vec![blank; range.len()],
+                    first: vec![blank; range.len()],
+                    second: vec![blank; range.len()],
                 });
                 copy_overlap(&values, &weights.holds, &mut entry.values, &range);
             }
@@ -200,13 +248,14 @@ impl<'h, 'a> Holders<'h, 'a> {
         wrong.map_or(Ok(()), Err)
     }
 
-    /// The whole weights of every unit of some stages that no rank keeps whole, by the tensor that passes read.
+    /// The weights of every unit of some stages that no rank keeps whole, by the tensor that passes read: what this process holds of
+    /// them, the rest [`UNKNOWN`].
     pub fn assemble(&self, stages: &[StageId]) -> Result<BTreeMap<Tensor, Vec<f32>>, ExecError> {
         let mut all: BTreeMap<Tensor, Vec<f32>> = BTreeMap::new();
         self.for_each_piece(|_, weights, parameters| {
             let len = parameters.iter().map(|parameter| parameter.range.end).max().unwrap_or(0);
             if stages.contains(&weights.stage) && weights.holds != (0..len) {
-                let whole = all.entry(weights.whole).or_insert_with(|| vec![0.0; len]);
+                let whole = all.entry(weights.whole).or_insert_with(|| vec![UNKNOWN; len]);
                 copy_overlap(&self.read(weights.view)?, &weights.holds, whole, &(0..len));
             }
             Ok(())
@@ -214,18 +263,24 @@ impl<'h, 'a> Holders<'h, 'a> {
         Ok(all)
     }
 
-    /// The gradients of the last step, if they were captured.
+    /// The gradients of the last step, if they were captured: in the first process.
     pub fn gradients(&self) -> Result<BTreeMap<String, Vec<f32>>, ExecError> {
         let mut all: BTreeMap<String, Vec<f32>> = BTreeMap::new();
         self.for_each_unit(|hands, stage, unit, parameters| {
             let Some((own, values)) = hands.gradients.get(&(stage, unit)) else { return Ok(()) };
             for parameter in parameters {
                 let range = &parameter.range;
-                let entry = all.entry(parameter.name.clone()).or_insert_with(|| vec![f32::NAN; range.len()]);
+                let entry = all.entry(parameter.name.clone()).or_insert_with(|| vec![UNKNOWN; range.len()]);
                 copy_overlap(values, own, entry, range);
             }
             Ok(())
         })?;
+        if let Some(mesh) = self.job.mesh {
+            put_together(mesh, 0, &mut all)?;
+            if mesh.rank() > 0 {
+                all.clear();
+            }
+        }
         Ok(all)
     }
 

@@ -1,6 +1,7 @@
 //! The device trait and memory views.
 
 use crate::call::Call;
+use crate::network::Network;
 use thiserror::Error;
 
 /// Element types.
@@ -15,7 +16,7 @@ pub enum DType {
 
 impl DType {
     /// Bytes of one element.
-    pub fn bytes(self) -> usize {
+    pub const fn bytes(self) -> usize {
         match self {
             DType::BF16 => 2,
             DType::F32 | DType::U32 => 4,
@@ -130,6 +131,19 @@ pub trait Device: Send + Sync {
     /// Waits until everything that was run has ended, and reports what went wrong meanwhile.
     fn complete(&self) -> Result<(), KernelError> {
         Ok(())
+    }
+
+    /// Free and total bytes of its memory, where that is a limit of its own.
+    ///
+    /// # Errors
+    /// See [`KernelError`].
+    fn memory(&self) -> Result<Option<(u64, u64)>, KernelError> {
+        Ok(None)
+    }
+
+    /// The way from this device to those of other processes, if it has one.
+    fn network(&self) -> Option<&dyn Network> {
+        None
     }
 
     /// Copies from the host.

@@ -8,9 +8,13 @@ mod check;
 mod cpu;
 mod cuda;
 mod device;
+mod network;
+mod thread_network;
 
 pub use call::*;
 pub use check::{Access, Extent, Operand, Operands};
 pub use cpu::CpuDevice;
 pub use cuda::{CudaDevice, CudaLibraries, EmulatedGpu, Gpu};
 pub use device::*;
+pub use network::{Channel, Joint, Network};
+pub use thread_network::ThreadNetwork;

@@ -1,10 +1,11 @@
 //! `paceline run`: execute a plan.
 
 use crate::commands::compare;
+use crate::distributed::{self, Transport};
 use crate::failure::Failure;
 use crate::interrupt;
 use crate::local::Local;
-use crate::screen::{Screen, Style};
+use crate::screen::{ColorChoice, Screen, Style};
 use crate::table::{show_percent, show_seconds};
 use crate::trace_file;
 use crate::training::{self, Follow};
@@ -23,7 +24,7 @@ use std::path::{Path, PathBuf};
 /// Trains the model of a plan, exactly as it was simulated, and holds the step times and peaks against the prediction.
 #[derive(Debug, Clone, clap::Args)]
 #[command(
-    after_help = "Examples:\n  paceline run plan.json --steps 100 --trace run.json\n  paceline run plan.json --resume plan.checkpoints --steps 200\n  paceline run plan.json --device paced --steps 3"
+    after_help = "Examples:\n  paceline run plan.json --steps 100 --trace run.json\n  paceline run plan.json --resume plan.checkpoints --steps 200\n  paceline run plan.json --device paced --steps 3\n  torchrun --no-python --nproc-per-node 2 paceline run plan.json --distributed"
 )]
 pub struct Arguments {
     /// A plan of `paceline plan -o`.
@@ -69,6 +70,19 @@ pub struct Arguments {
     /// Profile for the prediction (default: as for `paceline predict`).
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
+
+    /// This process runs one rank of the plan: which one, and where all meet, say RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    /// MASTER_PORT, as torchrun and Slurm set them.
+    #[arg(long)]
+    distributed: bool,
+
+    /// Over what processes exchange messages (default: nccl between GPUs, else tcp).
+    #[arg(long, value_enum, requires = "distributed")]
+    transport: Option<Transport>,
+
+    /// Seconds to wait for all processes to come; a process that is silent for a quarter of it counts as lost.
+    #[arg(long, value_name = "SECONDS", requires = "distributed", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    peer_timeout: u64,
 }
 
 /// What a plan can run on.
@@ -76,7 +90,7 @@ pub struct Arguments {
 enum RunDevice {
     /// The cores of this machine.
     Cpu,
-    /// The first NVIDIA GPU that the driver shows; all devices of the plan share it.
+    /// The first NVIDIA GPU that the driver shows (with --distributed, number LOCAL_RANK); all devices of this process share it.
     Cuda,
     /// The kernels of the GPU, run by the CPU thread for thread: very slow, to try the GPU's way without one.
     EmulatedGpu,
@@ -133,8 +147,15 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
         plan.job.train.data = Some(data.clone());
     }
     let program = plan.program().map_err(Failure::bad_input)?;
+    let place = arguments.distributed.then(distributed::place).transpose()?;
+    if place.is_some() && arguments.device == RunDevice::Cuda {
+        distributed::ensure_connections()?;
+    }
+    // Of several processes the first one speaks.
+    let silent = Screen::new(true, true, ColorChoice::Never);
+    let screen = if place.as_ref().is_some_and(|place| place.rank > 0) { &silent } else { screen };
     // First of all, as it may not be there.
-    let gpu = gpu(arguments.device)?;
+    let gpu = gpu(arguments.device, place.as_ref().map_or(0, |place| place.local_rank))?;
     let local = Local::open(screen, arguments.profile.as_deref())?;
     let (prediction, predicted) =
         predict(&program, &local.predictor, plan.machine, plan.job.memory_limit).map_err(Failure::internal)?;
@@ -155,12 +176,12 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
 }
 
 /// The GPU that was asked for, if one was.
-fn gpu(device: RunDevice) -> Result<Option<Box<dyn Device>>, Failure> {
+fn gpu(device: RunDevice, ordinal: u32) -> Result<Option<Box<dyn Device>>, Failure> {
     let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
     let cache = base.unwrap_or_else(std::env::temp_dir).join("paceline").join("kernels");
     Ok(match device {
-        RunDevice::Cuda => Some(Box::new(CudaDevice::open(0, &cache).map_err(Failure::bad_input)?)),
+        RunDevice::Cuda => Some(Box::new(CudaDevice::open(ordinal, &cache).map_err(Failure::bad_input)?)),
         RunDevice::EmulatedGpu => Some(Box::new(EmulatedGpu::open(&cache).map_err(Failure::bad_input)?)),
         RunDevice::Cpu | RunDevice::Paced => None,
     })
@@ -175,6 +196,7 @@ fn train(
     device: &dyn Device,
     predicted: &Trace,
 ) -> Result<(), Failure> {
+    let place = arguments.distributed.then(distributed::place).transpose()?;
     let steps = arguments.steps.unwrap_or(plan.job.train.steps);
     let data = training::dataset(&plan.job.train)?;
     let mut settings = training::settings(&plan.job, &data, steps)?;
@@ -185,10 +207,18 @@ fn train(
         let directory = arguments.checkpoint.clone().unwrap_or_else(beside);
         settings.checkpoint = Some(CheckpointSettings { directory, every: arguments.checkpoint_every });
     }
+    if let Some(place) = &place {
+        let (transport, timeout) = (arguments.transport, arguments.peer_timeout);
+        let data = data.name();
+        settings.processes = Some(distributed::gather(place, program, &settings, data, device, transport, timeout)?);
+    }
     let report = {
         let mut follow = Follow::new(screen, "train", steps);
         paceline_exec::run(program, device, &settings, &data, &mut follow).map_err(training::failure)?
     };
+    if place.is_some_and(|place| place.rank > 0) {
+        return Ok(());
+    }
     trace_file::write_if_asked(screen, &report.trace, arguments.trace.as_deref(), arguments.perfetto.as_deref())?;
     if let Some(path) = &arguments.trace {
         keep_kernel_times(screen, path, program, &report, local, device)?;

@@ -16,22 +16,31 @@ mod vector;
 
 use crate::call::Call;
 use crate::device::{Block, DType, Device, KernelError, View};
+use crate::network::Network;
+use crate::thread_network::ThreadNetwork;
 use attention::Saved;
 use head::{Head, HeadShape};
 use matmul::{Matrix, MatrixMut, multiply};
 use memory::{HostBlock, bytes, bytes_mut, read, write};
 use rotary::Rotations;
+use std::sync::Arc;
 
 /// A device of one core. Calls may run on any thread, also several at once on disjoint memory.
 #[derive(Debug, Default)]
 pub struct CpuDevice {
     rotations: Rotations,
+    network: Option<Arc<ThreadNetwork>>,
 }
 
 impl CpuDevice {
     /// A device that uses the best vector instructions of this machine.
     pub fn new() -> CpuDevice {
         CpuDevice::default()
+    }
+
+    /// The same, connected with the devices of other threads that share the network.
+    pub fn connected(network: Arc<ThreadNetwork>) -> CpuDevice {
+        CpuDevice { network: Some(network), ..CpuDevice::default() }
     }
 }
 
@@ -54,6 +63,10 @@ impl Device for CpuDevice {
         }
         // SAFETY: `check` has proved that no operand overlaps one that is written; the rest is the caller's promise.
         unsafe { self.dispatch(call) }
+    }
+
+    fn network(&self) -> Option<&dyn Network> {
+        self.network.as_deref().map(|network| network as &dyn Network)
     }
 
     unsafe fn upload(&self, from: &[u8], to: View) -> Result<(), KernelError> {

@@ -3,9 +3,11 @@
 use super::compile::{OLDEST, architecture, machine_code};
 use super::libraries;
 use super::machine::{Kernel, Launch, Machine, Product};
+use super::nccl::{self, Communicator};
 use super::products::{Products, WORKSPACE};
 use super::sources::SOURCES;
 use crate::device::{Block, KernelError};
+use crate::network::{Channel, Network};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::collections::HashMap;
@@ -14,10 +16,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// The primary context of a GPU, kept as long as anybody has memory in it.
-struct Context {
+#[derive(Debug)]
+pub(super) struct Context {
     device: sys::CUdevice,
     handle: sys::CUcontext,
-    name: String,
+    pub name: String,
 }
 
 // SAFETY: contexts of the driver may be made current on any thread.
@@ -27,12 +30,12 @@ unsafe impl Sync for Context {}
 
 impl Context {
     /// Makes it the calling thread's.
-    fn enter(&self) -> Result<(), KernelError> {
+    pub fn enter(&self) -> Result<(), KernelError> {
         // SAFETY: the handle lives as long as `self`.
         unsafe { result::ctx::set_current(self.handle) }.map_err(|error| self.failed("its context", error))
     }
 
-    fn failed(&self, doing: impl std::fmt::Display, error: DriverError) -> KernelError {
+    pub fn failed(&self, doing: impl std::fmt::Display, error: DriverError) -> KernelError {
         KernelError::Machine { device: self.name.clone(), what: format!("{doing}: {error}") }
     }
 }
@@ -87,7 +90,8 @@ fn allocate(context: &Arc<Context>, bytes: usize) -> Result<Memory, KernelError>
 }
 
 /// A stream of the driver.
-struct Stream(sys::CUstream);
+#[derive(Debug)]
+pub(super) struct Stream(pub sys::CUstream);
 
 // SAFETY: streams may be used from any thread.
 unsafe impl Send for Stream {}
@@ -180,12 +184,6 @@ impl Cuda {
         Ok(Cuda { products, _workspace: workspace, stream: Stream(stream), functions, modules, shared_limit, context })
     }
 
-    /// Free and total bytes.
-    pub fn memory(&self) -> Result<(usize, usize), KernelError> {
-        self.context.enter()?;
-        result::mem_get_info().map_err(|error| self.context.failed("asking for free memory", error))
-    }
-
     fn function(&self, kernel: Kernel) -> Result<Function, KernelError> {
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(&function) = functions.get(&kernel) {
@@ -216,6 +214,27 @@ impl Cuda {
         }
         functions.insert(kernel, Function(function));
         Ok(Function(function))
+    }
+}
+
+impl Network for Cuda {
+    fn version(&self) -> Result<String, KernelError> {
+        nccl::version()
+    }
+
+    fn invite(&self) -> Result<Vec<u8>, KernelError> {
+        self.context.enter()?;
+        nccl::invite(&self.context.name)
+    }
+
+    fn open(
+        &self,
+        invitation: &[u8],
+        members: u32,
+        member: u32,
+        given_up: &dyn Fn() -> bool,
+    ) -> Result<Box<dyn Channel>, KernelError> {
+        Ok(Box::new(Communicator::open(&self.context, invitation, members, member, given_up)?))
     }
 }
 
@@ -303,6 +322,17 @@ impl Machine for Cuda {
         unsafe { result::memcpy_dtoh_async(to, from, self.stream.0) }
             .map_err(|error| self.context.failed(format_args!("downloading {bytes} bytes"), error))?;
         self.complete()
+    }
+
+    fn memory(&self) -> Result<Option<(u64, u64)>, KernelError> {
+        self.context.enter()?;
+        let (free, total) =
+            result::mem_get_info().map_err(|error| self.context.failed("asking for free memory", error))?;
+        Ok(Some((free as u64, total as u64)))
+    }
+
+    fn network(&self) -> Option<&dyn Network> {
+        Some(self)
     }
 
     fn complete(&self) -> Result<(), KernelError> {

@@ -30,8 +30,14 @@ const CUBLAS_LT: Wanted = Wanted {
     provided_by: "a CUDA toolkit, or `pip install nvidia-cublas`",
 };
 
+const NCCL: Wanted = Wanted {
+    what: "communication between GPUs",
+    stem: "libnccl.so",
+    provided_by: "NVIDIA's NCCL packages, or `pip install nvidia-nccl-cu13` (cu12 with an older driver)",
+};
+
 /// Major versions of the libraries that this program knows, newest first, and the loader's plain name.
-const VERSIONS: [&str; 4] = ["", ".13", ".12", ".1"];
+const VERSIONS: [&str; 5] = ["", ".13", ".12", ".2", ".1"];
 
 /// The libraries, found and loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +62,11 @@ pub(super) fn load() -> Result<&'static CudaLibraries, KernelError> {
         Ok(CudaLibraries { found })
     });
     loaded.as_ref().map_err(|what| KernelError::Unavailable(what.clone()))
+}
+
+/// Finds NCCL, which only several processes need, and loads it.
+pub(super) fn find_nccl() -> Result<PathBuf, String> {
+    load_one(NCCL, &places(&Surroundings::of_this_process()))
 }
 
 /// Loads NVRTC alone: enough to compile.

@@ -5,6 +5,7 @@
 //! launches, is tested without a GPU.
 
 use crate::device::{Block, DType, KernelError};
+use crate::network::Network;
 use smallvec::SmallVec;
 
 /// A kernel of `kernels/cuda`.
@@ -168,6 +169,16 @@ pub trait Machine: Send + Sync {
     /// # Safety
     /// As for [`Machine::clear`].
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), KernelError>;
+
+    /// Free and total bytes, where memory is a limit.
+    fn memory(&self) -> Result<Option<(u64, u64)>, KernelError> {
+        Ok(None)
+    }
+
+    /// The way to the machines of other processes.
+    fn network(&self) -> Option<&dyn Network> {
+        None
+    }
 
     /// Waits until all work has ended.
     fn complete(&self) -> Result<(), KernelError>;

@@ -11,11 +11,14 @@ mod head;
 mod launches;
 mod libraries;
 mod machine;
+mod nccl;
+mod nccl_library;
 mod products;
 mod sources;
 
 use crate::call::Call;
 use crate::device::{Block, Device, KernelError, View};
+use crate::network::Network;
 use machine::Machine;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -49,11 +52,6 @@ impl CudaDevice {
     /// [`KernelError::Unavailable`] says what is missing and where it was looked for.
     pub fn open(ordinal: u32, cache: &Path) -> Result<CudaDevice, KernelError> {
         Gpu::with(driver::Cuda::open(ordinal, cache)?)
-    }
-
-    /// Free and total bytes of its memory.
-    pub fn memory(&self) -> Result<(usize, usize), KernelError> {
-        self.machine.memory()
     }
 }
 
@@ -90,6 +88,14 @@ impl<M: Machine> Device for Gpu<M> {
 
     fn complete(&self) -> Result<(), KernelError> {
         self.machine.complete()
+    }
+
+    fn memory(&self) -> Result<Option<(u64, u64)>, KernelError> {
+        self.machine.memory()
+    }
+
+    fn network(&self) -> Option<&dyn Network> {
+        self.machine.network()
     }
 
     unsafe fn upload(&self, from: &[u8], to: View) -> Result<(), KernelError> {

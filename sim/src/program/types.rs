@@ -281,6 +281,20 @@ impl MemoryClass {
     ];
 }
 
+impl fmt::Display for MemoryClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            MemoryClass::Parameter => "parameters",
+            MemoryClass::Gradient => "gradients",
+            MemoryClass::OptimizerState => "optimizer states",
+            MemoryClass::Activation => "activations",
+            MemoryClass::ReceivedActivation => "received activations",
+            MemoryClass::CommScratch => "communication",
+            MemoryClass::Workspace => "workspace",
+        })
+    }
+}
+
 /// What a buffer holds. The executor finds the operands of an op by these names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
