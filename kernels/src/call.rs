@@ -1,10 +1,11 @@
 //! The operators as data. Matrices are row-major; `rows` counts tokens of a microbatch; weights are `[out, in]` as in
 //! PyTorch. "Accumulates" means `+=` on the operand.
 //!
-//! Activations and weights of a call are all `F32` or all `BF16` (its *values*); sums are `F32` inside either way. Statistics,
-//! logits, losses, gradients of weights, master weights and moments are always `F32`.
+//! Activations and weights of a call are all `F32` or all `BF16` (its *values*); sums are `F32` inside either way. Gradients of
+//! weights are `F32`, or `BF16` where values are. Statistics, logits, losses, master weights and moments are always `F32`.
 
 use crate::device::View;
+use smallvec::{SmallVec, smallvec};
 
 /// Shape of causal self-attention over a fused projection: row = token, columns = all query heads, then all key heads,
 /// then all value heads, each `head_dim` wide.
@@ -150,6 +151,65 @@ pub enum Call {
     /// The update that [`Call::AdamW`] would make without clipping, on trial: `kept` receives the parameters as they were, moments and
     /// gradients stay as they are. With the same numbers the new parameters have the same bits. `with.clip` is ignored.
     AdamWAhead { parameters: View, kept: View, gradients: View, first: View, second: View, with: AdamW },
+}
+
+impl Call {
+    /// Its operands in place, in no particular order.
+    pub(crate) fn views_mut(&mut self) -> SmallVec<[&mut View; 7]> {
+        match self {
+            Call::MatMul { a, b, c, .. } | Call::Sum { a, b, out: c } => smallvec![a, b, c],
+            Call::AddBias { x, bias, .. } => smallvec![x, bias],
+            Call::BiasGradient { dy, d_bias, .. } => smallvec![dy, d_bias],
+            Call::Norm { x, gamma, beta, out, stats, .. } => {
+                let mut all: SmallVec<[&mut View; 7]> = smallvec![x, gamma, out, stats];
+                all.extend(beta);
+                all
+            }
+            Call::NormBackwardInput { x, gamma, stats, dy, dx, .. } => smallvec![x, gamma, stats, dy, dx],
+            Call::NormBackwardWeight { x, stats, dy, d_gamma, d_beta, .. } => {
+                let mut all: SmallVec<[&mut View; 7]> = smallvec![x, stats, dy, d_gamma];
+                all.extend(d_beta);
+                all
+            }
+            Call::Rotary { qkv, .. } => smallvec![qkv],
+            Call::Attention { qkv, out, lse, .. } => smallvec![qkv, out, lse],
+            Call::AttentionBackward { qkv, out, lse, d_out, d_qkv, scratch, .. } => {
+                smallvec![qkv, out, lse, d_out, d_qkv, scratch]
+            }
+            Call::SwiGlu { gate_up, out, .. } => smallvec![gate_up, out],
+            Call::SwiGluBackward { gate_up, d_out, d_gate_up, .. } => smallvec![gate_up, d_out, d_gate_up],
+            Call::Gelu { x, out } | Call::SumSquares { x, out } => smallvec![x, out],
+            Call::GeluBackward { x, d_out, d_x } => smallvec![x, d_out, d_x],
+            Call::Embedding { tokens, table, positions, out, .. } => {
+                let mut all: SmallVec<[&mut View; 7]> = smallvec![tokens, table, out];
+                all.extend(positions);
+                all
+            }
+            Call::EmbeddingBackward { tokens, d_out, d_table, d_positions, .. } => {
+                let mut all: SmallVec<[&mut View; 7]> = smallvec![tokens, d_out, d_table];
+                all.extend(d_positions);
+                all
+            }
+            Call::HeadLoss { x, weight, targets, lse, loss, scratch, .. } => {
+                smallvec![x, weight, targets, lse, loss, scratch]
+            }
+            Call::HeadBackward { x, weight, targets, lse, dx, d_weight, scratch, .. } => {
+                let mut all: SmallVec<[&mut View; 7]> = smallvec![x, weight, targets, lse, scratch];
+                all.extend(dx);
+                all.extend(d_weight);
+                all
+            }
+            Call::Add { x, into } => smallvec![x, into],
+            Call::Copy { from, to } | Call::Cast { from, to } => smallvec![from, to],
+            Call::Zero { x } => smallvec![x],
+            Call::AdamW { parameters, gradients, first, second, norm, .. } => {
+                smallvec![parameters, gradients, first, second, norm]
+            }
+            Call::AdamWAhead { parameters, kept, gradients, first, second, .. } => {
+                smallvec![parameters, kept, gradients, first, second]
+            }
+        }
+    }
 }
 
 /// Floats of scratch that [`Call::AttentionBackward`] needs: one per query row (the row sums of `d_out * out`).

@@ -113,6 +113,10 @@ impl Call {
         use Access::{Read, Update, Write};
         use Extent::{AtLeast, Rows};
         let of = |first, name, view, len, access| operand(name, view, of_values(first), Extent::Exactly(len), access);
+        // Gradients of weights are as narrow as values, or wider.
+        let gradient_type = |first, view: View| if view.dtype() == DType::BF16 { of_values(first) } else { DType::F32 };
+        let gradient =
+            |first, name, view, len| operand(name, view, gradient_type(first, view), Extent::Exactly(len), Update);
         match *self {
             Call::MatMul { a, b, c, m, n, k, accumulate, .. } => smallvec![
                 of(a, "a", a, product(&[m, k]), Read),
@@ -120,7 +124,7 @@ impl Call {
                 operand(
                     "c",
                     c,
-                    if c.dtype() == DType::BF16 { of_values(a) } else { DType::F32 },
+                    gradient_type(a, c),
                     Extent::Exactly(product(&[m, n])),
                     if accumulate { Update } else { Write },
                 ),
@@ -129,10 +133,9 @@ impl Call {
                 of(x, "x", x, product(&[rows, cols]), Update),
                 of(x, "bias", bias, cols as usize, Read), //
             ],
-            Call::BiasGradient { dy, d_bias, rows, cols } => smallvec![
-                of(dy, "dy", dy, product(&[rows, cols]), Read),
-                floats("d_bias", d_bias, cols as usize, Update),
-            ],
+            Call::BiasGradient { dy, d_bias, rows, cols } => {
+                smallvec![of(dy, "dy", dy, product(&[rows, cols]), Read), gradient(dy, "d_bias", d_bias, cols as usize),]
+            }
             Call::Norm { x, gamma, beta, out, stats, rows, cols, .. } => {
                 let mut all: Operands = smallvec![
                     of(x, "x", x, product(&[rows, cols]), Read),
@@ -155,9 +158,9 @@ impl Call {
                     of(x, "x", x, product(&[rows, cols]), Read),
                     floats("stats", stats, product(&[rows, 1 + u32::from(d_beta.is_some())]), Read),
                     of(x, "dy", dy, product(&[rows, cols]), Read),
-                    floats("d_gamma", d_gamma, cols as usize, Update),
+                    gradient(x, "d_gamma", d_gamma, cols as usize),
                 ];
-                all.extend(d_beta.map(|d_beta| floats("d_beta", d_beta, cols as usize, Update)));
+                all.extend(d_beta.map(|d_beta| gradient(x, "d_beta", d_beta, cols as usize)));
                 all
             }
             Call::Rotary { qkv, shape, .. } => {
@@ -212,10 +215,11 @@ impl Call {
                 let mut all: Operands = smallvec![
                     indices("tokens", tokens, rows as usize),
                     of(d_out, "d_out", d_out, product(&[rows, cols]), Read),
-                    operand("d_table", d_table, DType::F32, table_rows, Update),
+                    operand("d_table", d_table, gradient_type(d_out, d_table), table_rows, Update),
                 ];
                 let needed = Rows { cols: cols as usize, rows: seq as usize };
-                all.extend(d_positions.map(|view| operand("d_positions", view, DType::F32, needed, Update)));
+                let positions = |view| operand("d_positions", view, gradient_type(d_out, view), needed, Update);
+                all.extend(d_positions.map(positions));
                 all
             }
             Call::HeadLoss { x, weight, targets, lse, loss, scratch, rows, cols, vocab, chunk } => smallvec![
@@ -235,7 +239,7 @@ impl Call {
                     operand("scratch", scratch, DType::F32, AtLeast(product(&[chunk.min(rows), vocab])), Write),
                 ];
                 all.extend(dx.map(|dx| of(x, "dx", dx, product(&[rows, cols]), Write)));
-                all.extend(d_weight.map(|d_weight| floats("d_weight", d_weight, product(&[vocab, cols]), Update)));
+                all.extend(d_weight.map(|d_weight| gradient(x, "d_weight", d_weight, product(&[vocab, cols]))));
                 all
             }
             Call::Add { x, into } => {
@@ -258,7 +262,7 @@ impl Call {
             ],
             Call::Zero { x } => smallvec![operand("x", x, x.dtype(), Extent::Exactly(x.len()), Write)],
             Call::SumSquares { x, out } => smallvec![
-                floats("x", x, x.len(), Read),
+                of(x, "x", x, x.len(), Read),
                 operand("out", out, DType::F64, AtLeast(1), Update), //
             ],
             Call::AdamW { parameters, gradients, first, second, norm, with } => {
@@ -266,7 +270,7 @@ impl Call {
                 let norm_len = usize::from(with.clip.is_some());
                 smallvec![
                     floats("parameters", parameters, len, Update),
-                    floats("gradients", gradients, len, Update),
+                    of(gradients, "gradients", gradients, len, Update),
                     floats("first", first, len, Update),
                     floats("second", second, len, Update),
                     operand("norm", norm, DType::F64, AtLeast(norm_len), Read),
@@ -277,7 +281,7 @@ impl Call {
                 smallvec![
                     floats("parameters", parameters, len, Update),
                     floats("kept", kept, len, Write),
-                    floats("gradients", gradients, len, Read),
+                    of(gradients, "gradients", gradients, len, Read),
                     floats("first", first, len, Read),
                     floats("second", second, len, Read),
                 ]

@@ -12,6 +12,7 @@ mod norm;
 mod optimizer;
 mod pointwise;
 mod rotary;
+mod staged;
 mod vector;
 
 use crate::call::Call;
@@ -55,14 +56,8 @@ impl Device for CpuDevice {
 
     unsafe fn run(&self, call: &Call) -> Result<(), KernelError> {
         call.check()?;
-        if !matches!(call, Call::Cast { .. } | Call::Copy { .. } | Call::Zero { .. })
-            && let Some(narrow) = call.operands().iter().find(|operand| operand.dtype == DType::BF16)
-        {
-            let what = format!("{} holds BF16, the CPU computes in F32: cast it first", narrow.name);
-            return Err(KernelError::Unsupported { call: call.name(), device: self.name(), what });
-        }
         // SAFETY: `check` has proved that no operand overlaps one that is written; the rest is the caller's promise.
-        unsafe { self.dispatch(call) }
+        unsafe { staged::run(&self.name(), call, |call| self.dispatch(call)) }
     }
 
     fn network(&self) -> Option<&dyn Network> {

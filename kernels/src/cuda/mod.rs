@@ -17,7 +17,7 @@ mod products;
 mod sources;
 
 use crate::call::Call;
-use crate::device::{Block, Device, KernelError, View};
+use crate::device::{Block, DType, Device, KernelError, View};
 use crate::network::Network;
 use machine::Machine;
 use std::path::Path;
@@ -42,6 +42,24 @@ impl<M: Machine> Gpu<M> {
     fn with(machine: M) -> Result<Gpu<M>, KernelError> {
         let parts = machine.allocate(launches::PARTS as usize * 8)?;
         Ok(Gpu { machine, parts: Mutex::new(parts) })
+    }
+
+    /// Gradients of weights are summed in 32 bits here; products alone can do either.
+    fn refuse_narrow_gradients(&self, call: &Call) -> Result<(), KernelError> {
+        let narrow = match *call {
+            Call::BiasGradient { d_bias, .. } => d_bias,
+            Call::NormBackwardWeight { d_gamma, .. } => d_gamma,
+            Call::EmbeddingBackward { d_table, .. } => d_table,
+            Call::HeadBackward { d_weight: Some(d_weight), .. } => d_weight,
+            Call::SumSquares { x, .. } => x,
+            Call::AdamW { gradients, .. } | Call::AdamWAhead { gradients, .. } => gradients,
+            _ => return Ok(()),
+        };
+        if narrow.dtype() != DType::BF16 {
+            return Ok(());
+        }
+        let what = "gradients of weights in BF16: take the precision bf16-fp32-gradients".to_owned();
+        Err(KernelError::Unsupported { call: call.name(), device: self.name(), what })
     }
 }
 
@@ -80,6 +98,7 @@ impl<M: Machine> Device for Gpu<M> {
 
     unsafe fn run(&self, call: &Call) -> Result<(), KernelError> {
         call.check()?;
+        self.refuse_narrow_gradients(call)?;
         let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: `check` has proved that operands have the lengths that the kernels assume and that nothing that is written
         // overlaps another operand; the rest is the caller's promise.

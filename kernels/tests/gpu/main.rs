@@ -13,6 +13,8 @@ mod embeddings;
 mod heads;
 #[path = "../kernels/machine.rs"]
 mod machine;
+#[path = "../kernels/narrow.rs"]
+mod narrow;
 #[path = "../kernels/norms.rs"]
 mod norms;
 #[path = "../kernels/optimizer.rs"]
@@ -27,7 +29,6 @@ mod rejections;
 mod rotary;
 
 mod indices;
-mod narrow;
 mod tensor_cores;
 
 /// An emulated GPU has no time for long sequences and many cases.

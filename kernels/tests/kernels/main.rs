@@ -7,6 +7,7 @@ mod embeddings;
 mod heads;
 mod indices;
 mod machine;
+mod narrow;
 mod norms;
 mod optimizer;
 mod pointwise;
