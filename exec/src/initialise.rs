@@ -1,13 +1,14 @@
 //! First values of parameters: a pure function of the seed and the parameter's global name, so that every layout of a
-//! model starts from the same bits.
+//! model starts from the same bits. They are numbers that bfloat16 holds, so that every precision starts from the same model.
 
 use crate::data::mix;
 use crate::seam::Start;
+use half::bf16;
 
 /// Fills a parameter.
 pub(crate) fn fill(start: Start, name: &str, seed: u64, out: &mut [f32]) {
     match start {
-        Start::Constant(value) => out.fill(value),
+        Start::Constant(value) => out.fill(bf16::from_f32(value).to_f32()),
         Start::Normal { deviation } => {
             let stream = name.bytes().fold(mix(seed), |hash, byte| mix(hash ^ u64::from(byte)));
             // Box and Muller 1958: two uniform values give two normal ones.
@@ -16,7 +17,10 @@ pub(crate) fn fill(start: Start, name: &str, seed: u64, out: &mut [f32]) {
                 let second = uniform(mix(stream ^ (2 * pair as u64 + 1)));
                 let radius = deviation * (-2.0 * first.ln()).sqrt();
                 let (sine, cosine) = (std::f64::consts::TAU * second).sin_cos();
-                values.iter_mut().zip([radius * cosine, radius * sine]).for_each(|(v, x)| *v = x as f32);
+                values
+                    .iter_mut()
+                    .zip([radius * cosine, radius * sine])
+                    .for_each(|(v, x)| *v = bf16::from_f64(x).to_f32());
             }
         }
     }
@@ -47,6 +51,6 @@ mod tests {
         assert_eq!(a, draw("blocks.0.mlp.up.weight", 1));
         assert_ne!(a[..100], draw("blocks.1.mlp.up.weight", 1)[..100]);
         assert_ne!(a[..100], draw("blocks.0.mlp.up.weight", 2)[..100]);
-        assert!(a.iter().all(|x| x.is_finite()));
+        assert!(a.iter().all(|&x| x.is_finite() && bf16::from_f32(x).to_f32() == x));
     }
 }
