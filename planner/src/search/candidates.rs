@@ -19,7 +19,7 @@ const OPTIMISED: &str = "optimised";
 ///   all the same, so one;
 /// - `micro_batch`: divisors of a replica's batch;
 /// - `recompute`: all kinds;
-/// - `states`: sharded where there are replicas.
+/// - `states`: where there are replicas, whole or cut, the more the rarer a class is needed.
 pub fn of_job(job: &Job, machine: Machine) -> Vec<Configuration> {
     let or = |given: &[u32], free: Vec<u32>| if given.is_empty() { free } else { given.to_vec() };
     let batch = job.global_batch;
@@ -104,9 +104,15 @@ fn recomputations(job: &Job, schedule: &str) -> Vec<Recompute> {
     if schedule == RECOMPUTING { all.into_iter().filter(|kind| *kind == Recompute::Full).collect() } else { all }
 }
 
+/// Whole, or parameters cut no finer than gradients and these no finer than optimizer states: any other partition holds as much of
+/// some class as one of these and gathers or reduces more. Groups only where the job names their size.
 fn partitions(job: &Job, dp: u32, schedule: &str) -> Vec<StatePartition> {
     match job.states.as_slice() {
-        [] if dp > 1 || schedule == "dualpipe" => vec![StatePartition::NONE, StatePartition::ZERO1],
+        [] if dp > 1 || schedule == "dualpipe" => {
+            let groups = job.sharing.group_size.is_some_and(|size| size > 1 && size < dp);
+            let sorted = |s: &StatePartition| s.parameters <= s.gradients && s.gradients <= s.optimizer;
+            StatePartition::all().filter(|states| sorted(states) && (groups || !states.has_groups())).collect()
+        }
         [] => vec![StatePartition::NONE],
         named => named.to_vec(),
     }

@@ -152,6 +152,26 @@ fn what_does_not_fit_is_told_what_the_smallest_plan_needs() {
 }
 
 #[test]
+fn states_are_cut_where_only_that_fits() {
+    let fixed = "dp = 4\npp = 1\nmicro_batch = 1\nrecompute = 'none'\nschedule = '1f1b'\n";
+    let names = |text: &str| -> Vec<String> {
+        let all = run(&job(&format!("{fixed}{text}")), 20).unwrap();
+        let mut names: Vec<String> = all.plans.iter().map(|plan| plan.configuration.states.letters()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(""), ["GGG", "NGG", "NNG", "NNN"]);
+    assert_eq!(names("group_size = 2").len(), 10);
+    let all = run(&job(fixed), 20).unwrap();
+    let peak = |letters: &str| {
+        let plan = all.plans.iter().find(|plan| plan.configuration.states.letters() == letters).unwrap();
+        plan.prediction.memory.peak_bytes[0]
+    };
+    assert!(peak("GGG") < peak("NGG") && peak("NGG") < peak("NNG") && peak("NNG") < peak("NNN"));
+    assert_eq!(names(&format!("memory_limit = {}", peak("GGG"))), ["GGG"]);
+}
+
+#[test]
 fn fixed_axes_stay_fixed_and_impossible_jobs_say_why() {
     let plans = run(&job("dp = 2\npp = 2\nschedule = '1f1b'\nmicro_batch = 2\nrecompute = 'none'\nstates = 'none'"), 9)
         .unwrap();
