@@ -78,6 +78,8 @@ pub struct Launch {
     pub global_batch: u64,
     /// What is computed again.
     pub recompute: Recompute,
+    /// Of that, blocks of each stage; all without.
+    pub recomputed_blocks: Option<u64>,
     /// Recipe of number formats.
     pub precision: String,
     /// Kernel of the attention.
@@ -146,6 +148,7 @@ impl Launch {
                 program::Recompute::Selective => Recompute::Selective,
                 program::Recompute::Full => Recompute::Full,
             },
+            recomputed_blocks: None,
             precision: job.precision.name().into(),
             attention: AttentionKernel::Flash2,
             overlap: (true, true),
@@ -190,6 +193,7 @@ impl Launch {
             micro_batch: layout.micro_batch,
             global_batch: layout.global_batch(),
             recompute: layout.recompute,
+            recomputed_blocks: layout.recomputed_blocks,
             precision: request.precision.clone().unwrap_or_else(|| "bf16".into()),
             attention: layout.attention,
             overlap: (layout.overlap.gradients, layout.overlap.parameters),
@@ -271,6 +275,12 @@ impl Launch {
 
     /// Refuses what none of the launchers' shipped trainers does.
     pub(super) fn refuse_rare(&self, target: Target) -> Result<(), ExportError> {
+        if let Some(blocks) = self.recomputed_blocks
+            && !(target == Target::Megatron && self.recompute == Recompute::Full)
+        {
+            let allowed = "only Megatron-LM chooses blocks, and computes all of them again (full)";
+            return Launch::lacks(target, "recompute", format!("some blocks ({blocks})"), allowed);
+        }
         if self.trainable < 1.0 {
             let allowed = "it trains all parameters; leave trainable out and plan again";
             return Launch::lacks(target, "trainable", self.trainable, allowed);

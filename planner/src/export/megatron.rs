@@ -248,8 +248,8 @@ fn kernels(list: &mut List, launch: &Launch) -> Result<(), ExportError> {
         Recompute::Selective => list.value("--recompute-granularity", "selective"),
         Recompute::Full => {
             list.value("--recompute-granularity", "full");
-            list.value("--recompute-method", "uniform");
-            list.value("--recompute-num-layers", 1);
+            list.value("--recompute-method", if launch.recomputed_blocks.is_some() { "block" } else { "uniform" });
+            list.value("--recompute-num-layers", launch.recomputed_blocks.unwrap_or(1));
         }
         Recompute::Operators => {
             let allowed = "it has none, selective and full; torchtitan has operators";

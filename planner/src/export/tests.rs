@@ -192,6 +192,8 @@ fn what_a_launcher_lacks_is_refused_with_what_it_has() {
     for (message, phrases) in [
         (refused(Target::Megatron, &|r| r.schedule = Some("zb-h1".into())), ["schedule = zb-h1", "interleaved"]),
         (refused(Target::Megatron, &|r| r.recompute = Some("operators".into())), ["recompute", "selective"]),
+        (refused(Target::Megatron, &|r| r.recompute = Some("selective:2".into())), ["some blocks (2)", "full"]),
+        (refused(Target::Deepspeed, &|r| r.recompute = Some("full:1".into())), ["some blocks (1)", "Megatron-LM"]),
         (refused(Target::Torchtitan, &|r| r.model = "gpt2-xl".into()), ["model = gpt2-xl", "llama-3-8b"]),
         (refused(Target::Torchtitan, &|_| ()), ["states = NNG", "GGG"]),
         (refused(Target::Nanotron, &|r| r.precision = Some("fp8".into())), ["precision = fp8", "bf16"]),

@@ -15,6 +15,16 @@ pub enum ZooError {
         /// What is wrong.
         source: ReadError,
     },
+    /// A model whose sizes are known, but not all that a launcher asks for.
+    #[error(
+        "model {name}: {what} is not among what a launcher's files are written with; it is predicted and planned only"
+    )]
+    Details {
+        /// The preset.
+        name: String,
+        /// What it has.
+        what: &'static str,
+    },
     /// A file that cannot be read.
     #[error("model {path}: {source}")]
     Unreadable {
