@@ -290,7 +290,7 @@ impl App {
         }
         self.notice = None;
         match self.view {
-            View::Plan if self.plans.typing => return self.plan_key(key),
+            View::Plan if self.plans.is_asking() => return self.plan_key(key),
             View::Timeline if self.timeline.typed.is_some() => {
                 return self.timeline.type_key(key).map(Effect::Load).into_iter().collect();
             }
@@ -420,6 +420,7 @@ impl App {
         match wish {
             Wish::Stop => vec![Effect::StopSearch],
             Wish::Write(row) => vec![Effect::Write(row)],
+            Wish::Export(row, to) => vec![Effect::Export { row, to }],
             Wish::Search => {
                 self.begin_search();
                 let job = Box::new(job_to_search(&self.settings, &self.job));

@@ -3,18 +3,17 @@
 
 use crate::calibration::ProfileView;
 use crate::event::{Effect, Event, News, OptionNews};
+use crate::files;
 use crate::lanes::Lanes;
 use crate::plans::Cell;
 use crate::question::{Answer, LocalMachine, ask, local_job, simulate};
 use crate::recorded;
-use crate::search::{find, plan_file};
+use crate::search::find;
 use crate::settings::Settings;
 use crate::training::{Begun, End, RunNews};
 use crate::workshop::{TrainOrder, Workshop};
 use paceline_planner::prediction::predict;
 use paceline_profiles::Profile;
-use std::fs::File;
-use std::io::{self, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -138,13 +137,8 @@ impl Desk {
             }),
             Effect::Map { search, job } => self.search(move |local, news, stop| map(search, &job, local, news, stop)),
             Effect::StopSearch => self.stop.store(true, Ordering::Relaxed),
-            Effect::Write(row) => {
-                let written = plan_file(&row, &self.local.now()).and_then(|text| {
-                    let kind = if row.scored.is_some() { "json" } else { "toml" };
-                    write_new(kind, &text).map_err(|error| format!("the plan cannot be written: {error}"))
-                });
-                drop(self.news.send(Event::News(News::Written(written))));
-            }
+            Effect::Write(row) => self.write(move |local| files::write_plan(&row, local, Path::new("."))),
+            Effect::Export { row, to } => self.write(move |local| files::export_plan(&row, local, to, Path::new("."))),
             Effect::Load(path) => {
                 let news = self.news.clone();
                 std::thread::spawn(move || {
@@ -214,6 +208,12 @@ impl Desk {
         }));
     }
 
+    /// Writes files on a thread of its own, and tells where they lie.
+    fn write(&self, work: impl FnOnce(&LocalMachine) -> Result<String, String> + Send + 'static) {
+        let (local, news) = (self.local.now(), self.news.clone());
+        std::thread::spawn(move || drop(news.send(Event::News(News::Written(work(&local))))));
+    }
+
     fn ask(&self, asked: Asked) {
         // The thread is gone only when the program ends.
         drop(self.asked.send(asked));
@@ -245,19 +245,6 @@ fn map(search: u64, job: &Table, local: &LocalMachine, news: &Sender<Event>, sto
             }
         }
     }
-}
-
-/// Writes a file of a name that is not taken, in the working folder; returns the name.
-fn write_new(kind: &str, text: &str) -> io::Result<String> {
-    for number in 1..1000 {
-        let name = if number == 1 { format!("plan.{kind}") } else { format!("plan-{number}.{kind}") };
-        match File::create_new(&name) {
-            Ok(mut file) => return file.write_all(text.as_bytes()).map(|()| name),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Err(io::Error::other("plan.* to plan-999.* are all taken"))
 }
 
 /// Lowers and predicts what the settings say, and has it trained.

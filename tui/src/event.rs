@@ -7,6 +7,7 @@ use crate::question::Answer;
 use crate::search::{Found, Row, SearchProgress};
 use crate::settings::Settings;
 use crate::training::RunNews;
+use paceline_planner::export::Target;
 use ratatui::crossterm::event::{KeyEvent, MouseEvent};
 use std::sync::Arc;
 use toml::Table;
@@ -153,6 +154,13 @@ pub enum Effect {
     StopSearch,
     /// Write a plan to a file of its own.
     Write(Box<Row>),
+    /// Write a plan for a launcher.
+    Export {
+        /// The plan.
+        row: Box<Row>,
+        /// The launcher.
+        to: Target,
+    },
     /// Read a recorded timeline.
     Load(String),
     /// Train.

@@ -16,6 +16,7 @@ pub mod desk;
 pub mod draw;
 pub mod event;
 pub mod figures;
+pub mod files;
 pub mod lanes;
 pub mod plans;
 pub mod question;

@@ -2,6 +2,7 @@
 
 use crate::search::{Found, Row, SearchProgress};
 use crate::settings::Settings;
+use paceline_planner::export::Target;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -62,6 +63,8 @@ pub enum Wish {
     Open(Box<Row>),
     /// Write a plan to a file.
     Write(Box<Row>),
+    /// Write a plan for a launcher.
+    Export(Box<Row>, Target),
 }
 
 /// The state.
@@ -85,6 +88,8 @@ pub struct Plans {
     pub filter: String,
     /// Whether the filter is being typed.
     pub typing: bool,
+    /// Whether a launcher is being chosen.
+    pub choosing: bool,
     /// The row with the focus, of those that are shown.
     pub at: usize,
     /// The cell with the focus: its place in the lists of models and of nodes.
@@ -164,8 +169,19 @@ impl Plans {
         })
     }
 
+    /// Whether keys are letters of an answer.
+    pub fn is_asking(&self) -> bool {
+        self.typing || self.choosing
+    }
+
     /// Takes a key.
     pub fn key(&mut self, key: KeyEvent) -> Option<Wish> {
+        if self.choosing {
+            self.choosing = false;
+            let KeyCode::Char(letter) = key.code else { return None };
+            let target = Target::ALL.into_iter().find(|target| target.name().starts_with(letter))?;
+            return self.focused().cloned().map(|row| Wish::Export(Box::new(row), target));
+        }
         if self.typing {
             match key.code {
                 KeyCode::Esc => {
@@ -201,6 +217,7 @@ impl Plans {
             KeyCode::Char('s') => return Some(Wish::Search),
             KeyCode::Esc if self.running => return Some(Wish::Stop),
             KeyCode::Char('/') => self.typing = true,
+            KeyCode::Char('e') => self.choosing = self.focused().is_some(),
             KeyCode::Char('o') => {
                 self.sort = match self.sort {
                     Sort::Time => Sort::Memory,

@@ -4,7 +4,6 @@ use crate::figures::Figures;
 use crate::question::{LocalMachine, cluster_requests};
 use crate::settings::Settings;
 use paceline_planner::job::Job;
-use paceline_planner::plan::Plan;
 use paceline_planner::predict::{ClusterRequest, SweepProgress, sweep_clusters_while};
 use paceline_planner::search::{Progress, Scored, search};
 use paceline_sim::cluster::Physics;
@@ -159,22 +158,4 @@ fn find_local(
         gap: Some(plans.gap),
         nothing: None,
     })
-}
-
-/// The file of a plan: for this machine what `paceline run` executes, for a cluster the job with every axis set.
-///
-/// # Errors
-/// What is wrong with the plan.
-pub fn plan_file(row: &Row, local: &LocalMachine) -> Result<String, String> {
-    let Some(scored) = &row.scored else {
-        return toml::to_string(&row.job).map_err(|error| error.to_string());
-    };
-    let job = Job::from_table(row.job.clone(), "job").map_err(|error| error.to_string())?;
-    let plan = Plan {
-        machine: local.machine.for_job(&job),
-        configuration: scored.configuration.clone(),
-        prediction: scored.prediction.clone(),
-        job,
-    };
-    plan.to_json().map_err(|error| error.to_string())
 }

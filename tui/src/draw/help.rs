@@ -45,6 +45,7 @@ fn keys(view: View) -> &'static [(&'static str, &'static str)] {
             ("m", "compute the map of models and nodes"),
             ("Enter", "open the plan in Predict"),
             ("w", "write it: a plan to run, or a job"),
+            ("e", "export it for another launcher"),
         ],
         View::Run => &[
             ("s", "train the settings of Predict"),

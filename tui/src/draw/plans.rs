@@ -5,6 +5,7 @@ use crate::app::{App, Target};
 use crate::plans::{Cell, Plans, Shape, Sort};
 use crate::search::Row;
 use crate::theme::Theme;
+use paceline_planner::export::Target as Launcher;
 use paceline_sim::units::{show_bytes, show_percent, show_seconds};
 use ratatui::Frame;
 use ratatui::layout::Rect;
@@ -17,7 +18,12 @@ pub fn hint(app: &App) -> String {
     if app.plans.typing {
         return format!(" filter: {}_  (Enter keeps it, Esc clears it)", app.plans.filter);
     }
-    " s search, Esc stop, o order, / filter, v table, Pareto, map, m compute the map, Enter open, w write".into()
+    if app.plans.choosing {
+        let names = Launcher::ALL.map(Launcher::name).map(|name| format!("({}){}", &name[..1], &name[1..]));
+        return format!(" export for: {}; Esc for none", names.join(" "));
+    }
+    " s search, Esc stop, o order, / filter, v table, Pareto, map, m compute the map, Enter open, w write, e export"
+        .into()
 }
 
 /// Draws the view.

@@ -1,6 +1,7 @@
 //! The plan view.
 
 use crate::stage::{SIZES, answer, figures, machine, picture, press, tell};
+use paceline_planner::export::Target;
 use paceline_tui::app::{App, View};
 use paceline_tui::desk::Desk;
 use paceline_tui::event::{Effect, Event, News};
@@ -98,6 +99,11 @@ fn rows_are_sorted_filtered_opened_and_written() {
     press(&mut app, "/ 8<enter>j");
     assert_eq!(names(&app), [1]);
     assert!(matches!(&press(&mut app, "w")[..], [Effect::Write(row)] if row.configuration == "dp 4 pp 8 1f1b"));
+    press(&mut app, "e");
+    assert!(picture(&mut app, (120, 24)).contains("export for: (m)egatron (t)orchtitan"));
+    assert!(press(&mut app, "<esc>").is_empty() && !app.plans.choosing);
+    let effects = press(&mut app, "ed");
+    assert!(matches!(&effects[..], [Effect::Export { to: Target::Deepspeed, .. }]), "{effects:?}");
     app.on(Event::News(News::Written(Ok("plan.json".into()))));
     assert!(picture(&mut app, (80, 24)).contains("written to plan.json"));
     let effects = press(&mut app, "<enter>");

@@ -1,8 +1,10 @@
 //! The report: one file, well-formed, with the figures of the prediction.
 
 use crate::stage::{answer, lanes, machine};
+use paceline_planner::export::Target;
+use paceline_tui::files::{export_plan, plan_file, write_plan};
 use paceline_tui::report::{Accuracy, Report, html, perfetto, timeline_svg};
-use paceline_tui::search::{find, plan_file};
+use paceline_tui::search::find;
 use paceline_tui::settings::Settings;
 
 fn report() -> Report {
@@ -98,6 +100,27 @@ fn plans_are_found_and_written_as_files_that_are_read_again() {
     let answer = paceline_tui::question::ask(&Settings::from_table(&again), &machine).unwrap();
     assert_eq!(answer.figures, best.figures);
     assert!(found.candidates >= found.simulated && found.gap.is_some_and(|gap| gap > 0.0));
+    // For another launcher: a folder of its own each time, and what it cannot do is said.
+    let folder = std::env::temp_dir().join(format!("paceline-export-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let mut plain = best.clone();
+    for (key, value) in [("schedule", "1f1b"), ("states", "zero1"), ("recompute", "none")] {
+        plain.job.insert(key.into(), value.into());
+    }
+    plain.job.remove("chunks");
+    for name in ["megatron", "megatron-2"] {
+        let said = export_plan(&plain, &machine, Target::Megatron, &folder).unwrap();
+        assert_eq!(said.split(';').next(), Some(name));
+        let files = std::fs::read_dir(folder.join(name)).unwrap();
+        let texts: Vec<String> = files.map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap()).collect();
+        assert!(texts.iter().any(|text| text.contains("--tensor-model-parallel-size")), "{texts:?}");
+    }
+    plain.job.insert("schedule".into(), "zb-h1".into());
+    let error = export_plan(&plain, &machine, Target::Megatron, &folder).unwrap_err();
+    assert!(error.contains("zb-h1") && error.contains("interleaved"), "{error}");
+    assert_eq!(write_plan(&plain, &machine, &folder).unwrap(), "plan.toml");
+    assert_eq!(write_plan(&plain, &machine, &folder).unwrap(), "plan-2.toml");
+    std::fs::remove_dir_all(&folder).unwrap();
     let stopped = find(&cluster, &machine, 3, &|at| at.decided < 2).unwrap();
     assert!(stopped.simulated < found.simulated);
     assert!(find(&"cluster = 'moon'\nmodel = 'x'".parse().unwrap(), &machine, 1, &|_| true).is_err());
