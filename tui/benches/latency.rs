@@ -16,14 +16,14 @@ use ratatui::crossterm::event::KeyCode;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const JOB: &str =
     "model = 'llama-3-70b'\ncluster = 'dgx-h100-ib'\nnodes = 64\nseq = 8192\nglobal_batch = 256\ntp = 8\npp = 16\n";
 
 /// Knobs that are turned. Each key makes settings that were not asked for before, as long as there are any, so that schedules are
 /// built and not remembered.
-const TURNED: [&str; 6] = ["schedule", "micro_batch", "global_batch", "recompute", "precision", "states"];
+const TURNED: [&str; 6] = ["schedule", "seq", "schedule", "recompute", "precision", "states"];
 
 fn main() {
     let profile = Profile::read(&include_bytes!("../../profiles/data/cpu.csv")[..]).expect("the shipped profile");
@@ -54,19 +54,14 @@ fn main() {
     };
     settle(&mut app, first, &mut desk);
     let (mut times, mut impossible) = (Vec::new(), 0);
+    let mut slowest = (Duration::ZERO, String::new());
     let mut asked = HashSet::new();
     let mut repeated = 0;
     for round in 0..400 {
         // One knob after the other, so that their combinations are walked through.
         app.knob = place_of(TURNED[round % TURNED.len()]).expect("a knob");
-        // Batches stay within what the cluster is for.
-        let grown = app.settings.get("global_batch").and_then(|n| n.parse::<u64>().ok()).is_some_and(|n| n >= 1024);
-        let large = app.settings.get("micro_batch").and_then(|n| n.parse::<u64>().ok()).is_some_and(|n| n >= 4);
-        let back = match TURNED[round % TURNED.len()] {
-            "global_batch" => grown || round % 4 == 3,
-            "micro_batch" => large || round % 8 == 7,
-            _ => false,
-        };
+        // Sequences go up and down between 8 Ki and 64 Ki; words go round.
+        let back = TURNED[round % TURNED.len()] == "seq" && round / TURNED.len() % 6 >= 3;
         let key = if back { KeyCode::Left } else { KeyCode::Right };
         let begin = Instant::now();
         let effects = app.on(Event::Key(key.into()));
@@ -74,7 +69,12 @@ fn main() {
             continue;
         }
         settle(&mut app, effects, &mut desk);
-        times.push(begin.elapsed());
+        let took = begin.elapsed();
+        times.push(took);
+        if took > slowest.0 {
+            let of = |key: &str| app.settings.get(key).unwrap_or("-").to_owned();
+            slowest = (took, ["schedule", "seq", "recompute", "precision", "states"].map(of).join(" "));
+        }
         repeated += u32::from(!asked.insert(app.settings.table().to_string()));
         impossible += u32::from(!app.answer.as_ref().is_some_and(Result::is_ok));
     }
@@ -88,4 +88,5 @@ fn main() {
         at(0.99),
         at(1.0)
     );
+    println!("the slowest: {}", slowest.1);
 }
