@@ -5,7 +5,7 @@
 //! first. Microbatches are alike, so each stage can run the passes of a kind in their sequence.
 
 use good_lp::{Expression, Solution, SolverModel, Variable, constraint, microlp, variable, variables};
-use paceline_planner::bounds::lower_bound;
+use paceline_planner::bounds::strongest;
 use paceline_planner::optimise::{Effort, Problem, optimise};
 use paceline_planner::order::Placement;
 use paceline_planner::replay::{StageMemory, StageTimes};
@@ -131,10 +131,10 @@ fn compare(instance: &Instance) -> (f64, f64, f64) {
     let memory = StageMemory { until_b: vec![1.0; stages], until_w: vec![1.0; stages], checkpoint: vec![0.0; stages] };
     let limit = vec![instance.most as f64; placement.devices()];
     let m = instance.microbatches as u32;
-    let bound = lower_bound(placement, m, &instance.times, &memory, Some(&limit)).makespan;
     let problem =
         Problem { placement: placement.clone(), microbatches: m, times: instance.times.clone(), memory, limit };
     let found = optimise(&problem, Effort { gap: 0.0, ..Effort::default() }).unwrap().makespan;
+    let bound = strongest(&problem, found).makespan;
     (bound, instance.optimum(), found)
 }
 

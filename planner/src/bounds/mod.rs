@@ -1,7 +1,8 @@
 //! Lower bounds on the makespan of any compute order with a given placement, number of microbatches, times and memory
 //! limits. Every figure here is proven in the comment beside it, so that a schedule's distance from it is a proven gap.
 //!
-//! - [`lower_bound`]: the highest of all bounds, and which one it is.
+//! - [`lower_bound`]: the highest of the quick bounds, and which one it is.
+//! - [`steady`]: the least interval between microbatches by a walk over all states of a small pipeline; [`strongest`] takes it in where it pays.
 //! - [`least_peaks`]: the least memory with which each device can work at all.
 //!
 //! The bounds hold for split and fused backwards alike: splitting a fused backward in place only lets stages before it start
@@ -10,7 +11,11 @@
 
 mod chains;
 mod knapsack;
+mod steady;
 
+pub use steady::{MOST_STATES, Steady, steady};
+
+use crate::generators::Problem;
 use crate::order::{ComputeOrder, Placement};
 use crate::replay::{StageMemory, StageTimes, peaks};
 use crate::schedules::action;
@@ -29,6 +34,8 @@ pub enum Reason {
     Device(usize),
     /// Activations live at least as long as their microbatch travels, and the device has room for few at a time.
     Memory(usize),
+    /// In no state of the pipeline can the devices, with their memory, go on so that microbatches follow each other faster.
+    EveryState,
 }
 
 impl fmt::Display for Reason {
@@ -37,6 +44,7 @@ impl fmt::Display for Reason {
             Reason::CriticalPath => write!(f, "one microbatch's way"),
             Reason::Device(d) => write!(f, "work and ramps of device {d}"),
             Reason::Memory(d) => write!(f, "activation lifetimes on device {d}"),
+            Reason::EveryState => write!(f, "every state of the pipeline at this memory"),
         }
     }
 }
@@ -141,6 +149,26 @@ pub fn lower_bound(
         for (device, stages) in local.iter().enumerate().filter(|(_, stages)| !stages.is_empty()) {
             bound.raise(case.lifetimes(stages, limits[device]), Reason::Memory(device));
         }
+    }
+    bound
+}
+
+/// A gap that is small enough not to look for a stronger bound.
+const CLOSE_ENOUGH: f64 = 0.005;
+
+/// [`lower_bound`] of a problem, and where an order of `makespan` is far from it and the pipeline is small, [`steady`].
+///
+/// # Panics
+/// As [`lower_bound`].
+pub fn strongest(problem: &Problem, makespan: f64) -> LowerBound {
+    let Problem { placement, microbatches, times, memory, limit } = problem;
+    let limits = limit.iter().any(|limit| limit.is_finite()).then_some(limit.as_slice());
+    let mut bound = lower_bound(placement, *microbatches, times, memory, limits);
+    if bound.gap(makespan) > CLOSE_ENOUGH
+        && *microbatches > 0
+        && let Some(steady) = steady(problem, makespan / f64::from(*microbatches))
+    {
+        bound.raise(steady.makespan(*microbatches), Reason::EveryState);
     }
     bound
 }

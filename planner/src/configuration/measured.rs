@@ -104,25 +104,50 @@ impl Measured {
         Ok(found)
     }
 
-    /// Lays the times and sizes into a request.
+    /// Times by stage, in seconds.
+    pub fn times(&self) -> StageTimes {
+        let list = |values: &[u64]| values.iter().map(|nanos| *nanos as f64 / 1e9).collect();
+        StageTimes {
+            f: list(&self.forward_nanos),
+            b: list(&self.input_nanos),
+            w: list(&self.weight_nanos),
+            comm: self.message_nanos as f64 / 1e9,
+        }
+    }
+
+    /// Activation sizes by stage, in bytes.
+    pub fn memory(&self) -> StageMemory {
+        StageMemory {
+            until_b: numbers(&self.until_b_bytes),
+            until_w: numbers(&self.until_w_bytes),
+            checkpoint: vec![0.0; self.until_b_bytes.len()],
+        }
+    }
+
+    /// Room for activations by pipeline rank, in bytes; `None` without a limit.
+    pub fn limit(&self) -> Option<Vec<f64>> {
+        (!self.limit_bytes.is_empty()).then(|| numbers(&self.limit_bytes))
+    }
+
+    /// Lays the times (in nanoseconds) and sizes into a request.
     pub(crate) fn lay_into(&self, request: Request) -> Request {
-        let list = |values: &[u64]| values.iter().map(|value| *value as f64).collect::<Vec<f64>>();
         Request {
             times: Some(StageTimes {
-                f: list(&self.forward_nanos),
-                b: list(&self.input_nanos),
-                w: list(&self.weight_nanos),
+                f: numbers(&self.forward_nanos),
+                b: numbers(&self.input_nanos),
+                w: numbers(&self.weight_nanos),
                 comm: self.message_nanos as f64,
             }),
-            memory: Some(StageMemory {
-                until_b: list(&self.until_b_bytes),
-                until_w: list(&self.until_w_bytes),
-                checkpoint: vec![0.0; self.forward_nanos.len()],
-            }),
-            limit: (!self.limit_bytes.is_empty()).then(|| list(&self.limit_bytes)),
+            memory: Some(self.memory()),
+            limit: self.limit(),
             ..request
         }
     }
+}
+
+/// Whole numbers as the schedules take them.
+fn numbers(values: &[u64]) -> Vec<f64> {
+    values.iter().map(|value| *value as f64).collect()
 }
 
 impl Configuration {
@@ -141,9 +166,7 @@ impl Configuration {
         if fixed || self.measured.is_some() {
             return Ok(self);
         }
-        // Any order of the same stages has the same passes.
-        let program = self.program_unchecked(job, machine, Form::Full)?;
-        let mut measured = Measured::new(&program, self.pp, costs, job.memory_limit)?;
+        let mut measured = self.measure(job, machine, costs)?;
         if self.recompute == Recompute::Full {
             measured.until_b_bytes.fill(1);
             measured.until_w_bytes.fill(1);
@@ -151,5 +174,15 @@ impl Configuration {
         }
         self.measured = Some(measured);
         Ok(self)
+    }
+
+    /// What the passes of the configuration take and hold on a machine, and the room for activations beside everything else.
+    ///
+    /// # Errors
+    /// When it cannot be lowered or costed.
+    pub fn measure(&self, job: &Job, machine: Machine, costs: &dyn Costs) -> Result<Measured, MeasureError> {
+        // Any order of the same stages has the same passes.
+        let program = self.program_unchecked(job, machine, Form::Full)?;
+        Ok(Measured::new(&program, self.pp, costs, job.memory_limit)?)
     }
 }

@@ -10,13 +10,13 @@ use paceline_sim::program::Recompute;
 const MOST_CHUNKS: u32 = 4;
 
 /// The schedule that searches by itself.
-const OPTIMISED: &str = "optimised";
+pub(super) const OPTIMISED: &str = "optimised";
 
 /// All candidates. Axes that the job names take the values that it names; others
 /// - `dp`, `pp`: no more ranks than devices, unless the job itself asks for more;
 /// - `chunks`: what the schedule has, up to four;
-/// - `schedule`: all but [`OPTIMISED`], which takes long for each candidate and has to be named; without a pipeline they are
-///   all the same, so one;
+/// - `schedule`: all but [`OPTIMISED`], which takes long for each candidate and tries only the shapes of the best; without a pipeline
+///   they are all the same, so one;
 /// - `micro_batch`: divisors of a replica's batch;
 /// - `recompute`: all kinds;
 /// - `states`: where there are replicas, whole or cut, the more the rarer a class is needed.

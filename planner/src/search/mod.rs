@@ -2,10 +2,12 @@
 //!
 //! Three rooms that know nothing of each other: [`candidates`] lists the space, a [`Bound`] says from below what a candidate
 //! takes without lowering it, a [`Score`] says exactly what it takes. [`best`] drives any three of them: candidates come in
-//! order of their bound, and those whose bound is above the worst plan kept are never simulated.
+//! order of their bound, and those whose bound is above the worst plan kept are never simulated. [`refine`] then works on the few that are
+//! left: layers move between stages, and the schedule optimiser has a try at each shape.
 
 pub mod bound;
 pub mod candidates;
+mod refine;
 pub mod score;
 
 use crate::configuration::{Configuration, Machine};
@@ -197,47 +199,9 @@ pub fn search(
     let score = Simulation { job, machine, costs, cuts: &bound };
     let limits = Limits { top, memory: job.memory_limit };
     let mut plans = best(candidates, &bound, &score, limits, progress)?;
-    recut(&mut plans, &score, limits.memory);
+    refine::recut(&mut plans, &score, limits.memory);
+    refine::optimise(&mut plans, job, &bound, &score, limits);
     Ok(plans)
-}
-
-/// Rounds in which one layer of a plan moves.
-const MOST_MOVES: usize = 8;
-
-/// Moves layers of the plans found from stage to stage while that makes their simulated iteration shorter: the cut with the least busiest rank
-/// is the best for many microbatches, with few the ramps decide too. Cuts that a candidate names itself are its own.
-fn recut(plans: &mut Plans, score: &dyn Score, memory: Option<u64>) {
-    let fits =
-        |plan: &Scored| memory.is_none_or(|limit| plan.prediction.memory.peak_bytes.iter().all(|held| *held <= limit));
-    plans.plans.par_iter_mut().for_each(|plan| {
-        for _ in 0..MOST_MOVES {
-            let stages = plan.configuration.stage_layers.len();
-            let moves = (1..stages).flat_map(|right| [(right - 1, right), (right, right - 1)]);
-            let better = moves
-                .filter(|(from, _)| plan.configuration.stage_layers[*from] > 1)
-                .filter_map(|(from, to)| {
-                    let mut moved = plan.configuration.clone();
-                    moved.stage_layers[from] -= 1;
-                    moved.stage_layers[to] += 1;
-                    moved.measured = None;
-                    score.predict(&moved).ok().filter(&fits)
-                })
-                .min_by(|a, b| a.prediction.iteration_seconds.total_cmp(&b.prediction.iteration_seconds));
-            match better {
-                Some(better) if better.prediction.iteration_seconds < plan.prediction.iteration_seconds => {
-                    *plan = better
-                }
-                _ => break,
-            }
-        }
-    });
-    plans.plans.sort_by(|a, b| a.prediction.iteration_seconds.total_cmp(&b.prediction.iteration_seconds));
-    if let Some(best) = plans.plans.first() {
-        // The bound is of the cuts that were searched.
-        let seconds = best.prediction.iteration_seconds;
-        plans.bound_iteration_seconds = plans.bound_iteration_seconds.min(seconds);
-        plans.gap = seconds / plans.bound_iteration_seconds - 1.0;
-    }
 }
 
 /// Candidates simulated between two looks at the bounds.

@@ -83,6 +83,50 @@ fn bounds_hold_and_pruning_loses_nothing() {
 }
 
 #[test]
+fn the_optimiser_has_a_try_at_the_shapes_of_the_best() {
+    // Four stages of one layer and few microbatches: bubbles decide, and the fixed patterns were not made for these times.
+    let free = job("pp = 4\ndp = 1\nmicro_batch = 4\nrecompute = 'none'");
+    let plans = run(&free, 40).unwrap();
+    let all =
+        plans.plans.iter().map(|plan| &plan.configuration).chain(plans.losers.iter().map(|loser| &loser.configuration));
+    let tried = all.clone().filter(|configuration| configuration.schedule == "optimised").count();
+    assert!(tried >= 1, "{}", plans.plans.len());
+    assert_eq!(plans.candidates, plans.simulated + plans.pruned.memory + plans.pruned.bound + plans.pruned.invalid);
+    assert_eq!(plans.candidates, all.count());
+    assert!(plans.plans.is_sorted_by_key(|plan| plan.prediction.iteration_seconds));
+    assert!(plans.bound_iteration_seconds <= plans.plans[0].prediction.iteration_seconds);
+    // With little memory the fixed patterns, and those made for these times, are beaten somewhere; and a plan says enough to make the
+    // same order again.
+    let fullest = |plan: &Scored| plan.prediction.memory.peak_bytes.iter().copied().max().unwrap();
+    let mut won = 0;
+    for shape in
+        ["pp = 4\ndp = 1\nmicro_batch = 2", "pp = 3\ndp = 1\nmicro_batch = 2", "pp = 2\ndp = 1\nmicro_batch = 2"]
+    {
+        let mut tight = job(&format!("{shape}\nrecompute = 'none'"));
+        let least = run(&tight, 40).unwrap().plans.iter().map(fullest).min().unwrap();
+        for percent in [101, 108, 120] {
+            tight.memory_limit = Some(least * percent / 100);
+            let plans = run(&tight, 40).unwrap().plans;
+            assert!(plans.iter().all(|plan| Some(fullest(plan)) <= tight.memory_limit));
+            let best =
+                |optimised: bool| plans.iter().find(|plan| (plan.configuration.schedule == "optimised") == optimised);
+            let (Some(computed), Some(named)) = (best(true), best(false)) else { continue };
+            assert!(computed.configuration.measured.is_some());
+            computed.configuration.program(&tight, MACHINE).unwrap();
+            let [computed, named] = [computed, named].map(|plan| plan.prediction.iteration_seconds);
+            println!("{shape:?} {percent} %: optimised {computed}, named {named}");
+            won += usize::from(computed < named);
+            // Of two that are as fast the named one is the simpler.
+            assert!(computed != named || plans[0].configuration.schedule != "optimised", "{shape}");
+        }
+    }
+    assert!(won > 0);
+    // Where the job names its schedules, nothing else is tried.
+    let named = run(&job("pp = 4\ndp = 1\nmicro_batch = 4\nschedule = ['1f1b', 'zb-h1']"), 40).unwrap();
+    assert!(named.plans.iter().all(|plan| plan.configuration.schedule != "optimised"));
+}
+
+#[test]
 fn a_prediction_is_the_sum_of_its_parts() {
     for text in ["dp = 2\npp = 2\nrecompute = 'full'\nstates = 'zero1'", "pp = 4\nschedule = 'zb-h1'", "dp = 4", ""] {
         let job = job(text);

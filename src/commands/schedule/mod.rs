@@ -1,26 +1,30 @@
 //! `paceline schedule`: builds, draws, compares, exports and imports pipeline schedules.
 
+mod on_machine;
 mod times;
 mod view;
 
 use crate::failure::Failure;
 use crate::screen::Screen;
+use on_machine::OnMachine;
 use paceline_planner::bounds;
 use paceline_planner::drawing::render_svg;
 use paceline_planner::interchange::pytorch;
+use paceline_planner::optimise::Problem;
 use paceline_planner::order::ComputeOrder;
 use paceline_planner::replay::{Peaks, Timing, memory_curve, peaks, replay};
 use paceline_planner::schedules::{self, Request};
 use paceline_sim::program::Pass;
+use paceline_sim::units::show_bytes;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use times::{Given, Per};
+use times::{Given, Per, Sizes};
 
 /// One pipeline schedule, or several side by side.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  paceline schedule v-half -p 8 -m 32\n  paceline schedule -p 4 -m 16 --compare 1f1b,zb-h1,v-half --f 18.5 --b 18.1 --w 9.3 --comm 0.6\n  paceline schedule zb-v -p 4 -m 12 --svg zb-v.svg --export pytorch zb-v.csv\n  paceline schedule --import pytorch mine.csv"
+    after_help = "Examples:\n  paceline schedule v-half -p 8 -m 32\n  paceline schedule -p 4 -m 16 --compare 1f1b,zb-h1,v-half --f 18.5 --b 18.1 --w 9.3 --comm 0.6\n  paceline schedule zb-v -p 4 -m 12 --svg zb-v.svg --export pytorch zb-v.csv\n  paceline schedule --import pytorch mine.csv\n  paceline schedule --job job.toml -p 4 --compare 1f1b,zb-v,v-half,optimised --memory-limit 64MiB"
 )]
 pub struct Arguments {
     /// Name of the schedule; `paceline schedule --list` prints all.
@@ -31,13 +35,22 @@ pub struct Arguments {
     #[arg(long)]
     list: bool,
 
-    /// Pipeline devices.
-    #[arg(short = 'p', long = "devices", value_name = "P", default_value_t = 4)]
-    devices: u32,
+    /// Pipeline devices (default: 4, or what the job says).
+    #[arg(short = 'p', long = "devices", value_name = "P")]
+    devices: Option<u32>,
 
-    /// Microbatches per step.
-    #[arg(short = 'm', long = "microbatches", value_name = "M", default_value_t = 8)]
-    microbatches: u32,
+    /// Microbatches per step (default: 8).
+    #[arg(short = 'm', long = "microbatches", value_name = "M")]
+    microbatches: Option<u32>,
+
+    /// Take microbatches, times of the stages, bytes of their activations and the room for them from a job on this machine; the layers are
+    /// cut for each schedule so that the busiest device does as little as can be.
+    #[arg(long, value_name = "JOB.toml", conflicts_with_all = ["microbatches", "f", "b", "w", "comm", "per", "activation", "memory_fractions", "import"])]
+    job: Option<PathBuf>,
+
+    /// Profile of this machine for --job (default: as `paceline predict`).
+    #[arg(long, value_name = "FILE", requires = "job")]
+    profile: Option<PathBuf>,
 
     /// Stages per device.
     #[arg(long, value_name = "V")]
@@ -65,7 +78,7 @@ pub struct Arguments {
     per: Option<Per>,
 
     /// The most activation memory per device: a bare number counts microbatch-stages; with a unit (`6GiB`), bytes, which needs
-    /// --activation.
+    /// --activation. With --job: bytes per device for everything, parameters and optimizer included.
     #[arg(long, value_name = "N|BYTES")]
     memory_limit: Option<String>,
 
@@ -115,6 +128,9 @@ struct Document {
     #[serde(skip_serializing_if = "Option::is_none")]
     fits: Option<bool>,
     times_per: Per,
+    /// `given` where flags say what a pass takes.
+    time_unit: &'static str,
+    memory_unit: &'static str,
     actions: Vec<Vec<String>>,
 }
 
@@ -127,8 +143,14 @@ struct Comparison {
 /// The schedule that holds less than a microbatch's activations.
 const RECOMPUTING: &str = "1f1b-r";
 
+/// Devices and microbatches where nothing says how many.
+const DEVICES: u32 = 4;
+const MICROBATCHES: u32 = 8;
+
 /// A schedule that has been replayed.
 struct Studied {
+    /// What it solves, where it keeps a limit.
+    problem: Option<Problem>,
     order: ComputeOrder,
     timing: Timing,
     curve: Vec<Vec<f64>>,
@@ -140,14 +162,19 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     if arguments.list {
         return view::list(screen);
     }
+    let machine = arguments.job.as_deref().map(|path| OnMachine::open(screen, path, arguments)).transpose()?;
+    let machine = machine.as_ref();
     let export = arguments.export.as_deref().map(|pair| target("--export", pair)).transpose()?;
     if let Some(names) = &arguments.compare {
         let per = arguments.per.unwrap_or(Per::Device);
-        let all = names.iter().map(|name| study_named(arguments, name, per)).collect::<Result<Vec<_>, _>>()?;
+        let all = names.iter().map(|name| study_named(arguments, machine, name, per));
+        let mut all = all.collect::<Result<Vec<_>, _>>()?;
+        tighten(&mut all);
         if screen.json() {
             let schedules = all.into_iter().map(|studied| studied.document).collect();
             return screen.document(&Comparison { format: "paceline.schedules/1", schedules });
         }
+        headline(screen, machine)?;
         return view::comparison(
             screen,
             all.iter().map(|studied| &studied.document),
@@ -155,11 +182,12 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
         );
     }
     let per = arguments.per.unwrap_or(Per::Stage);
-    let studied = match (&arguments.import, &arguments.name) {
+    let mut studied = match (&arguments.import, &arguments.name) {
         (Some(pair), _) => study_file(arguments, target("--import", pair)?, per)?,
-        (None, Some(name)) => study_named(arguments, name, per)?,
+        (None, Some(name)) => study_named(arguments, machine, name, per)?,
         (None, None) => return Err(Failure::bad_input("schedule: give a NAME, --compare or --import")),
     };
+    tighten(std::slice::from_mut(&mut studied));
     if let Some(path) = export {
         let text = pytorch::write(&studied.order, pytorch::Layout::Dense).map_err(Failure::bad_input)?;
         write(path, &text)?;
@@ -175,7 +203,15 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
             studied.document.name
         ));
     }
-    if screen.json() { screen.document(&studied.document) } else { view::one(screen, &studied) }
+    if screen.json() {
+        return screen.document(&studied.document);
+    }
+    headline(screen, machine)?;
+    view::one(screen, &studied)
+}
+
+fn headline(screen: &Screen, machine: Option<&OnMachine>) -> Result<(), Failure> {
+    machine.map_or(Ok(()), |machine| screen.line(machine.headline()))
 }
 
 fn target<'a>(flag: &str, pair: &'a [String]) -> Result<&'a Path, Failure> {
@@ -197,37 +233,80 @@ fn write(path: &Path, text: &str) -> Result<(), Failure> {
     })
 }
 
-fn study_named(arguments: &Arguments, name: &str, per: Per) -> Result<Studied, Failure> {
+/// Raises the bounds of schedules that are far from them where a stronger one can be computed: one for all with the same stages.
+fn tighten(all: &mut [Studied]) {
+    for first in 0..all.len() {
+        let Some(problem) = all[first].problem.clone() else { continue };
+        let alike = |studied: &Studied| {
+            studied.problem.as_ref().is_some_and(|other| {
+                (&other.placement, &other.times, &other.memory) == (&problem.placement, &problem.times, &problem.memory)
+            })
+        };
+        if all[..first].iter().any(alike) {
+            continue;
+        }
+        let best = all.iter().filter(|s| alike(s)).map(|s| s.document.makespan).fold(f64::INFINITY, f64::min);
+        let bound = bounds::strongest(&problem, best);
+        for studied in all.iter_mut().filter(|studied| alike(studied)) {
+            let document = &mut studied.document;
+            document.lower_bound = bound.makespan;
+            document.lower_bound_reason = bound.reason.to_string();
+            document.gap = bound.gap(document.makespan);
+        }
+    }
+}
+
+fn study_named(arguments: &Arguments, machine: Option<&OnMachine>, name: &str, per: Per) -> Result<Studied, Failure> {
     let schedule = schedules::find(name).map_err(Failure::bad_input)?;
     // In a comparison, chunks are asked of those schedules that have a choice.
     let chunks = match &arguments.compare {
         Some(_) => arguments.chunks.filter(|&v| schedule.chunks_for(Some(v)).is_ok()),
         None => arguments.chunks,
     };
-    let request = Request { chunks, ..Request::new(arguments.devices, arguments.microbatches) };
+    let request = match machine {
+        Some(machine) => machine.request(schedule, chunks)?,
+        None => {
+            let devices = arguments.devices.unwrap_or(DEVICES);
+            Request { chunks, ..Request::new(devices, arguments.microbatches.unwrap_or(MICROBATCHES)) }
+        }
+    };
     schedule.check(&request).map_err(Failure::bad_input)?;
-    let placement = schedule.placement(arguments.devices, chunks).map_err(Failure::bad_input)?;
-    let times = times::stage_times(arguments, &placement, per)?;
-    let memory = times::stage_memory(arguments, &placement)?;
-    let limit = times::limit(arguments)?;
-    if let (Some(limit), false) = (limit, name == RECOMPUTING) {
+    let placement = schedule.placement(request.devices, chunks).map_err(Failure::bad_input)?;
+    let sizes = match machine {
+        Some(machine) => machine.sizes(schedule, chunks)?,
+        None => times::sizes(arguments, &placement, per)?,
+    };
+    if let (Some(limits), false) = (&sizes.limit, name == RECOMPUTING) {
         // A schedule over a limit that others keep is shown as such; a limit that nothing can keep is a mistake.
-        let least = bounds::least_peaks(&placement, &memory).into_iter().fold(0.0, f64::max);
-        if limit < least * (1.0 - 1e-9) {
-            return Err(Failure::bad_input(format!(
-                "--memory-limit {limit}: below the least possible peak of {name}, which is {least} microbatch-stages (one microbatch at a time)"
-            )));
+        let least = bounds::least_peaks(&placement, &sizes.memory);
+        for (device, (limit, least)) in limits.iter().zip(least).enumerate() {
+            if *limit < least * (1.0 - 1e-9) {
+                return Err(Failure::bad_input(too_little(machine.is_some(), name, device, *limit, least)));
+            }
         }
     }
     let request = Request {
-        times: Some(times.clone()),
-        memory: Some(memory),
-        limit: limit.map(|limit| vec![limit; arguments.devices as usize]),
+        times: Some(sizes.times.clone()),
+        memory: Some(sizes.memory.clone()),
+        limit: sizes.limit.clone(),
         ..request
     };
     let begin = Instant::now();
     let order = schedules::build(name, &request).map_err(Failure::bad_input)?;
-    study(arguments, order, per, begin.elapsed().as_secs_f64())
+    study(order, sizes, per, machine.is_some(), begin.elapsed().as_secs_f64())
+}
+
+fn too_little(on_machine: bool, name: &str, device: usize, limit: f64, least: f64) -> String {
+    if on_machine {
+        let [limit, least] = [limit, least].map(|bytes| show_bytes(bytes as u64));
+        format!(
+            "memory limit: beside parameters, gradients and optimizer it leaves {limit} on device {device}, below the least possible peak of {name}, which is {least} (one microbatch at a time); raise it by the difference, recompute, or take a smaller micro_batch"
+        )
+    } else {
+        format!(
+            "--memory-limit {limit}: below the least possible peak of {name}, which is {least} microbatch-stages (one microbatch at a time)"
+        )
+    }
 }
 
 fn study_file(arguments: &Arguments, path: &Path, per: Per) -> Result<Studied, Failure> {
@@ -241,24 +320,27 @@ fn study_file(arguments: &Arguments, path: &Path, per: Per) -> Result<Studied, F
     let begin = Instant::now();
     let order =
         pytorch::read(&text, &name).map_err(|error| Failure::bad_input(format!("{}: {error}", path.display())))?;
-    study(arguments, order, per, begin.elapsed().as_secs_f64())
+    let sizes = times::sizes(arguments, &order.placement, per)?;
+    study(order, sizes, per, false, begin.elapsed().as_secs_f64())
 }
 
-fn study(arguments: &Arguments, order: ComputeOrder, per: Per, generation_seconds: f64) -> Result<Studied, Failure> {
-    let times = times::stage_times(arguments, &order.placement, per)?;
-    let memory = times::stage_memory(arguments, &order.placement)?;
-    let limit = times::limit(arguments)?;
+fn study(
+    order: ComputeOrder,
+    sizes: Sizes,
+    per: Per,
+    on_machine: bool,
+    generation_seconds: f64,
+) -> Result<Studied, Failure> {
+    let Sizes { times, memory, limit } = sizes;
     let timing = replay(&order, &times).map_err(Failure::bad_input)?;
     let Peaks { peak, peak_unsplit } = peaks(&order, &memory);
     let devices = order.actions.len();
-    let limits = limit.map(|limit| vec![limit; devices]);
     // An order that recomputes holds less than the bound with limits supposes.
     let recomputes = order.actions.iter().flatten().any(|action| action.pass == Pass::R);
-    let kept = limits.as_deref().filter(|_| !recomputes);
     let makespan = timing.makespan();
-    let fits = limit.map(|limit| peak.iter().all(|&held| held <= limit * (1.0 + 1e-9)));
-    let kept = kept.filter(|_| fits == Some(true));
-    let bound = bounds::lower_bound(&order.placement, order.microbatches, &times, &memory, kept);
+    let fits = limit.as_ref().map(|limits| peak.iter().zip(limits).all(|(held, limit)| *held <= limit * (1.0 + 1e-9)));
+    let kept = limit.filter(|_| fits == Some(true) && !recomputes);
+    let bound = bounds::lower_bound(&order.placement, order.microbatches, &times, &memory, kept.as_deref());
     let document = Document {
         format: "paceline.schedule/1",
         name: order.name.clone(),
@@ -277,8 +359,17 @@ fn study(arguments: &Arguments, order: ComputeOrder, per: Per, generation_second
         gap: bound.gap(makespan),
         generation_seconds,
         times_per: per,
+        time_unit: if on_machine { "seconds" } else { "given" },
+        memory_unit: if on_machine { "bytes" } else { "microbatch-stages" },
         actions: order.actions.iter().map(|list| list.iter().map(ToString::to_string).collect()).collect(),
     };
     let curve = memory_curve(&order, &memory);
-    Ok(Studied { order, timing, curve, document })
+    let problem = kept.map(|limit| Problem {
+        placement: order.placement.clone(),
+        microbatches: order.microbatches,
+        times,
+        memory,
+        limit,
+    });
+    Ok(Studied { problem, order, timing, curve, document })
 }

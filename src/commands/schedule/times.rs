@@ -54,8 +54,28 @@ impl Given {
     }
 }
 
+/// What is known of the stages of a schedule.
+#[derive(Debug, Clone)]
+pub struct Sizes {
+    /// Times by stage.
+    pub times: StageTimes,
+    /// Activation sizes by stage.
+    pub memory: StageMemory,
+    /// The most that each device may hold, in the unit of the sizes.
+    pub limit: Option<Vec<f64>>,
+}
+
+/// All of it as the flags say.
+pub fn sizes(arguments: &Arguments, placement: &Placement, per: Per) -> Result<Sizes, Failure> {
+    Ok(Sizes {
+        times: stage_times(arguments, placement, per)?,
+        memory: stage_memory(arguments, placement)?,
+        limit: limit(arguments)?.map(|limit| vec![limit; placement.devices()]),
+    })
+}
+
 /// Times by stage.
-pub fn stage_times(arguments: &Arguments, placement: &Placement, per: Per) -> Result<StageTimes, Failure> {
+fn stage_times(arguments: &Arguments, placement: &Placement, per: Per) -> Result<StageTimes, Failure> {
     let stages = placement.stages();
     let devices = placement.device_of_stage.iter().max().map_or(1, |last| *last as usize + 1);
     // With two copies of the model a microbatch goes through one of them only.
@@ -75,7 +95,7 @@ pub fn stage_times(arguments: &Arguments, placement: &Placement, per: Per) -> Re
 }
 
 /// Activation sizes by stage, in microbatch-stages.
-pub fn stage_memory(arguments: &Arguments, placement: &Placement) -> Result<StageMemory, Failure> {
+fn stage_memory(arguments: &Arguments, placement: &Placement) -> Result<StageMemory, Failure> {
     let devices = placement.device_of_stage.iter().max().map_or(1, |last| *last as usize + 1);
     let freed_at_b = match &arguments.memory_fractions {
         None => StageMemory::FREED_AT_B,
@@ -96,7 +116,7 @@ fn fractions(text: &str) -> Result<f64, Failure> {
 }
 
 /// The memory limit in microbatch-stages.
-pub fn limit(arguments: &Arguments) -> Result<Option<f64>, Failure> {
+fn limit(arguments: &Arguments) -> Result<Option<f64>, Failure> {
     let Some(text) = &arguments.memory_limit else { return Ok(None) };
     if let Ok(count) = text.trim().parse::<f64>() {
         if count.is_finite() && count > 0.0 {

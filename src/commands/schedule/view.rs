@@ -3,11 +3,12 @@
 use super::{Document, Studied};
 use crate::failure::Failure;
 use crate::screen::{Screen, Style};
-use crate::table::{Table, show_percent};
+use crate::table::{Table, show_percent, show_seconds};
 use paceline_planner::drawing::text_cells;
 use paceline_planner::order::ComputeOrder;
 use paceline_planner::schedules::SCHEDULES;
 use paceline_sim::program::Pass;
+use paceline_sim::units::show_bytes;
 
 /// Every schedule with its summary.
 pub fn list(screen: &Screen) -> Result<(), Failure> {
@@ -40,7 +41,7 @@ fn background(pass: Pass, chunk: u32) -> u8 {
 
 /// The timeline of one schedule, its memory, and the figures.
 pub fn one(screen: &Screen, studied: &Studied) -> Result<(), Failure> {
-    let Studied { order, timing, curve, document } = studied;
+    let Studied { order, timing, curve, document, .. } = studied;
     let digits = document.p.saturating_sub(1).max(1).ilog10() as usize + 1;
     let width = screen.width().saturating_sub(digits + 1);
     for (device, row) in text_cells(order, timing, width).iter().enumerate() {
@@ -60,7 +61,8 @@ pub fn one(screen: &Screen, studied: &Studied) -> Result<(), Failure> {
         screen.line(line)?;
     }
     screen.line("")?;
-    screen.line(screen.style(Style::Bold, "Activation memory over the same time, in microbatch-stages"))?;
+    let unit = document.memory_unit;
+    screen.line(screen.style(Style::Bold, format!("Activation memory over the same time, in {unit}")))?;
     let highest = curve.iter().flatten().copied().fold(0.0, f64::max);
     let columns = text_cells(order, timing, width).first().map_or(0, Vec::len);
     for (device, held) in curve.iter().enumerate() {
@@ -81,19 +83,27 @@ pub fn one(screen: &Screen, studied: &Studied) -> Result<(), Failure> {
             document.placement
         ),
     ]);
-    table.row(["makespan", &show(document.makespan)]);
+    table.row(["makespan", &time(document, document.makespan)]);
     table.row([
         "lower bound",
         &format!(
             "{} ({}), gap {}",
-            show(document.lower_bound),
+            time(document, document.lower_bound),
             document.lower_bound_reason,
             show_percent(document.gap)
         ),
     ]);
     table.row(["bubble of the longest span", &show_percent(document.bubble_span)]);
     table.row(["bubble of the makespan", &show_percent(document.bubble_makespan)]);
-    table.row(["peak", &format!("{} (all freed at W: {}) microbatch-stages", show(peak), show(unsplit))]);
+    table.row([
+        "peak",
+        &format!(
+            "{} (all freed at W: {}) {}",
+            held(document, peak),
+            held(document, unsplit),
+            if unit == "bytes" { "" } else { unit }
+        ),
+    ]);
     table.row(["generated in", &crate::table::show_seconds(document.generation_seconds)]);
     table.print(screen)?;
     screen.line(legend(order))
@@ -167,11 +177,11 @@ pub fn comparison<'a>(
             [
                 document.name.clone(),
                 document.chunks.to_string(),
-                show(document.makespan),
+                time(document, document.makespan),
                 show_percent(document.bubble_span),
                 show_percent(document.bubble_makespan),
-                show(document.peak.iter().copied().fold(0.0, f64::max)),
-                show(document.lower_bound),
+                held(document, document.peak.iter().copied().fold(0.0, f64::max)),
+                time(document, document.lower_bound),
                 show_percent(document.gap),
                 remark.to_string(),
             ],
@@ -179,7 +189,37 @@ pub fn comparison<'a>(
     }
     table.print(screen)?;
     let at = limit.map_or(String::new(), |limit| format!(", memory limit {limit}"));
-    screen.line(format!("  peak in microbatch-stages{at}; gap: makespan above the lower bound of its own placement"))
+    let unit = documents.first().map_or("microbatch-stages", |document| document.memory_unit);
+    screen.line(format!(
+        "  peak of activations in {unit}{at}; gap: makespan above the lower bound of its own placement"
+    ))?;
+    // Where one device's work does not explain the bound, its reason is news.
+    let mut said: Vec<&str> = Vec::new();
+    for document in documents.iter().filter(|d| d.gap > FAR || d.lower_bound_reason.starts_with("every state")) {
+        if !said.contains(&document.lower_bound_reason.as_str()) {
+            said.push(&document.lower_bound_reason);
+            let bubble = 1.0 - (1.0 - document.bubble_makespan) * document.makespan / document.lower_bound;
+            screen.line(format!(
+                "  no order of {}'s stages is shorter than {} (bubble {}) within its memory: {}",
+                document.name,
+                time(document, document.lower_bound),
+                show_percent(bubble),
+                document.lower_bound_reason
+            ))?;
+        }
+    }
+    Ok(())
+}
+
+/// A gap from which on a comparison says where its bound comes from.
+const FAR: f64 = 0.01;
+
+fn time(document: &Document, value: f64) -> String {
+    if document.time_unit == "seconds" { show_seconds(value) } else { show(value) }
+}
+
+fn held(document: &Document, value: f64) -> String {
+    if document.memory_unit == "bytes" { show_bytes(value as u64) } else { show(value) }
 }
 
 /// A figure with four significant digits.
