@@ -202,6 +202,26 @@ fn layouts_on_clusters_are_predicted_and_searched() {
     }
 }
 
+/// Flags of clusters alone change what they name, and formats without a run are shown as assumed.
+#[test]
+fn knobs_of_clusters_are_flags() {
+    let folder = Folder::new("knobs");
+    let number = |value: &Value| value.as_f64().unwrap();
+    let mixture = "predict --model mixtral-8x7b --cluster dgx-b200-ib --nodes 2 --seq 4096 --global-batch 64 --ep 8 --cp 2 --json";
+    let plain = folder.json(mixture);
+    let of = |flags: &str, key: &str| number(&folder.json(&format!("{mixture} {flags}"))["time"][key]);
+    let before = |key: &str| number(&plain["time"][key]);
+    assert!(of("--expert-skew 1.5", "exposed_ep") > 1.3 * before("exposed_ep"));
+    assert_eq!(of("--expert-skew 1.5 --expert-capacity 1.0", "exposed_ep"), before("exposed_ep"));
+    assert!(of("--overlap all,experts", "exposed_ep") < 0.5 * before("exposed_ep"));
+    assert!(of("--cp-exchange all-gather", "exposed_cp") > before("exposed_cp"));
+    assert!(of("--overlap none", "exposed_dp") > before("exposed_dp"));
+    let (some, all) = (of("--recompute full:8", "recompute"), of("--recompute full", "recompute"));
+    assert!((some / all - 0.25).abs() < 1e-9, "{some} {all}");
+    let assumed = number(&folder.json(&format!("{mixture} --precision nvfp4"))["provenance"]["assumed"]);
+    assert!(assumed > 0.1 && number(&plain["provenance"]["assumed"]) == 0.0, "{assumed}");
+}
+
 #[test]
 fn plans_for_clusters_are_files_that_other_launchers_start() {
     let folder = Folder::new("export");
@@ -239,12 +259,16 @@ fn plans_for_clusters_are_files_that_other_launchers_start() {
 fn impossible_clusters_are_refused() {
     let folder = Folder::new("bad-clusters");
     let model = "--model llama-3-8b --seq 8192 --global-batch 64";
-    let cases: [(&str, &[&str]); 7] = [
+    let cases: [(&str, &[&str]); 11] = [
         ("--cluster moon", &["moon", "dgx-h100-ib", "[cluster] table"]),
         ("--cluster dgx-h100-ib --dp 3", &["there are 8 GPUs"]),
         ("--cluster dgx-h100-ib --micro-batch 3", &["global_batch = 64", "take 48"]),
         ("--cluster dgx-h100-ib --states zero9", &["zero9", "zero1"]),
         ("--cluster dgx-h100-ib --precision int1", &["int1", "bf16"]),
+        ("--cluster dgx-h100-ib --cp-exchange spiral", &["spiral", "zig-zag"]),
+        ("--cluster dgx-h100-ib --overlap sleep", &["sleep", "experts"]),
+        ("--cluster dgx-h100-ib --expert-skew 0.5", &["expert_skew = 0.5", "at least 1"]),
+        ("--cluster dgx-h100-ib --recompute full:none", &["full:none", "full:2"]),
         ("--cluster dgx-h100-ib --memory-limit lots", &["lots", "80GiB"]),
         ("--cluster dgx-h100-ib --trace t.json", &["--trace", "local"]),
     ];
