@@ -14,6 +14,7 @@ use paceline_planner::predict::{
     predict_cluster, sweep_clusters,
 };
 use paceline_planner::prediction::{ClassBytes, MemoryPrediction, PREDICTION_FORMAT, Prediction};
+use paceline_planner::states::{GuidelineRank, rank};
 use paceline_profiles::Shares;
 use paceline_sim::cluster::Physics;
 use paceline_sim::units::show_bytes;
@@ -181,7 +182,7 @@ pub fn plan(
     Ok(sweep)
 }
 
-/// Where each plan spends more than the best.
+/// Where each plan spends more than the best, and how PaRO's closed form ranks their state partitions beside the prediction.
 fn show_differences(screen: &Screen, plans: &[ClusterPlan]) -> Result<(), Failure> {
     let mut table = Table::new([
         "",
@@ -194,12 +195,28 @@ fn show_differences(screen: &Screen, plans: &[ClusterPlan]) -> Result<(), Failur
         "experts",
         "bubble",
         "optimizer",
+        "states",
+        "guideline",
+        "log(1/T)",
+        "place",
     ]);
-    for (place, plan) in plans.iter().enumerate() {
+    let ranks: Vec<GuidelineRank> = plans
+        .iter()
+        .map(|plan| rank(&plan.configuration, &plan.prediction).map_err(Failure::internal))
+        .collect::<Result<_, _>>()?;
+    for (place, (plan, guideline)) in plans.iter().zip(&ranks).enumerate() {
         let parts = plan.prediction.time.in_order();
-        table.row(std::iter::once((place + 1).to_string()).chain(parts.map(show_seconds)));
+        let before = ranks.iter().filter(|other| other.seconds < guideline.seconds * (1.0 - 1e-9)).count();
+        let states = plan.configuration.states.clone().unwrap_or_else(|| "zero1".into());
+        let ranked =
+            [states, show_seconds(guideline.seconds), format!("{:.2}", guideline.indicator), (1 + before).to_string()];
+        table.row(std::iter::once((place + 1).to_string()).chain(parts.map(show_seconds)).chain(ranked));
     }
-    table.print(screen)
+    table.print(screen)?;
+    screen.line(
+        "\n  guideline: PaRO's closed form of the state partition, the longer of communication and computation; place: by its indicator\n  \
+         log(1/T) among these plans. It ranks partitions of one layout; it knows no tensor or pipeline communication and no bubble.",
+    )
 }
 
 fn nothing(sweep: &ClusterSweep) -> Failure {

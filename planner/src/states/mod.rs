@@ -7,4 +7,4 @@ mod table;
 
 pub use guideline::{Guideline, GuidelineParts};
 pub use published::{GainComparison, GatherComparison, compare_gathers, compare_published, published_of};
-pub use table::{StateParts, StateRow, StatesError, tabulate};
+pub use table::{GuidelineRank, StateParts, StateRow, StatesError, rank, tabulate};

@@ -1,7 +1,7 @@
 //! A job under each of the 27 state partitions: predicted, and ranked by the closed-form guideline.
 
 use super::guideline::{Guideline, GuidelineParts};
-use crate::predict::{ClusterRequest, PredictError, RequestError, predict_cluster};
+use crate::predict::{ClusterPrediction, ClusterRequest, PredictError, RequestError, predict_cluster};
 use paceline_profiles::Cluster;
 use paceline_sim::cluster::{Architecture, Layout, Physics};
 use paceline_sim::partition::{StatePartition, dominance};
@@ -84,6 +84,32 @@ pub fn tabulate(request: &ClusterRequest, physics: &Physics) -> Result<Vec<State
         .collect()
 }
 
+/// What the closed-form guideline says of a job whose time is predicted.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct GuidelineRank {
+    /// The published indicator, log(1/T): the higher, the better.
+    pub indicator: f64,
+    /// Its T: the longer of communication and computation, in seconds.
+    pub seconds: f64,
+    /// Communication of a step by the guideline, in seconds.
+    pub communication: f64,
+}
+
+/// The guideline for a job, with the computation that was predicted for it.
+///
+/// # Errors
+/// When the job is no job.
+pub fn rank(request: &ClusterRequest, prediction: &ClusterPrediction) -> Result<GuidelineRank, RequestError> {
+    let (model, layout, cluster) = request.resolve()?;
+    let guideline = guideline(&model, &layout, &cluster, prediction.time.compute + prediction.time.recompute);
+    let triple = layout.sharding;
+    Ok(GuidelineRank {
+        indicator: guideline.indicator(&triple),
+        seconds: guideline.seconds(&triple),
+        communication: guideline.parts(&triple).communication,
+    })
+}
+
 /// The guideline's inputs for a layout: one pipeline rank's share of the model, and computation as predicted.
 fn guideline(model: &Architecture, layout: &Layout, cluster: &Cluster, compute: f64) -> Guideline {
     let group = layout.group_ranks(u64::from(cluster.gpus_per_node));
@@ -135,4 +161,26 @@ fn row(model: &Architecture, layout: &Layout, cluster: &Cluster, physics: &Physi
             guideline: guideline.parts(&triple),
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::states::published::published_job;
+
+    /// A plan shows what the table of all 27 shows for its triple.
+    #[test]
+    fn a_plan_and_the_table_agree_on_the_guideline() {
+        let physics = Physics::default();
+        let rows = tabulate(&published_job("llama-7b", "1/16"), &physics).unwrap();
+        for triple in ["NII", "IIG", "GGG"] {
+            let job = ClusterRequest { states: Some(triple.into()), ..published_job("llama-7b", "1/16") };
+            let (model, layout, cluster) = job.resolve().unwrap();
+            let prediction = predict_cluster(&model, &layout, &cluster, &physics).unwrap();
+            let found = rank(&job, &prediction).unwrap();
+            let row = rows.iter().find(|row| row.triple == triple).unwrap();
+            assert_eq!((found.indicator, found.seconds), (row.indicator, row.guideline_seconds), "{triple}");
+            assert_eq!(found.communication, row.parts.guideline.communication);
+        }
+    }
 }
