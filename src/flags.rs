@@ -97,6 +97,10 @@ pub struct JobFlags {
     #[arg(long, value_name = "BOOL")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_gathered: Option<bool>,
+    /// Updated parameters are gathered beside the first passes of the next step.
+    #[arg(long, value_name = "BOOL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub late_gather: Option<bool>,
     /// Steps between barriers of a pipeline: with more than 1 the optimizer goes ahead of the gradient norm (post-validation).
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]

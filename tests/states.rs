@@ -7,7 +7,9 @@ use paceline_planner::schedules::{self, Request};
 use paceline_sim::memory::walk;
 use paceline_sim::model::ModelConfig;
 use paceline_sim::partition::{Level, StatePartition};
-use paceline_sim::program::{Device, MemoryClass, Precision, Program, Recompute, TransformerWorkload};
+use paceline_sim::program::{
+    Device, MemoryClass, Op, OpKind, Payload, Precision, Program, Recompute, TransformerWorkload,
+};
 use paceline_sim::units::RankId;
 use std::collections::BTreeMap;
 
@@ -267,6 +269,28 @@ fn frozen_weights_have_neither_gradients_nor_moments_and_do_not_change() {
     let settings = RunSettings { evaluation, ..RunSettings::new(60, 3e-2) };
     let held_out = run(&program(&adapted), &CpuDevice::new(), &settings, &data, &mut Silent).unwrap().held_out;
     assert!(held_out[1].1 < held_out[0].1 - 0.01, "{held_out:?}");
+}
+
+/// Gathers at the begin of the next step change nothing but when they run: bits, held-out loss and final weights are those of gathers
+/// behind the optimizer.
+#[test]
+fn updated_weights_may_be_gathered_beside_the_next_forward() {
+    let expected = train(&program(&alone()), 10);
+    for (states, pp) in [("NNG", 1), ("NNI", 2), ("NIG", 1), ("IIG", 2), ("ING", 1)] {
+        let usual = Case { pp, ..grouped(of(states), 4, 2) };
+        let late = Case { sharing: Sharing { late_gather: true, ..usual.sharing }, ..usual };
+        let found = check(&late, &expected);
+        assert!(found.parameters == check(&usual, &expected).parameters, "{states}");
+        let gathers = |case: &Case| -> Vec<bool> {
+            let program = program(case);
+            let ops = &program.ranks[0].ops;
+            let update = ops.iter().position(|op| matches!(op.kind, OpKind::Optimizer { .. })).unwrap();
+            let gather = |op: &Op| matches!(op.kind, OpKind::Collective { payload: Payload::Parameters { .. }, .. });
+            ops.iter().enumerate().filter(|(_, op)| gather(op)).map(|(place, _)| place > update).collect()
+        };
+        assert!(gathers(&usual).contains(&true) && !gathers(&late).contains(&true), "{states}");
+        assert_eq!(gathers(&usual).len(), gathers(&late).len());
+    }
 }
 
 #[test]

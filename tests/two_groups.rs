@@ -168,6 +168,23 @@ fn state_partitions_over_a_slow_link() {
     println!("median error {:.1} %", median(errors) * 100.0);
 }
 
+/// What the optimizer has updated, gathered beside the first passes of the next step, hides part of the way over the link.
+#[test]
+fn late_gathers_hide_behind_the_next_forward() {
+    let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/profiles/data/cpu.csv"));
+    let predictor = Predictor::new(&Profile::load(path).unwrap()).unwrap();
+    let link = Some(Link { latency: Nanos(20_000), bytes_per_second: 1 << 29 });
+    for states in ["NNG", "NIG", "IIG"] {
+        let [usual, late] = [false, true].map(|late_gather| {
+            let sharing = Sharing { group_size: Some(2), link, late_gather, ..Sharing::default() };
+            let program = lowered(states, REPLICAS, 1, sharing);
+            simulate(&program, &ProfileCost::new(&predictor, &program).unwrap()).unwrap().makespan.seconds()
+        });
+        println!("{states}: {:.1} ms, gathered late {:.1} ms", usual * 1e3, late * 1e3);
+        assert!(late < usual, "{states}: {late} and {usual}");
+    }
+}
+
 #[test]
 fn two_levels_against_the_flat_ring_over_a_slow_link() {
     let predictor = predictor();

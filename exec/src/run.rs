@@ -317,6 +317,7 @@ impl Training<'_, '_, '_> {
 
     fn evaluate(&self, step: u64, so_far: &mut SoFar, observer: &mut dyn Observer) -> Result<(), ExecError> {
         let Some(evaluation) = self.settings.evaluation else { return Ok(()) };
+        self.holders.refresh()?;
         let loss = held_out_loss(self.holders, evaluation.sequences)?;
         so_far.held_out.push((step, loss));
         observer.evaluated(step, loss);

@@ -8,7 +8,7 @@ use crate::numbers;
 use crate::processes::share::{UNKNOWN, is_unknown, put_together};
 use crate::seam::Parameter;
 use paceline_kernels::{DType, View};
-use paceline_sim::program::Tensor;
+use paceline_sim::program::{OpKind, Payload, Tensor};
 use paceline_sim::units::{OpId, RankId, StageId};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -136,6 +136,37 @@ impl<'h, 'a> Holders<'h, 'a> {
         })
     }
 
+    /// Whether updated weights are gathered at the begin of the next step, so that between steps a rank has only those that it
+    /// updates itself.
+    fn gathers_late(&self) -> bool {
+        self.job.program.ranks.iter().any(|rank| {
+            let first = rank.ops.iter().position(|op| match op.kind {
+                OpKind::Collective { payload: Payload::Parameters { .. }, buffer, .. } => {
+                    rank.persistent.contains(&buffer)
+                }
+                _ => false,
+            });
+            let update = rank.ops.iter().position(|op| matches!(op.kind, OpKind::Optimizer { .. }));
+            first.zip(update).is_some_and(|(first, update)| first < update)
+        })
+    }
+
+    /// Gives every rank all the weights that it keeps as they are now, where their gather belongs to the next step.
+    pub fn refresh(&self) -> Result<(), ExecError> {
+        if !self.gathers_late() {
+            return Ok(());
+        }
+        if self.job.mesh.is_some() {
+            return Err(ExecError::Setting {
+                key: "late_gather",
+                value: "true".into(),
+                allowed: "false where several processes evaluate".into(),
+            });
+        }
+        let state = self.gather()?;
+        self.scatter(&state, |parameter, _| ExecError::Program(format!("nobody updates {}", parameter.name)))
+    }
+
     /// Everything that training changes: in the first process; the others give what they hold and get nothing.
     pub fn gather(&self) -> Result<ModelState, ExecError> {
         let mut state = self.gather_own()?;
@@ -175,15 +206,23 @@ impl<'h, 'a> Holders<'h, 'a> {
         parameters.map(|parameter| (parameter.name, parameter.shape)).collect()
     }
 
-    /// What this process holds of everything that training changes; where there are others, the rest is [`UNKNOWN`].
+    /// What this process holds of everything that training changes, of trained weights what its ranks update themselves; where there are others, the rest is [`UNKNOWN`].
     fn gather_own(&self) -> Result<ModelState, ExecError> {
         let mut state = ModelState::new();
         let blank = if self.job.mesh.is_some() { UNKNOWN } else { 0.0 };
-        self.for_each_piece(|_, weights, parameters| {
+        self.for_each_piece(|hands, weights, parameters| {
             if weights.are_rounded() {
                 return Ok(());
             }
-            let values = self.read(weights.view)?;
+            let updated = match weights.whole {
+                Tensor::Parameters { stage, unit } => hands.update_range(stage, unit).unwrap_or_default(),
+                _ => weights.holds.clone(),
+            };
+            let own = updated.start.max(weights.holds.start)..updated.end.min(weights.holds.end);
+            if own.is_empty() {
+                return Ok(());
+            }
+            let values = self.read(weights.view.slice(own.start - weights.holds.start, own.len()))?;
             for parameter in parameters {
                 let range = parameter.range.clone();
                 let entry = state.entry(parameter.name.clone()).or_insert_with(|| TensorState {
@@ -192,7 +231,7 @@ impl<'h, 'a> Holders<'h, 'a> {
                     first: vec![blank; range.len()],
                     second: vec![blank; range.len()],
                 });
-                copy_overlap(&values, &weights.holds, &mut entry.values, &range);
+                copy_overlap(&values, &own, &mut entry.values, &range);
             }
             Ok(())
         })?;

@@ -131,7 +131,10 @@ impl fmt::Display for Configuration {
         if let Some(size) = self.sharing.group_size.filter(|_| self.states.has_groups()) {
             write!(f, " in groups of {size}")?;
         }
-        if self.sharing.keep_gathered { f.write_str(", gathered once a step") } else { Ok(()) }
+        if self.sharing.keep_gathered {
+            f.write_str(", gathered once a step")?;
+        }
+        if self.sharing.late_gather { f.write_str(", updates gathered late") } else { Ok(()) }
     }
 }
 

@@ -17,7 +17,7 @@ fn a_job_fixes_what_it_names_and_leaves_the_rest() {
     assert_eq!((least.cluster.as_str(), least.memory_limit, least.train.clone()), ("local", None, Train::default()));
 
     let full = job(&format!(
-        "{LEAST}dp = 2\nmicro_batch = [4, 1, 2, 1]\nschedule = ['gpipe', '1f1b']\nrecompute = 'full'\nstates = ['NNG', 'mics', 'iig']\ngroup_size = 2\npipeline_groups = 1\nprefetch = 0\nkeep_gathered = true\ncollectives = 'ring'\nlink_bandwidth = '10MB'\nlink_latency = 1e-3\n\
+        "{LEAST}dp = 2\nmicro_batch = [4, 1, 2, 1]\nschedule = ['gpipe', '1f1b']\nrecompute = 'full'\nstates = ['NNG', 'mics', 'iig']\ngroup_size = 2\npipeline_groups = 1\nprefetch = 0\nkeep_gathered = true\nlate_gather = true\ncollectives = 'ring'\nlink_bandwidth = '10MB'\nlink_latency = 1e-3\n\
          memory_limit = '1.5 GiB'\ntp = 1\n[train]\nsteps = 7\nlr = 2e-3\nclip = 0\n"
     ))
     .unwrap();
@@ -32,6 +32,7 @@ fn a_job_fixes_what_it_names_and_leaves_the_rest() {
             pipeline_groups: 1,
             prefetch: 0,
             keep_gathered: true,
+            late_gather: true,
             collectives: Collectives::Ring,
             link: Some(Link { latency: Nanos(1_000_000), bytes_per_second: 10_000_000 }),
         }

@@ -169,7 +169,8 @@ pub fn lower_unchecked(blueprint: &Blueprint) -> Result<Program, LowerError> {
             true => Grain::LastBackward,
             false => Grain::Stages,
         };
-        passes::expand(&mut draft, &order, device, &mut sizes, grain)?;
+        let late = blueprint.states.sharing.late_gather && grid.levels().gathers_updates();
+        passes::expand(&mut draft, &order, device, &mut sizes, (grain, late))?;
         messages::connect(&mut draft, &order, device, &sizes)?;
         drafts.push(draft);
     }

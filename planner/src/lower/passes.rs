@@ -1,8 +1,9 @@
 //! Actions as compute ops over units. A pass is one op over all units of its stage, because every op has a price, with
-//! three exceptions:
+//! four exceptions:
 //! - the backward that completes gradients which are reduced is an op per unit, so that the reduction of the last units
 //!   overlaps with the backward of the first;
 //! - where parameters or gradients are partitioned, every pass is an op per unit, so that one unit is gathered at a time;
+//! - where updated weights are gathered late, the first forward of a stage is an op per unit, so that it need not wait for all of them;
 //! - under full recomputation R and backward alternate unit by unit, so that one unit's activations live at a time.
 
 use super::LowerError;
@@ -23,17 +24,21 @@ pub(super) enum Grain {
     Units,
 }
 
-/// Fills a draft with the compute ops of a pipeline rank.
+/// Fills a draft with the compute ops of a pipeline rank; `late`: its weights are gathered at the begin of the step.
 pub(super) fn expand(
     draft: &mut Draft,
     order: &ComputeOrder,
     device: usize,
     sizes: &mut Sizes,
-    grain: Grain,
+    (grain, late): (Grain, bool),
 ) -> Result<(), LowerError> {
     let actions = &order.actions[device];
+    let mut begins = HashMap::new();
     let mut completes = HashMap::new();
     for (place, action) in actions.iter().enumerate() {
+        if action.pass == Pass::F {
+            begins.entry(action.stage).or_insert(place);
+        }
         if matches!(action.pass, Pass::W | Pass::BW) {
             completes.insert(action.stage, place);
         }
@@ -70,7 +75,8 @@ pub(super) fn expand(
             continue;
         }
         let last = grain == Grain::LastBackward && completes.get(&stage) == Some(&place);
-        if grain == Grain::Units && action.pass == Pass::F {
+        let first = late && begins.get(&stage) == Some(&place);
+        if (first || grain == Grain::Units) && action.pass == Pass::F {
             for unit in 0..units {
                 compute(action.pass, unit, unit + 1, place)?;
             }

@@ -140,6 +140,7 @@ pub(super) fn close_step(
         1 => (held.stage.index(), held.unit),
         _ => (grid.layers_of(held.stage), held.unit),
     });
+    let mut late = Vec::new();
     for held in &units {
         let &Held { stage, unit, parameters, gradients, moments, elements, .. } = held;
         let kind = OpKind::Optimizer { stage, unit };
@@ -155,12 +156,38 @@ pub(super) fn close_step(
                 buffer: parameters,
                 shard: None,
             };
-            if let Some(op) = exchange(draft, grid, data, at, elements, end) {
-                draft.push(op);
+            match exchange(draft, grid, data, at, elements, end) {
+                Some(op) if sharing.late_gather => late.push((parameters, DraftOp { action: 0, ..op })),
+                Some(op) => drop(draft.push(op)),
+                None => {}
             }
         }
     }
+    gather_at_begin(draft, late);
     Ok(())
+}
+
+/// Puts the gathers of what the step before has updated before everything else, and whoever reads weights waits for theirs. A shard
+/// is read by gathers only: its own goes before the first of these, on the same stream.
+fn gather_at_begin(draft: &mut Draft, gathers: Vec<(BufferId, DraftOp)>) {
+    let mut insertions: BTreeMap<usize, Vec<Handle>> = BTreeMap::new();
+    for (weights, op) in gathers {
+        let gather = draft.add(op);
+        let mut reader = None;
+        for place in 0..draft.order.len() {
+            let handle = draft.order[place];
+            let op = draft.op(handle);
+            match op.kind {
+                OpKind::Compute { .. } if op.uses.contains(&weights) => op.waits.push(gather),
+                OpKind::Collective { arrangement, .. } if arrangement.shard == Some(weights) => {
+                    reader.get_or_insert(place);
+                }
+                _ => {}
+            }
+        }
+        insertions.entry(reader.unwrap_or(0)).or_default().push(gather);
+    }
+    draft.insert_before(insertions);
 }
 
 fn collective(kind: Kind) -> Collective {

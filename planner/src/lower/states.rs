@@ -24,6 +24,10 @@ pub struct Sharing {
     pub prefetch: u32,
     /// Gathered parameters live until their last pass of the step, instead of for one pass.
     pub keep_gathered: bool,
+    /// Parts that the optimizer has updated are gathered at the begin of the next step, unit by unit beside its first passes, instead of
+    /// at the end of this one.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub late_gather: bool,
     /// Fast groups over which the ranks of a pipeline are spread, in runs of equal length: messages between stages then cross the
     /// links too.
     #[serde(skip_serializing_if = "is_one")]
@@ -41,6 +45,7 @@ impl Default for Sharing {
     fn default() -> Sharing {
         Sharing {
             group_size: None,
+            late_gather: false,
             pipeline_groups: 1,
             prefetch: 1,
             keep_gathered: false,
@@ -128,6 +133,11 @@ impl Levels {
     /// Whether passes need their parameters gathered, or their gradients reduced.
     pub fn works_by_unit(&self) -> bool {
         self.partition.parameters != Level::Whole || self.partition.gradients != Level::Whole
+    }
+
+    /// Whether weights are gathered after an update.
+    pub fn gathers_updates(&self) -> bool {
+        self.partition.parameter_sync().is_some()
     }
 
     /// Whether a state is cut within groups.
