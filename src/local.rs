@@ -4,12 +4,12 @@ use crate::failure::Failure;
 use crate::profile_store;
 use crate::screen::Screen;
 use paceline_exec::measure::{self, MeasureError, MeasureSettings, this_machine};
-use paceline_kernels::CpuDevice;
+use paceline_kernels::{CpuDevice, Device};
 use paceline_planner::configuration::Machine;
 use paceline_planner::job::Job;
 use paceline_planner::lower::Form;
 use paceline_planner::search::candidates;
-use paceline_profiles::{KernelKey, KernelOp, Machine as Identity, Predictor, Profile, Source, Subject, Work};
+use paceline_profiles::{KernelKey, KernelOp, Predictor, Profile, Source, Subject, Work};
 use paceline_sim::cost::kernels_of;
 use paceline_tui::question::LocalMachine;
 use std::collections::BTreeSet;
@@ -35,8 +35,14 @@ pub struct Local {
 impl Local {
     /// Opens the machine with the profile that `--profile`, the environment or an earlier calibration names.
     pub fn open(screen: &Screen, profile: Option<&Path>) -> Result<Local, Failure> {
+        Local::open_with(screen, profile, None)
+    }
+
+    /// The same for runs on a GPU of the machine, if one is given: then the profile that a calibration of a GPU left comes first.
+    pub fn open_with(screen: &Screen, profile: Option<&Path>, gpu: Option<&dyn Device>) -> Result<Local, Failure> {
         let device = CpuDevice::new();
-        let found = profile_store::find(screen, profile, &identity(&device))?;
+        let here = this_machine(gpu.unwrap_or(&device));
+        let found = profile_store::find(screen, profile, &here, gpu.is_some())?;
         Local::with(device, found.profile, found.origin)
     }
 
@@ -53,14 +59,11 @@ impl Local {
     /// The machine with a profile at hand.
     pub fn with(device: CpuDevice, profile: Profile, origin: String) -> Result<Local, Failure> {
         let predictor = Predictor::new(&profile).map_err(|error| Failure::bad_input(format!("{origin}: {error}")))?;
-        let machine = Machine { devices: cores(), flops_per_second: product_rate(&profile) };
+        // A GPU is one device, which all ranks share.
+        let devices = if profile.machine.device == device.name() { cores() } else { 1 };
+        let machine = Machine { devices, flops_per_second: product_rate(&profile) };
         Ok(Local { device, profile, origin, predictor, machine })
     }
-}
-
-/// How profiles name this machine.
-pub fn identity(device: &CpuDevice) -> Identity {
-    this_machine(device)
 }
 
 /// Device slots of this machine: one per core.
@@ -84,8 +87,8 @@ fn is_product(op: KernelOp) -> bool {
 }
 
 /// Every kernel of every configuration that a job allows on this machine, at its shape there.
-pub fn kernels_of_job(job: &Job) -> Result<BTreeSet<KernelKey>, Failure> {
-    let machine = Machine { devices: cores(), flops_per_second: None }.for_job(job);
+pub fn kernels_of_job(job: &Job, devices: u32) -> Result<BTreeSet<KernelKey>, Failure> {
+    let machine = Machine { devices, flops_per_second: None }.for_job(job);
     let mut keys = BTreeSet::new();
     for configuration in candidates::of_job(job, machine) {
         // What cannot be lowered is none of the job's configurations.
@@ -96,9 +99,10 @@ pub fn kernels_of_job(job: &Job) -> Result<BTreeSet<KernelKey>, Failure> {
     Ok(keys)
 }
 
-/// Measures this machine at `keys` and around them, with progress on the screen.
+/// Measures a device of this machine at `keys` and around them, with progress on the screen.
 pub fn calibrate(
     screen: &Screen,
+    device: &dyn Device,
     keys: &BTreeSet<KernelKey>,
     settings: &MeasureSettings,
     stop: &AtomicBool,
@@ -107,11 +111,12 @@ pub fn calibrate(
     let mut tell = |at: measure::MeasureProgress| {
         progress.set((at.fraction * settings.budget.as_secs_f64()) as u64, at.phase.to_string());
     };
-    measure(keys, settings, &mut tell, stop)
+    measure(device, keys, settings, &mut tell, stop)
 }
 
-/// Measures this machine at `keys` and around them.
+/// Measures a device of this machine at `keys` and around them.
 pub fn measure(
+    device: &dyn Device,
     keys: &BTreeSet<KernelKey>,
     settings: &MeasureSettings,
     tell: &mut dyn FnMut(measure::MeasureProgress),
@@ -119,7 +124,7 @@ pub fn measure(
 ) -> Result<Profile, Failure> {
     let keys: Vec<KernelKey> = keys.iter().cloned().collect();
     let around = measure::grid_around(&keys);
-    measure::calibrate(&CpuDevice::new(), &keys, &around, settings, tell, Some(stop)).map_err(|error| match error {
+    measure::calibrate(device, &keys, &around, settings, tell, Some(stop)).map_err(|error| match error {
         MeasureError::Stopped => Failure::interrupted("calibration stopped; nothing was written"),
         MeasureError::Devices { .. } | MeasureError::TooLarge { .. } | MeasureError::Memory(_) => {
             Failure::bad_input(error)

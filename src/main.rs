@@ -4,6 +4,7 @@ mod commands;
 mod distributed;
 mod failure;
 mod flags;
+mod gpu;
 mod interrupt;
 mod job_source;
 mod local;

@@ -23,14 +23,23 @@ pub struct Found {
 
 /// Where `paceline calibrate` writes for this user: `$XDG_DATA_HOME` or `~/.local/share`, and there `paceline/`.
 pub fn user_path() -> Option<PathBuf> {
+    user_file("cpu-profile.csv")
+}
+
+/// The same for a GPU.
+pub fn gpu_path() -> Option<PathBuf> {
+    user_file("gpu-profile.csv")
+}
+
+fn user_file(name: &str) -> Option<PathBuf> {
     let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = absolute("XDG_DATA_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/share")))?;
-    Some(base.join("paceline").join("cpu-profile.csv"))
+    Some(base.join("paceline").join(name))
 }
 
 /// Finds the profile for `here` and warns when it was made elsewhere.
-pub fn find(screen: &Screen, flag: Option<&Path>, here: &Machine) -> Result<Found, Failure> {
-    let found = search(flag)?;
+pub fn find(screen: &Screen, flag: Option<&Path>, here: &Machine, gpu: bool) -> Result<Found, Failure> {
+    let found = search(flag, gpu)?;
     if let Some(other) = found.profile.made_elsewhere(here) {
         screen.warn(format!("{other} ({})", found.origin));
     }
@@ -67,14 +76,15 @@ pub fn update(screen: &Screen, path: &Path, newer: Profile) -> Result<Profile, F
     Ok(whole)
 }
 
-fn search(flag: Option<&Path>) -> Result<Found, Failure> {
+fn search(flag: Option<&Path>, gpu: bool) -> Result<Found, Failure> {
     if let Some(path) = flag {
         return load(path, format!("--profile {}", path.display()));
     }
     if let Some(path) = std::env::var_os(VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from) {
         return load(&path, format!("${VARIABLE}, {}", path.display()));
     }
-    if let Some(path) = user_path().filter(|path| path.exists()) {
+    let of_gpu = gpu_path().filter(|path| gpu && path.exists());
+    if let Some(path) = of_gpu.or_else(user_path).filter(|path| path.exists()) {
         return load(&path, path.display().to_string());
     }
     let profile = Profile::read(SHIPPED_CPU.as_bytes()).map_err(Failure::internal)?;

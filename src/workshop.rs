@@ -1,7 +1,7 @@
 //! What the terminal UI has done: training on the CPU executor and measuring this machine, without a word on the screen.
 
 use crate::failure::Failure;
-use crate::local::{Local, kernels_of_job, measure, measure_settings};
+use crate::local::{Local, cores, kernels_of_job, measure, measure_settings};
 use crate::profile_store;
 use crate::screen::{ColorChoice, Screen};
 use crate::training;
@@ -60,12 +60,13 @@ impl Workshop for LocalWorkshop {
         let path =
             self.profile.clone().ok_or("there is no home directory to keep a profile in; name one with --profile")?;
         let keys = match job {
-            Some(job) => kernels_of_job(job).map_err(told)?,
+            Some(job) => kernels_of_job(job, cores()).map_err(told)?,
             None => usual_shapes().into_iter().collect(),
         };
         let mut progress =
             |at: MeasureProgress| tell(MeasureNews { what: at.phase.to_string(), fraction: at.fraction });
-        let profile = measure(&keys, &measure_settings(seconds, None), &mut progress, stop).map_err(told)?;
+        let profile =
+            measure(&CpuDevice::new(), &keys, &measure_settings(seconds, None), &mut progress, stop).map_err(told)?;
         // Nothing may be printed under the views.
         let silent = Screen::new(false, true, ColorChoice::Never);
         let profile = profile_store::update(&silent, &path, profile).map_err(told)?;

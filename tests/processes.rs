@@ -247,7 +247,7 @@ fn a_process_that_dies_is_named_by_the_others() {
     assert!(!output.status.success());
     let message = text(&output);
     assert!(message.contains("rank 1 on ") && message.contains("is lost"), "{message}");
-    assert_eq!(message.matches("error").count(), 1, "one error: {message}");
+    assert_eq!(message.matches("error:").count(), 1, "one error: {message}");
 }
 
 #[test]

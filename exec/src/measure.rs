@@ -4,6 +4,7 @@
 
 mod case;
 mod exchange;
+mod far;
 mod from_run;
 mod grid;
 mod kernels;
@@ -12,7 +13,7 @@ mod overhead;
 mod samples;
 
 pub use from_run::{DISTURBED_RUN, disturbance, rows_of_run};
-pub use grid::{grid_around, usual_shapes};
+pub use grid::{gpu_shapes, grid_around, usual_shapes};
 pub use machine::this_machine;
 
 use crate::error::ExecError;
@@ -66,6 +67,8 @@ pub enum MeasurePhase {
         /// How many.
         busy_devices: u32,
     },
+    /// Kernels, while copies go on beside them on the same device.
+    BesideCopies,
     /// Copies of messages and rounds of collectives.
     Exchange,
     /// The executor itself.
@@ -77,6 +80,7 @@ impl std::fmt::Display for MeasurePhase {
         match self {
             MeasurePhase::Kernels { busy_devices: 1 } => f.write_str("kernels, one device at work"),
             MeasurePhase::Kernels { busy_devices } => write!(f, "kernels, {busy_devices} devices at work"),
+            MeasurePhase::BesideCopies => f.write_str("kernels, beside copies"),
             MeasurePhase::Exchange => f.write_str("messages and collectives"),
             MeasurePhase::Overhead => f.write_str("overheads"),
         }
@@ -104,6 +108,9 @@ pub enum MeasureError {
     /// The executor failed while its overhead was measured.
     #[error(transparent)]
     Executor(#[from] ExecError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(KernelError),
     /// The stop flag was set.
     #[error("stopped")]
     Stopped,
@@ -129,6 +136,9 @@ pub fn calibrate(
     progress: &mut dyn FnMut(MeasureProgress),
     stop: Option<&AtomicBool>,
 ) -> Result<Profile, MeasureError> {
+    if !device.is_host() {
+        return far::calibrate(device, keys, around, settings, progress, stop);
+    }
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     if settings.devices == 0 || settings.devices > cores {
         return Err(MeasureError::Devices { devices: settings.devices, cores });
@@ -216,7 +226,7 @@ impl Run<'_> {
         }
         self.done = after;
         progress(MeasureProgress { phase: what, fraction: after });
-        let date = machine::today();
+        let (date, versions) = (machine::today(), machine::versions(Some(self.device)));
         self.rows.extend(measured.into_iter().map(|m| Row {
             subject: m.subject,
             busy_devices: m.busy_devices,
@@ -226,7 +236,7 @@ impl Run<'_> {
             repetitions: m.summary.count,
             source: Source::Measured,
             date: date.clone(),
-            versions: machine::versions(),
+            versions: versions.clone(),
         }));
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use crate::call::Call;
 use crate::network::Network;
+use std::time::Instant;
 use thiserror::Error;
 
 /// Element types.
@@ -131,6 +132,33 @@ pub trait Device: Send + Sync {
     /// Waits until everything that was run has ended, and reports what went wrong meanwhile.
     fn complete(&self) -> Result<(), KernelError> {
         Ok(())
+    }
+
+    /// Runs calls one after the other, to their end, and tells how many seconds each took, by the device's own clock where it has one.
+    /// The `copies`, from and to, go on beside them where the device can do that, as often as it takes.
+    ///
+    /// # Safety
+    /// As for [`Device::run`], with the copies as calls of their own.
+    unsafe fn time(&self, calls: &[Call], copies: &[(View, View)]) -> Result<Vec<f64>, KernelError> {
+        let mut seconds = Vec::with_capacity(calls.len());
+        for &(from, to) in copies {
+            // SAFETY: the caller's promise.
+            unsafe { self.run(&Call::Copy { from, to }) }?;
+        }
+        self.complete()?;
+        for call in calls {
+            let start = Instant::now();
+            // SAFETY: the caller's promise.
+            unsafe { self.run(call) }?;
+            self.complete()?;
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+        Ok(seconds)
+    }
+
+    /// What times depend on beside its name: driver, clocks. Empty where nothing is known.
+    fn details(&self) -> String {
+        String::new()
     }
 
     /// Free and total bytes of its memory, where that is a limit of its own.

@@ -46,6 +46,9 @@ impl Arena {
 const EFFORT: usize = 6_000_000;
 /// Rounds of the search, where the effort allows them.
 const ROUNDS: usize = 400;
+/// As long as the arena is larger than the bound by more than one part in this, both are so many times as large.
+const GOAL: u64 = 50;
+const PATIENCE: usize = 12;
 
 /// Places the buffers of a rank at multiples of `alignment` (a power of two).
 pub fn plan(rank: &RankProgram, alignment: u64) -> Arena {
@@ -122,8 +125,9 @@ pub fn pack(lives: &[Life], alignment: u64) -> (Vec<u64>, u64) {
     let Some((mut order, mut places, mut bytes)) = best else { return (Vec::new(), 0) };
     let mut least = (order.clone(), places.clone(), bytes);
     let mut random = 0x9e37_79b9_7f4a_7c15u64;
-    for round in 0..ROUNDS.min(EFFORT / (lives.len() * lives.len()).max(1)) {
-        if done {
+    let usual = ROUNDS.min(EFFORT / (lives.len() * lives.len()).max(1));
+    for round in 0..usual * PATIENCE {
+        if done || (round >= usual && least.2 <= bound + bound / GOAL) {
             break;
         }
         // Those at the very top are placed before the first that they meet, or, as that often leads in circles, anywhere before.

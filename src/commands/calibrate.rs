@@ -9,7 +9,8 @@ use crate::profile_store;
 use crate::screen::Screen;
 use crate::table::{Table, show_percent, show_seconds};
 use crate::trace_file;
-use paceline_exec::measure::usual_shapes;
+use paceline_exec::measure::{gpu_shapes, usual_shapes};
+use paceline_kernels::{CpuDevice, Device};
 use paceline_profiles::{Correction, Predictor, Profile, Residual, Row, Source, recalibrate};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -64,6 +65,10 @@ pub struct Arguments {
 enum MeasuredDevice {
     /// The cores of this machine.
     Cpu,
+    /// The first NVIDIA GPU that the driver shows.
+    Cuda,
+    /// The GPU's kernels, run by the CPU: to try the measurement, not to predict with.
+    EmulatedGpu,
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -100,6 +105,9 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     let begin = Instant::now();
     let output = match &arguments.output {
         Some(path) => path.clone(),
+        None if arguments.device != MeasuredDevice::Cpu => profile_store::gpu_path().ok_or_else(|| {
+            Failure::bad_input("there is no home directory to keep a profile in; name a file with -o profile.csv")
+        })?,
         None => profile_store::user_path().ok_or_else(|| {
             Failure::bad_input("there is no home directory to keep a profile in; name a file with -o profile.csv")
         })?,
@@ -134,13 +142,34 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
 }
 
 fn measure(screen: &Screen, arguments: &Arguments) -> Result<Profile, Failure> {
-    let MeasuredDevice::Cpu = arguments.device;
-    let stop = interrupt::flag()?;
-    let (keys, seconds) = if arguments.source.is_empty()? {
-        (usual_shapes().into_iter().collect(), 90.0)
-    } else {
-        (local::kernels_of_job(&arguments.source.read()?)?, 30.0)
+    let device: Box<dyn Device> = match arguments.device {
+        MeasuredDevice::Cpu => Box::new(CpuDevice::new()),
+        gpu => crate::gpu::open(gpu == MeasuredDevice::EmulatedGpu, 0)?,
     };
+    let stop = interrupt::flag()?;
+    let devices = if device.is_host() { local::cores() } else { 1 };
+    let (keys, seconds) = match arguments.source.is_empty()? {
+        true if device.is_host() => (usual_shapes().into_iter().collect(), 90.0),
+        true => (gpu_shapes().into_iter().collect(), 240.0),
+        false => (local::kernels_of_job(&arguments.source.read()?, devices)?, 30.0),
+    };
+    if !device.is_host() {
+        let mut settings = local::measure_settings(arguments.seconds.unwrap_or(seconds), Some(1));
+        if arguments.device == MeasuredDevice::Cuda {
+            // Several times the largest cache.
+            settings.working_set_bytes = 1 << 30;
+        } else {
+            settings.working_set_bytes = 1 << 20;
+        }
+        screen.step(format!(
+            "measuring {} kernel shapes and the grid around them on {} ({}) for about {:.0} s",
+            keys.len(),
+            device.name(),
+            device.details(),
+            settings.budget.as_secs_f64()
+        ));
+        return local::calibrate(screen, &*device, &keys, &settings, &stop);
+    }
     let settings = local::measure_settings(arguments.seconds.unwrap_or(seconds), arguments.devices);
     screen.step(format!(
         "measuring {} kernel shapes and the grid around them on {} cores for about {:.0} s",
@@ -148,7 +177,7 @@ fn measure(screen: &Screen, arguments: &Arguments) -> Result<Profile, Failure> {
         settings.devices,
         settings.budget.as_secs_f64()
     ));
-    local::calibrate(screen, &keys, &settings, &stop)
+    local::calibrate(screen, &*device, &keys, &settings, &stop)
 }
 
 fn correct(screen: &Screen, arguments: &Arguments) -> Result<(Profile, Vec<Correction>), Failure> {

@@ -3,6 +3,7 @@
 use crate::commands::compare;
 use crate::distributed::{self, Transport};
 use crate::failure::Failure;
+use crate::gpu;
 use crate::interrupt;
 use crate::local::Local;
 use crate::screen::{ColorChoice, Screen, Style};
@@ -11,7 +12,7 @@ use crate::trace_file;
 use crate::training::{self, Follow};
 use paceline_exec::measure::{DISTURBED_RUN, disturbance, rows_of_run, this_machine};
 use paceline_exec::{CheckpointSettings, RunReport, rehearse};
-use paceline_kernels::{CudaDevice, Device, EmulatedGpu};
+use paceline_kernels::Device;
 use paceline_planner::plan::Plan;
 use paceline_planner::prediction::{Costs, predict};
 use paceline_sim::compare::{Comparison, compare};
@@ -155,8 +156,8 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     let silent = Screen::new(true, true, ColorChoice::Never);
     let screen = if place.as_ref().is_some_and(|place| place.rank > 0) { &silent } else { screen };
     // First of all, as it may not be there.
-    let gpu = gpu(arguments.device, place.as_ref().map_or(0, |place| place.local_rank))?;
-    let local = Local::open(screen, arguments.profile.as_deref())?;
+    let gpu = self::gpu(arguments.device, place.as_ref().map_or(0, |place| place.local_rank))?;
+    let local = Local::open_with(screen, arguments.profile.as_deref(), gpu.as_deref())?;
     let (prediction, predicted) =
         predict(&program, &local.predictor, plan.machine, plan.job.memory_limit).map_err(Failure::internal)?;
     screen.step(format!(
@@ -177,14 +178,10 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
 
 /// The GPU that was asked for, if one was.
 fn gpu(device: RunDevice, ordinal: u32) -> Result<Option<Box<dyn Device>>, Failure> {
-    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
-    let cache = base.unwrap_or_else(std::env::temp_dir).join("paceline").join("kernels");
-    Ok(match device {
-        RunDevice::Cuda => Some(Box::new(CudaDevice::open(ordinal, &cache).map_err(Failure::bad_input)?)),
-        RunDevice::EmulatedGpu => Some(Box::new(EmulatedGpu::open(&cache).map_err(Failure::bad_input)?)),
-        RunDevice::Cpu | RunDevice::Paced => None,
-    })
+    match device {
+        RunDevice::Cuda | RunDevice::EmulatedGpu => gpu::open(device == RunDevice::EmulatedGpu, ordinal).map(Some),
+        RunDevice::Cpu | RunDevice::Paced => Ok(None),
+    }
 }
 
 fn train(

@@ -24,7 +24,7 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
         repetitions,
         source: Source::Trace,
         date: machine::today(),
-        versions: machine::versions(),
+        versions: machine::versions(None),
     };
     let typical = typical(report);
     let mut rows: Vec<Row> = report

@@ -23,8 +23,31 @@ pub fn usual_shapes() -> Vec<KernelKey> {
         for seq in SEQUENCES {
             for vocab in VOCABULARIES {
                 for model in [llama(width, vocab), gpt(width, vocab)] {
-                    all.extend(kernels(model, seq));
+                    all.extend(kernels(model, seq, Precision::Fp32));
                 }
+            }
+        }
+    }
+    all.into_iter().collect()
+}
+
+/// Widths of models that are trained on GPUs.
+const GPU_WIDTHS: [u32; 4] = [768, 2048, 4096, 8192];
+/// Tokens of their sequences.
+const GPU_SEQUENCES: [u32; 2] = [1024, 4096];
+
+/// The kernels of such models in 32 bits and in bfloat16, in order, without repetition.
+pub fn gpu_shapes() -> Vec<KernelKey> {
+    let mut all = BTreeSet::new();
+    for width in GPU_WIDTHS {
+        for seq in GPU_SEQUENCES {
+            for precision in [Precision::Fp32, Precision::Bf16Fp32Gradients] {
+                // Heads as wide as tensor cores like them, with their keys shared as llama 3 does.
+                let heads = width / if width < 2048 { 64 } else { 128 };
+                let head_dim = width / heads;
+                let kv_heads = if width < 2048 { heads } else { 8 };
+                let model = ModelConfig { heads, kv_heads, head_dim, max_positions: seq, ..llama(width, 32_000) };
+                all.extend(kernels(model, seq, precision));
             }
         }
     }
@@ -72,7 +95,7 @@ fn gpt(width: u32, vocab: u32) -> ModelConfig {
 }
 
 /// Kernels of all passes of a model of one block, and of its optimizer.
-fn kernels(model: ModelConfig, seq: u32) -> BTreeSet<KernelKey> {
+fn kernels(model: ModelConfig, seq: u32, precision: Precision) -> BTreeSet<KernelKey> {
     let workload = TransformerWorkload {
         model,
         micro_batch: 1,
@@ -80,7 +103,7 @@ fn kernels(model: ModelConfig, seq: u32) -> BTreeSet<KernelKey> {
         recompute: Recompute::None,
         tied_on_one_rank: false,
         trainable: Trainable::Full,
-        precision: Precision::default(),
+        precision,
     };
     let units = [Layer::Embedding, Layer::Block(0), Layer::Head].map(|layer| Unit { layers: vec![layer] });
     let stages = [Stage { units: units.to_vec() }];

@@ -1,4 +1,4 @@
-//! Times of kernels while a given number of devices work at once.
+//! Times of kernels while a given number of devices work at once, or beside copies on a GPU.
 //!
 //! Each device has a thread on a core of its own and a working set of its own. It goes through all cases again and again,
 //! each time in another random order, and puts the operands of a call somewhere in its working set, so that what caches
@@ -23,7 +23,8 @@ const MOST_BYTES: f64 = 1e12;
 /// Elements of a cache line of `f32`.
 const LINE: usize = 16;
 
-/// Measures kernels with `busy` devices at work.
+/// Measures kernels with `busy` devices at work. Where the device has a memory of its own there is one, and `busy` of 2 says that copies go
+/// on beside the kernels.
 pub(super) fn measure(phase: &mut Phase, keys: &[&KernelKey], busy: u32) -> Result<Vec<Measured>, MeasureError> {
     if keys.is_empty() {
         return Err(MeasureError::NoKernels);
@@ -48,8 +49,9 @@ pub(super) fn measure(phase: &mut Phase, keys: &[&KernelKey], busy: u32) -> Resu
     let (device, deadline, stop, seed) = (phase.device, phase.deadline, phase.stop, phase.settings.seed);
     let give_up = || stop() || gave_up.load(Ordering::Relaxed);
     let mut timings: Vec<Vec<f64>> = vec![Vec::new(); keys.len()];
+    let beside_copies = !device.is_host() && busy > 1;
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..busy)
+        let workers: Vec<_> = (0..if device.is_host() { busy } else { 1 })
             .map(|slot| {
                 let core = cores.get(slot as usize).copied();
                 let (context, gave_up, give_up) = (&context, &gave_up, &give_up);
@@ -58,7 +60,8 @@ pub(super) fn measure(phase: &mut Phase, keys: &[&KernelKey], busy: u32) -> Resu
                         core_affinity::set_for_current(core);
                     }
                     let seed = mix(seed ^ mix(u64::from(slot)));
-                    let arena = Arena::new(device, &sizes, context.vocab, seed).map_err(MeasureError::Memory);
+                    let arena =
+                        Arena::new(device, &sizes, context.vocab, seed, beside_copies).map_err(MeasureError::Memory);
                     let times = arena.and_then(|arena| work(arena, keys, context, deadline, give_up));
                     if times.is_err() {
                         gave_up.store(true, Ordering::Relaxed);
@@ -197,6 +200,75 @@ struct Arena<'d> {
     tokens: Box<dyn Block>,
     wide: Box<dyn Block>,
     random: u64,
+    /// Of a device that works behind the host's back.
+    far: Option<Far>,
+}
+
+/// What it takes to time a kernel alone on a device that works behind the host's back.
+struct Far {
+    /// Filled before each timing: what lay in the caches leaves them, and the host comes to queue all of the timing while it lasts.
+    plug: Box<dyn Block>,
+    /// From and to, for copies beside kernels, and the seconds of one.
+    copies: Option<(Region, Region, f64)>,
+    /// Seconds from one queued call to the next, where the device has nothing to do: no kernel of a run takes less.
+    interval: f64,
+}
+
+/// Calls whose time is that of queueing them.
+const QUEUED: u32 = 200;
+/// Copies beside one kernel at most.
+const MOST_COPIES: usize = 64;
+
+impl Far {
+    fn new(device: &dyn Device, floats: usize, beside_copies: bool) -> Result<Far, KernelError> {
+        let plug = device.allocate(floats * 4)?;
+        let one = Call::Zero { x: plug.view(0, 1, DType::F32) };
+        let mut intervals = Vec::new();
+        for _ in 0..8 {
+            device.complete()?;
+            let start = Instant::now();
+            for _ in 0..QUEUED {
+                // SAFETY: this thread alone knows the block.
+                unsafe { device.run(&one) }?;
+            }
+            device.complete()?;
+            intervals.push(start.elapsed().as_secs_f64() / f64::from(QUEUED));
+        }
+        let interval = Summary::of(intervals).map_or(0.0, |summary| summary.median);
+        let mut copies = None;
+        if beside_copies {
+            let (from, to) = (Region::new(device, floats)?, Region::new(device, floats)?);
+            let call = Call::Copy { from: from.all(), to: to.all() };
+            // SAFETY: as above.
+            let seconds = unsafe { device.time(&[call; 5], &[]) }?;
+            let seconds = Summary::of(seconds).map_or(0.0, |summary| summary.median);
+            copies = Some((from, to, seconds));
+        }
+        Ok(Far { plug, copies, interval })
+    }
+
+    /// Times a call; `prepare` is run just before it.
+    ///
+    /// # Safety
+    /// As for [`Device::time`].
+    unsafe fn time(&self, device: &dyn Device, call: &Call, prepare: &[Call]) -> Result<f64, KernelError> {
+        let before = || {
+            let x = self.plug.view(0, self.plug.bytes() / 4, DType::F32);
+            // SAFETY: this thread alone knows the plug; the rest is the caller's promise.
+            [Call::Zero { x }].iter().chain(prepare).try_for_each(|call| unsafe { device.run(call) })
+        };
+        let timed = |copies: &[(View, View)]| {
+            before()?;
+            // SAFETY: the caller's promise.
+            let seconds = unsafe { device.time(std::slice::from_ref(call), copies) }?;
+            Ok(seconds[0].max(self.interval))
+        };
+        let alone = timed(&[])?;
+        let Some((from, to, each)) = &self.copies else { return Ok(alone) };
+        // As many as last while the call does.
+        let count = (alone / each.max(1e-9)).ceil() as usize + 1;
+        timed(&vec![(from.all(), to.all()); count.min(MOST_COPIES)])
+    }
 }
 
 /// Memory in which operands are placed.
@@ -223,13 +295,21 @@ impl Region {
 }
 
 impl<'d> Arena<'d> {
-    fn new(device: &'d dyn Device, sizes: &Sizes, vocab: u32, seed: u64) -> Result<Arena<'d>, KernelError> {
+    fn new(
+        device: &'d dyn Device,
+        sizes: &Sizes,
+        vocab: u32,
+        seed: u64,
+        beside_copies: bool,
+    ) -> Result<Arena<'d>, KernelError> {
         // Room to move even for the largest case.
         let read = Region::new(device, sizes.read + sizes.read / 4)?;
         let written = Region::new(device, sizes.written + sizes.written / 4)?;
         let tokens = device.allocate(4 * lines(sizes.tokens.max(1)))?;
         let wide = device.allocate(64)?;
-        let mut arena = Arena { device, read, written, tokens, wide, random: seed };
+        let plug = (read.floats / 4).max(1);
+        let far = (!device.is_host()).then(|| Far::new(device, plug, beside_copies)).transpose()?;
+        let mut arena = Arena { device, read, written, tokens, wide, random: seed, far };
         // Values between -1 and 1, read as 32-bit words and as two narrow ones alike: no product, sum or exponential of them
         // overflows.
         const CHUNK: usize = 1 << 16;
@@ -295,15 +375,22 @@ impl<'d> Arena<'d> {
                 Role::Wide => self.wide.view(0, len, dtype),
             }
         });
+        let mut prepare = Vec::new();
         if let Some(to) = fresh {
             let most = self.read.floats * 4 / to.dtype().bytes();
             for start in (0..to.len()).step_by(most) {
                 let len = most.min(to.len() - start);
                 let from = self.read.all().within(0, len, to.dtype());
-                // SAFETY: the blocks live as long as the arena, which this thread alone has.
-                unsafe { self.device.run(&Call::Copy { from, to: to.slice(start, len) }) }?;
+                prepare.push(Call::Copy { from, to: to.slice(start, len) });
             }
         }
+        if let Some(far) = &self.far {
+            // SAFETY: the blocks live as long as the arena, which this thread alone has; operands that are written lie next to each
+            // other in their region, never over each other.
+            return unsafe { far.time(self.device, &call, &prepare) };
+        }
+        // SAFETY: as above.
+        prepare.iter().try_for_each(|call| unsafe { self.device.run(call) })?;
         let start = Instant::now();
         // SAFETY: as above; operands that are written lie next to each other in their region, never over each other.
         unsafe { self.device.run(&call) }?;

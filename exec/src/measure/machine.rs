@@ -25,8 +25,12 @@ pub(super) fn today() -> String {
 }
 
 /// What measures.
-pub(super) fn versions() -> String {
-    concat!("paceline ", env!("CARGO_PKG_VERSION")).into()
+pub(super) fn versions(device: Option<&dyn Device>) -> String {
+    let own = concat!("paceline ", env!("CARGO_PKG_VERSION"));
+    match device.map_or(String::new(), Device::details) {
+        details if details.is_empty() => own.into(),
+        details => format!("{own}; {details}"),
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! A GPU through its driver: memory, kernels, products and copies on one stream.
 
-use super::compile::{OLDEST, architecture, machine_code};
+use super::clock::Event;
+use super::compile::{OLDEST, architecture, machine_code, version};
 use super::libraries;
 use super::machine::{Kernel, Launch, Machine, Product};
 use super::nccl::{self, Communicator};
@@ -111,6 +112,9 @@ pub struct Cuda {
     products: Products,
     _workspace: Memory,
     stream: Stream,
+    /// For copies beside the work of the other stream.
+    copies: Stream,
+    details: String,
     functions: Mutex<HashMap<Kernel, Function>>,
     modules: HashMap<&'static str, Module>,
     shared_limit: u32,
@@ -126,6 +130,14 @@ unsafe impl Sync for Module {}
 
 fn unavailable(doing: &str, error: DriverError) -> KernelError {
     KernelError::Unavailable(format!("device cuda: {doing}: {error}; is there a GPU, and may this user use it?"))
+}
+
+/// The driver's version as its module tells it, for example `driver 580.65.06`.
+fn driver_version() -> String {
+    let text = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
+    let number =
+        text.split_whitespace().find(|word| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.'));
+    number.map_or("driver of unknown version".into(), |number| format!("driver {number}"))
 }
 
 impl Cuda {
@@ -173,15 +185,31 @@ impl Cuda {
             })?;
             modules.insert(source.name, Module(module));
         }
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
-            .map_err(|error| context.failed("creating a stream", error))?;
+        let stream = || {
+            let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
+            stream.map(Stream).map_err(|error| context.failed("creating a stream", error))
+        };
+        let (stream, copies) = (stream()?, stream()?);
+        // In kHz; some drivers do not tell them any more.
+        let clock =
+            |which| attribute(which).ok().filter(|&khz| khz > 0).map_or("?".into(), |khz| (khz / 1000).to_string());
+        let details = format!(
+            "{}; compute capability {}.{}; {} multiprocessors; clocks {} and {} MHz; NVRTC {}",
+            driver_version(),
+            capability.0,
+            capability.1,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            clock(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE),
+            clock(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE),
+            version()?
+        );
         let workspace = allocate(&context, WORKSPACE)?;
         let products = Products::new(workspace.address).map_err(|error| KernelError::Machine {
             device: context.name.clone(),
             what: format!("starting cuBLASLt: {error}"),
         })?;
         let functions = Mutex::new(HashMap::new());
-        Ok(Cuda { products, _workspace: workspace, stream: Stream(stream), functions, modules, shared_limit, context })
+        Ok(Cuda { products, _workspace: workspace, stream, copies, details, functions, modules, shared_limit, context })
     }
 
     fn function(&self, kernel: Kernel) -> Result<Function, KernelError> {
@@ -324,6 +352,38 @@ impl Machine for Cuda {
         self.complete()
     }
 
+    unsafe fn time(
+        &self,
+        count: usize,
+        work: &mut dyn FnMut(usize) -> Result<(), KernelError>,
+        copies: &[(u64, u64, usize)],
+    ) -> Result<Vec<f64>, KernelError> {
+        let events = (0..=count).map(|_| Event::new(&self.context)).collect::<Result<Vec<_>, _>>()?;
+        // Copies begin when the work before has ended, at the same time as what is timed.
+        events[0].record(self.stream.0)?;
+        if !copies.is_empty() {
+            events[0].hold(self.copies.0)?;
+        }
+        for &(from, to, bytes) in copies {
+            // SAFETY: the caller's promise.
+            unsafe { result::memcpy_dtod_async(to, from, bytes, self.copies.0) }
+                .map_err(|error| self.context.failed(format_args!("copying {bytes} bytes"), error))?;
+        }
+        for (n, event) in events[1..].iter().enumerate() {
+            work(n)?;
+            event.record(self.stream.0)?;
+        }
+        self.complete()?;
+        // SAFETY: the stream lives.
+        unsafe { result::stream::synchronize(self.copies.0) }
+            .map_err(|error| self.context.failed("copies beside", error))?;
+        events.windows(2).map(|pair| pair[1].since(&pair[0])).collect()
+    }
+
+    fn details(&self) -> String {
+        self.details.clone()
+    }
+
     fn memory(&self) -> Result<Option<(u64, u64)>, KernelError> {
         self.context.enter()?;
         let (free, total) =
@@ -350,6 +410,7 @@ impl Drop for Cuda {
             unsafe {
                 let _ = result::stream::synchronize(self.stream.0);
                 let _ = result::stream::destroy(self.stream.0);
+                let _ = result::stream::destroy(self.copies.0);
                 for module in self.modules.values() {
                     let _ = result::module::unload(module.0);
                 }

@@ -12,6 +12,7 @@ use std::ffi::{c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 /// `emulated::Entry::launch` of the emulator.
 type Entry = unsafe extern "C" fn(
@@ -282,6 +283,24 @@ impl Machine for Emulated {
         // SAFETY: as above.
         unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) }
         Ok(())
+    }
+
+    unsafe fn time(
+        &self,
+        count: usize,
+        work: &mut dyn FnMut(usize) -> Result<(), KernelError>,
+        copies: &[(u64, u64, usize)],
+    ) -> Result<Vec<f64>, KernelError> {
+        // What is asked for has ended when it returns, so copies cannot go on beside anything.
+        for &(from, to, bytes) in copies {
+            // SAFETY: the caller's promise.
+            unsafe { self.copy(from, to, bytes) }?;
+        }
+        let timed = |n| {
+            let start = Instant::now();
+            work(n).map(|()| start.elapsed().as_secs_f64())
+        };
+        (0..count).map(timed).collect()
     }
 
     fn complete(&self) -> Result<(), KernelError> {

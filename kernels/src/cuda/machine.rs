@@ -170,6 +170,22 @@ pub trait Machine: Send + Sync {
     /// As for [`Machine::clear`].
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), KernelError>;
 
+    /// Does pieces of work one after the other, to their end; the seconds that each took. `copies` (from, to, bytes) go on beside them.
+    ///
+    /// # Safety
+    /// As for [`Machine::copy`].
+    unsafe fn time(
+        &self,
+        count: usize,
+        work: &mut dyn FnMut(usize) -> Result<(), KernelError>,
+        copies: &[(u64, u64, usize)],
+    ) -> Result<Vec<f64>, KernelError>;
+
+    /// What times depend on beside the name.
+    fn details(&self) -> String {
+        String::new()
+    }
+
     /// Free and total bytes, where memory is a limit.
     fn memory(&self) -> Result<Option<(u64, u64)>, KernelError> {
         Ok(None)

@@ -4,6 +4,7 @@
 //! device is opened, never before ([`libraries`]).
 
 mod attention;
+mod clock;
 mod compile;
 mod driver;
 mod emulated;
@@ -107,6 +108,24 @@ impl<M: Machine> Device for Gpu<M> {
 
     fn complete(&self) -> Result<(), KernelError> {
         self.machine.complete()
+    }
+
+    unsafe fn time(&self, calls: &[Call], copies: &[(View, View)]) -> Result<Vec<f64>, KernelError> {
+        calls.iter().try_for_each(Call::check)?;
+        if let Some((from, to)) = copies.iter().find(|(from, to)| from.bytes() != to.bytes() || from.overlaps(to)) {
+            let what = format!("{} bytes to {}, apart from each other", from.bytes(), to.bytes());
+            return Err(KernelError::Shape { call: "Copy", what });
+        }
+        let copies: Vec<_> = copies.iter().map(|(from, to)| (from.address(), to.address(), from.bytes())).collect();
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: as for `run`.
+        let mut work = |n: usize| unsafe { launches::run(&self.machine, &calls[n], parts.address()) };
+        // SAFETY: the caller's promise.
+        unsafe { self.machine.time(calls.len(), &mut work, &copies) }
+    }
+
+    fn details(&self) -> String {
+        self.machine.details()
     }
 
     fn memory(&self) -> Result<Option<(u64, u64)>, KernelError> {

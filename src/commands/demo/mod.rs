@@ -123,7 +123,7 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     let job = Job::from_table(table, "examples/demo.toml").map_err(Failure::internal)?;
     let data = training::dataset(&job.train)?;
 
-    let keys = local::kernels_of_job(&job)?;
+    let keys = local::kernels_of_job(&job, local::cores())?;
     let settings = local::measure_settings(arguments.calibrate, None);
     screen.step(format!(
         "calibrate: {} kernel shapes of {} and the grid around them, on {} cores",
@@ -131,7 +131,7 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
         job.model.name,
         settings.devices
     ));
-    let profile = local::calibrate(screen, &keys, &settings, &stop)?;
+    let profile = local::calibrate(screen, &CpuDevice::new(), &keys, &settings, &stop)?;
     let local = Local::with(CpuDevice::new(), profile, "calibrated just now".into())?;
 
     screen.step("plan: search all configurations of the job by simulation");
