@@ -36,15 +36,42 @@ fn every_operator() -> Vec<KernelKey> {
     KernelOp::ALL.into_iter().map(of).collect()
 }
 
+/// The keys of narrow calls: of all operators with narrow results, and of those that add to 32-bit gradients of parameters.
+fn every_narrow_operator() -> Vec<KernelKey> {
+    use KernelOp as Op;
+    let to_gradients = [
+        Op::MatmulTn,
+        Op::BiasGradient,
+        Op::RmsNormBackwardWeight,
+        Op::LayerNormBackwardWeight,
+        Op::EmbeddingBackward,
+        Op::HeadBackwardWeight,
+        Op::HeadBackward,
+    ];
+    let wide = every_operator().into_iter().filter(|key| to_gradients.contains(&key.op));
+    let wide: Vec<KernelKey> = wide.map(|key| key.with(DType::Bf16F32)).collect();
+    every_operator().into_iter().map(|key| key.with(DType::Bf16)).chain(wide).collect()
+}
+
 #[test]
 fn every_operator_becomes_a_call_of_its_key() {
-    let keys = every_operator();
+    let keys: Vec<KernelKey> = every_operator().into_iter().chain(every_narrow_operator()).collect();
     let references: Vec<&KernelKey> = keys.iter().collect();
     let context = case::Context::of(&references);
     for key in &keys {
         let call = kernels::sketch(key, &context);
         call.check().unwrap_or_else(|error| panic!("{key}: {error}"));
         assert_eq!(crate::kernel_key(&call), *key);
+    }
+}
+
+#[test]
+fn narrow_operators_are_measured_as_such() {
+    let keys = every_narrow_operator();
+    let profile = calibrate(&CpuDevice::new(), &keys, &[], &settings(1), &mut |_| {}, None).unwrap();
+    for key in &keys {
+        let of_key = |row: &Row| row.median_seconds > 0.0 && row.subject == Subject::Kernel(key.clone());
+        assert!(profile.rows.iter().any(of_key), "{key}");
     }
 }
 
