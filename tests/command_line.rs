@@ -531,7 +531,7 @@ fn the_27_state_partitions_of_a_job() {
         ("--trainable 1.5", "trainable = \"1.5\""),
         ("--trainable lora:8:q,zz", "no matrix \"zz\""),
         ("--overlap some", "overlap = \"some\""),
-        ("--gather-bucket 0", "--gather-bucket = \"0\""),
+        ("--gather-bucket 0", "gather_bucket = \"0\""),
         ("--states NNX", "\"NNX\" is no state partition"),
     ] {
         let error = folder.fails(2, &format!("{job} {flags}"));

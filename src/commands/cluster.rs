@@ -279,7 +279,7 @@ fn requests(source: &JobSource) -> Result<Vec<ClusterRequest>, Failure> {
 }
 
 /// Bytes from a text, with or without a unit.
-pub fn bytes(key: &str, text: &str) -> Result<u64, Failure> {
+fn bytes(key: &str, text: &str) -> Result<u64, Failure> {
     parse_bytes(text).filter(|&bytes| bytes > 0 && i64::try_from(bytes).is_ok()).ok_or_else(|| {
         Failure::bad_input(format!(
             "{key} = {text:?}; allowed: bytes as a whole number, or a size such as 80GiB, 512MiB or 40GB"

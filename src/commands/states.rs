@@ -24,15 +24,6 @@ use serde::Serialize;
 pub struct Arguments {
     #[command(flatten)]
     pub source: JobSource,
-    /// Which communication between replicas runs beside computation: all, gradients, parameters, none.
-    #[arg(long, value_name = "WHICH")]
-    overlap: Option<String>,
-    /// Bytes of parameters gathered at a time; a block by default.
-    #[arg(long, value_name = "BYTES|100MB")]
-    gather_bucket: Option<String>,
-    /// Bytes of gradients reduced at a time; a block by default.
-    #[arg(long, value_name = "BYTES|1GB")]
-    reduce_bucket: Option<String>,
     /// Show the dominated partitions too, with what dominates them.
     #[arg(long)]
     all: bool,
@@ -63,18 +54,7 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     if arguments.published {
         return published(screen);
     }
-    let mut request = cluster::request(&arguments.source)?;
-    if let Some(overlap) = &arguments.overlap {
-        request.overlap = Some(overlap.clone());
-    }
-    for (key, text, bytes) in [
-        ("--gather-bucket", &arguments.gather_bucket, &mut request.gather_bucket),
-        ("--reduce-bucket", &arguments.reduce_bucket, &mut request.reduce_bucket),
-    ] {
-        if let Some(text) = text {
-            *bytes = Some(cluster::bytes(key, text)?);
-        }
-    }
+    let request = cluster::request(&arguments.source)?;
     let cluster = request.cluster().map_err(|error| cluster::refused(&arguments.source, error))?;
     let physics = Physics::of(&cluster).map_err(|error| cluster::refused(&arguments.source, error.into()))?;
     let rows = tabulate(&request, &physics).map_err(|error| refused(&arguments.source, error))?;
