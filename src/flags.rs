@@ -121,6 +121,11 @@ pub struct JobFlags {
     #[arg(long, value_name = "NAME")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub schedule: Option<String>,
+    /// How blocks are spread over stages on a cluster: even, by-cost, balanced, or vocabulary-spread (an equal part of the vocabulary
+    /// on every pipeline rank).
+    #[arg(long, value_name = "KIND")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub partition: Option<String>,
     /// Activation recomputation: none, selective or full.
     #[arg(long, value_name = "KIND")]
     #[serde(skip_serializing_if = "Option::is_none")]

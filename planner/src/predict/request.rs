@@ -4,7 +4,7 @@ use crate::schedules;
 use paceline_profiles::{Cluster, ClusterError, find_cluster};
 use paceline_sim::cluster::{
     AdapterError, Architecture, AttentionKernel, Compute, ContextExchange, Layout, LayoutError, Numerics, Overlap,
-    PhysicsError, Recompute, Routing, ZooError,
+    Partition, PhysicsError, Recompute, Routing, ZooError,
 };
 use paceline_sim::partition::PartitionError;
 use serde::{Deserialize, Serialize};
@@ -80,6 +80,10 @@ pub struct ClusterRequest {
     /// `full:K` (or another kind with a number) for the first K blocks of every stage only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recompute: Option<String>,
+    /// How blocks are spread over stages: `even`, `by-cost`, `balanced`, or `vocabulary-spread`, an equal part of embedding and output
+    /// projection on every pipeline rank (arXiv 2411.05288); `even` by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub partition: Option<String>,
     /// A recipe, see [`PRECISIONS`]; `bf16` by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub precision: Option<String>,
@@ -254,6 +258,13 @@ fn word<T: Copy>(key: &'static str, value: Option<&str>, usual: &str, known: &[(
     })
 }
 
+const PARTITIONS: [(&str, Partition); 4] = [
+    ("even", Partition::Even),
+    ("by-cost", Partition::ByCost),
+    ("balanced", Partition::Balanced),
+    ("vocabulary-spread", Partition::VocabularySpread),
+];
+
 /// More combinations than a search looks at.
 const MOST_REQUESTS: usize = 10_000;
 
@@ -270,6 +281,9 @@ impl fmt::Display for ClusterRequest {
             if let Some(chunks) = self.chunks.filter(|chunks| *chunks > 1) {
                 write!(f, "x{chunks} ")?;
             }
+        }
+        if let Some(partition) = self.partition.as_deref().filter(|partition| *partition != "even") {
+            write!(f, "{partition} ")?;
         }
         write!(f, "micro-batch {} {}", self.micro_batch.unwrap_or(1), self.states.as_deref().unwrap_or("zero1"))?;
         match self.recompute.as_deref() {
@@ -404,6 +418,7 @@ impl ClusterRequest {
             trainable: self.trainable.as_deref().map_or(Ok(1.0), |text| trainable(text, model))?,
             schedule: if pp == 1 { "1f1b".into() } else { name.into() },
             microbatches: self.global_batch / part,
+            partition: word("partition", self.partition.as_deref(), "even", &PARTITIONS)?,
             recompute,
             recomputed_blocks,
             attention,
@@ -504,6 +519,7 @@ mod tests {
             (error(&|r| r.recompute = Some("full:0".into())), "full:2"),
             (error(&|r| r.recompute = Some("none:2".into())), "recompute = \"none:2\""),
             (error(&|r| r.precision = Some("int1".into())), "bf16"),
+            (error(&|r| r.partition = Some("odd".into())), "vocabulary-spread"),
             (error(&|r| r.schedule = Some("none".into())), "none"),
             (
                 error(&|r| r.overlap = Some("gradients,sleep".into())),

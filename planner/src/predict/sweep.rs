@@ -253,7 +253,13 @@ fn candidates(request: &ClusterRequest, model: &Architecture, gpus: u64, node: u
                             } else {
                                 words(&["1f1b"])
                             };
-                            for schedule in axis(&request.schedule, names) {
+                            let cuts = words(if pp > 1 { &["even", "balanced"] } else { &["even"] });
+                            let pairs = axis(&request.schedule, names).into_iter().flat_map(|schedule| {
+                                axis(&request.partition, cuts.clone())
+                                    .into_iter()
+                                    .map(move |cut| (schedule.clone(), cut))
+                            });
+                            for (schedule, cut) in pairs {
                                 list.push(ClusterRequest {
                                     tp: Some(tp),
                                     cp: Some(cp),
@@ -263,6 +269,7 @@ fn candidates(request: &ClusterRequest, model: &Architecture, gpus: u64, node: u
                                     states: Some(states.clone()),
                                     recompute: Some(recompute.clone()),
                                     schedule: Some(schedule),
+                                    partition: Some(cut),
                                     ..request.clone()
                                 });
                             }
