@@ -2,25 +2,15 @@
 
 use crate::failure::Failure;
 use crate::screen::Screen;
+use paceline_planner::plan;
 use paceline_profiles::{Machine, Profile, Row};
 use paceline_sim::trace::{TRACE_FORMAT, Trace};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Writes a file whole or not at all.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
-    let failed = |error| Failure::bad_input(format!("cannot write {}: {error}", path.display()));
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(".part");
-    let part = path.with_file_name(name);
-    let written =
-        std::fs::File::create(&part).and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
-    if let Err(error) = written.and_then(|()| std::fs::rename(&part, path)) {
-        // What was begun is of no use; that it may not exist is no second failure.
-        drop(std::fs::remove_file(&part));
-        return Err(failed(error));
-    }
-    Ok(())
+    plan::write_whole(path, bytes)
+        .map_err(|error| Failure::bad_input(format!("cannot write {}: {error}", path.display())))
 }
 
 /// Writes the trace in the forms that were asked for.

@@ -1,6 +1,9 @@
 //! Training in bfloat16: the gradients of a 32-bit run within the rounding of values, the same model under every layout, memory
 //! as the program says, and a loss that falls as in 32 bits.
 
+mod comparable;
+
+use comparable::settings;
 use paceline_exec::{
     CheckpointSettings, Dataset, Evaluation, LearningRate, OptimizerSettings, RunReport, RunSettings, Silent, run,
 };
@@ -102,23 +105,6 @@ fn lowered(case: &Case, model: ModelConfig, seq: u32) -> Program {
 
 fn program(case: &Case) -> Program {
     lowered(case, odd(case.preset), 8)
-}
-
-fn settings(steps: u64) -> RunSettings {
-    RunSettings {
-        optimizer: OptimizerSettings {
-            learning_rate: LearningRate::constant(1e-3),
-            clip: Some(0.5),
-            // Adam divides each gradient by its own size, and would make of the rounding error of an element that is nearly zero
-            // one of the learning rate; below this size it does not.
-            epsilon: 1e-2,
-            ..OptimizerSettings::default()
-        },
-        seed: 5,
-        capture_gradients: true,
-        poison: true,
-        ..RunSettings::new(steps, 1e-3)
-    }
 }
 
 fn tokens(vocab: u32) -> Dataset {

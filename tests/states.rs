@@ -1,6 +1,9 @@
 //! All 27 state partitions train the model that one rank trains alone, and hold at their peak what their programs say.
 
-use paceline_exec::{Dataset, Evaluation, LearningRate, OptimizerSettings, RunReport, RunSettings, Silent, run};
+mod comparable;
+
+use comparable::settings;
+use paceline_exec::{Dataset, Evaluation, RunReport, RunSettings, Silent, run};
 use paceline_kernels::CpuDevice;
 use paceline_planner::lower::{Blueprint, Form, LowerError, Sharing, States, Substance, cut, forward_flops, lower};
 use paceline_planner::schedules::{self, Request};
@@ -93,21 +96,8 @@ fn program(case: &Case) -> Program {
 
 fn train(program: &Program, steps: u64) -> RunReport {
     let tokens: Vec<u16> = (0..4000u32).map(|k| ((k * k + k / 7) % 32) as u16).collect();
-    let settings = RunSettings {
-        optimizer: OptimizerSettings {
-            learning_rate: LearningRate::constant(1e-3),
-            clip: Some(0.5),
-            // Adam divides each gradient by its own size, and would make of the rounding error of an element that is nearly zero
-            // one of the learning rate; below this size it does not.
-            epsilon: 1e-2,
-            ..OptimizerSettings::default()
-        },
-        seed: 5,
-        capture_gradients: true,
-        poison: true,
-        evaluation: Some(Evaluation { every: steps, sequences: 4 }),
-        ..RunSettings::new(steps, 1e-3)
-    };
+    let evaluation = Some(Evaluation { every: steps, sequences: 4 });
+    let settings = RunSettings { evaluation, ..settings(steps) };
     run(program, &CpuDevice::new(), &settings, &Dataset::from_tokens("squares", &tokens), &mut Silent).unwrap()
 }
 

@@ -1,5 +1,7 @@
 //! Ranks that really compute, on memory that all of them can reach.
 
+mod launch;
+
 use crate::crew::Clock;
 use crate::data::Sampler;
 use crate::effects::HostRange;
@@ -11,6 +13,7 @@ use crate::numbers::{self, dtype};
 use crate::processes::Mesh;
 use crate::seam::{Launch, Operands, Passes};
 use crate::settings::OptimizerSettings;
+use launch::{Launcher, OpOperands};
 use paceline_kernels::{AdamW, Call, Device, KernelError, View};
 use paceline_sim::model::parameters::{DecayRun, decay_runs};
 use paceline_sim::program::{
@@ -551,64 +554,4 @@ fn hand_on(
         before = piece;
     }
     Ok(())
-}
-
-struct OpOperands<'a> {
-    rank: &'a RankProgram,
-    id: RankId,
-    op: OpId,
-    this: &'a Op,
-    memory: &'a RankMemory<'a>,
-}
-
-impl OpOperands<'_> {
-    fn buffer(&self, tensor: Tensor) -> Option<usize> {
-        let same = |held: Tensor| match (held, tensor) {
-            (Tensor::Workspace { .. }, Tensor::Workspace { .. }) => true,
-            _ => held == tensor,
-        };
-        self.this.uses.iter().map(|b| b.index()).find(|&b| same(self.rank.buffers[b].tensor))
-    }
-}
-
-impl Operands for OpOperands<'_> {
-    fn view(&self, tensor: Tensor) -> Result<View, ExecError> {
-        let found = self.buffer(tensor).and_then(|buffer| Some((buffer, self.memory.block(buffer)?)));
-        let Some((buffer, block)) = found else {
-            return Err(ExecError::Undeclared { rank: self.id, op: self.op, tensor });
-        };
-        let dtype = dtype(self.rank.buffers[buffer].element);
-        Ok(block.view(0, block.bytes() / dtype.bytes(), dtype))
-    }
-
-    fn has(&self, tensor: Tensor) -> bool {
-        self.buffer(tensor).is_some()
-    }
-}
-
-struct Launcher<'a> {
-    job: &'a Job<'a>,
-    /// Waits for every call and counts its time.
-    timed: bool,
-    id: RankId,
-    op: OpId,
-    tally: RefCell<&'a mut KernelTally>,
-}
-
-impl Launch for Launcher<'_> {
-    fn launch(&self, call: Call) -> Result<(), ExecError> {
-        let start = self.job.clock.now();
-        // SAFETY: the views come from living buffers that the op declares, and the program's check has proved that no
-        // other op that runs at this time writes to them.
-        unsafe { self.job.device.run(&call) }.map_err(|source| ExecError::Kernel {
-            rank: self.id,
-            op: self.op,
-            source,
-        })?;
-        if self.timed {
-            self.job.device.complete().map_err(|source| ExecError::Kernel { rank: self.id, op: self.op, source })?;
-            self.tally.borrow_mut().add(&call, self.job.clock.now() - start);
-        }
-        Ok(())
-    }
 }

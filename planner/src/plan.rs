@@ -87,14 +87,18 @@ pub fn model_digest(model: &ModelConfig) -> String {
 }
 
 /// Writes a file whole or not at all.
-fn write_whole(path: &Path, text: &str) -> Result<(), PlanError> {
-    let failed = |source| PlanError::File { path: path.into(), source };
+///
+/// # Errors
+/// When it cannot be written; what was begun is gone then.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(".part");
     let part = path.with_file_name(name);
-    let mut file = fs::File::create(&part).map_err(failed)?;
-    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
-    fs::rename(&part, path).map_err(failed)
+    let written = fs::File::create(&part).and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
+    written.and_then(|()| fs::rename(&part, path)).inspect_err(|_| {
+        // What was begun is of no use; that it may not exist is no second failure.
+        drop(fs::remove_file(&part));
+    })
 }
 
 impl Plan {
@@ -126,8 +130,9 @@ impl Plan {
     /// # Errors
     /// When it cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), PlanError> {
-        let text = self.to_json().map_err(|error| PlanError::File { path: path.into(), source: error.into() })?;
-        write_whole(path, &text)
+        let failed = |source| PlanError::File { path: path.into(), source };
+        let text = self.to_json().map_err(|error| failed(error.into()))?;
+        write_whole(path, text.as_bytes()).map_err(failed)
     }
 
     /// Reads a plan file, and the model that it is for.

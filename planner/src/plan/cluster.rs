@@ -30,9 +30,9 @@ impl ClusterPlanFile {
     /// # Errors
     /// When it cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), PlanError> {
-        let text = serde_json::to_string_pretty(self)
-            .map_err(|error| PlanError::File { path: path.into(), source: error.into() })?;
-        write_whole(path, &text)
+        let failed = |source| PlanError::File { path: path.into(), source };
+        let text = serde_json::to_string_pretty(self).map_err(|error| failed(error.into()))?;
+        write_whole(path, text.as_bytes()).map_err(failed)
     }
 
     /// Whether the text of a file says that it is one.

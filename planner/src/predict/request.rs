@@ -6,6 +6,7 @@ use paceline_sim::cluster::{
     AdapterError, Architecture, AttentionKernel, Compute, ContextExchange, Layout, LayoutError, Numerics, Overlap,
     Partition, PhysicsError, Recompute, Routing, ZooError,
 };
+use paceline_sim::model::{Trainable, TrainableError};
 use paceline_sim::partition::PartitionError;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -192,6 +193,9 @@ pub enum RequestError {
     /// The layout.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// A text that says nothing about training, or adapters larger than what they stand beside.
+    #[error(transparent)]
+    Trainable(#[from] TrainableError),
     /// Adapters.
     #[error("trainable: {0}")]
     Adapters(#[from] AdapterError),
@@ -206,30 +210,17 @@ fn bucket(key: &'static str, bytes: Option<u64>) -> Result<Option<f64>, RequestE
 
 /// The share of the parameters that is trained.
 fn trainable(text: &str, model: &Architecture) -> Result<f64, RequestError> {
-    let wrong = || {
-        RequestError::Word {
-        key: "trainable",
-        value: text.to_owned(),
-        allowed: "full, a share above 0 and at most 1 (0.0625 or 1/16), lora:R with a rank R of at least 1 (lora:8:q,v beside these matrices only)".into(),
-    }
-    };
-    if text == "full" {
-        return Ok(1.0);
-    }
-    if let Some(rank) = text.strip_prefix("lora:") {
-        let (rank, matrices) = rank.split_once(':').map_or((rank, None), |(rank, matrices)| (rank, Some(matrices)));
-        let rank = rank.parse::<u64>().ok().filter(|rank| *rank > 0 && *rank <= model.hidden).ok_or_else(wrong)?;
-        let matrices: Option<Vec<&str>> = matrices.map(|list| list.split(',').map(str::trim).collect());
-        let share = model.adapter_parameters(rank, matrices.as_deref())? as f64 / model.parameters() as f64;
-        return if share <= 1.0 { Ok(share) } else { Err(wrong()) };
-    }
-    let share = match text.split_once('/') {
-        Some((part, whole)) => {
-            part.parse::<f64>().ok().zip(whole.parse::<f64>().ok()).map(|(part, whole)| part / whole)
+    match text.parse()? {
+        Trainable::Full => Ok(1.0),
+        Trainable::Share(share) => Ok(share),
+        Trainable::Adapters { rank, beside } => {
+            let matrices: Vec<&str> = beside.iter().map(String::as_str).collect();
+            let matrices = (!matrices.is_empty()).then_some(matrices.as_slice());
+            let share = model.adapter_parameters(rank.into(), matrices)? as f64 / model.parameters() as f64;
+            let sensible = u64::from(rank) <= model.hidden && share <= 1.0;
+            if sensible { Ok(share) } else { Err(TrainableError { text: text.to_owned() }.into()) }
         }
-        None => text.parse::<f64>().ok(),
-    };
-    share.filter(|share| *share > 0.0 && *share <= 1.0).ok_or_else(wrong)
+    }
 }
 
 /// What is computed again, and of how many blocks of a stage, from `kind` or `kind:blocks`.

@@ -108,7 +108,9 @@ fn recomputations(job: &Job, schedule: &str) -> Vec<Recompute> {
 /// some class as one of these and gathers or reduces more. Groups only where the job names their size.
 fn partitions(job: &Job, dp: u32, schedule: &str) -> Vec<StatePartition> {
     match job.states.as_slice() {
-        [] if dp > 1 || schedule == "dualpipe" => {
+        // Two copies of the model beside each other share no collective within a microbatch.
+        [] if schedule == "dualpipe" => vec![StatePartition::NONE, StatePartition::ZERO1],
+        [] if dp > 1 => {
             let groups = job.sharing.group_size.is_some_and(|size| size > 1 && size < dp);
             let sorted = |s: &StatePartition| s.parameters <= s.gradients && s.gradients <= s.optimizer;
             StatePartition::all().filter(|states| sorted(states) && (groups || !states.has_groups())).collect()
