@@ -4,6 +4,7 @@ use super::sources::{HEADER, Source, digest};
 use crate::device::KernelError;
 use cudarc::nvrtc::{result, sys};
 use std::ffi::{CString, c_char};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 /// Options beside the architecture. `scripts/nvrtc-check` compiles with the same.
@@ -53,14 +54,14 @@ fn cached(source: &Source, architecture: &str, version: &str, cache: &Path) -> P
     cache.join(format!("{}-{architecture}-{key:016x}.cubin", source.name))
 }
 
-/// Another process may read or write the same name: it appears in one step.
+/// Another thread or process may read or write the same name: it appears in one step.
 fn keep(path: &Path, code: &[u8]) -> std::io::Result<()> {
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    let unfinished = path.with_extension(format!("{}", std::process::id()));
-    std::fs::write(&unfinished, code)?;
-    std::fs::rename(unfinished, path)
+    let folder = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder)?;
+    let mut unfinished = tempfile::NamedTempFile::new_in(folder)?;
+    unfinished.write_all(code)?;
+    unfinished.persist(path)?;
+    Ok(())
 }
 
 fn compile(source: &Source, architecture: &str) -> Result<Vec<u8>, KernelError> {

@@ -76,21 +76,25 @@ fn compiled(sources: &[Source], cache: &Path) -> Result<PathBuf, KernelError> {
     let texts = sources.iter().chain([&HEADER, &EMULATOR]).map(|source| source.text);
     let key = digest(texts.chain([version.as_str(), WRAPPER]).chain(FLAGS));
     let library = cache.join(format!("emulated-{key:016x}.so"));
+    // The threads of a process wait for the first one; what other processes do is kept apart by a folder of our own.
+    static COMPILING: Mutex<()> = Mutex::new(());
+    let _compiling = COMPILING.lock().unwrap_or_else(PoisonError::into_inner);
     if library.is_file() {
         return Ok(library);
     }
-    let folder = cache.join(format!("emulated-{key:016x}-{}", std::process::id()));
-    let io = |error: std::io::Error| unavailable(format_args!("{}: {error}", folder.display()));
-    std::fs::create_dir_all(folder.join("host")).map_err(io)?;
+    let io = |error: std::io::Error| unavailable(format_args!("{}: {error}", cache.display()));
+    std::fs::create_dir_all(cache).map_err(io)?;
+    let folder = tempfile::Builder::new().prefix("emulated-").tempdir_in(cache).map_err(io)?;
+    std::fs::create_dir_all(folder.path().join("host")).map_err(io)?;
     for source in [&HEADER, &EMULATOR] {
-        std::fs::write(folder.join(source.name), source.text).map_err(io)?;
+        std::fs::write(folder.path().join(source.name), source.text).map_err(io)?;
     }
-    let objects = sources.iter().map(|source| object(&compiler, &folder, source)).collect::<Result<Vec<_>, _>>()?;
-    let built = folder.join("library.so");
+    let object = |source| object(&compiler, folder.path(), source);
+    let objects = sources.iter().map(object).collect::<Result<Vec<_>, _>>()?;
+    let built = folder.path().join("library.so");
     succeeded(Command::new(&compiler).arg("-shared").arg("-o").arg(&built).args(&objects).output())?;
     // Another process may have done the same meanwhile: the names are exchanged in one step, the contents are the same.
     std::fs::rename(&built, &library).map_err(io)?;
-    std::fs::remove_dir_all(&folder).map_err(io)?;
     Ok(library)
 }
 
@@ -336,8 +340,13 @@ mod tests {
                     x[threadIdx.x] = reinterpret_cast<float*>(shared)[0];
                 }",
         };
-        let cache = std::env::temp_dir().join(format!("paceline-faulty-{}", std::process::id()));
-        let machine = Emulated::of(&[FAULTY], &cache).unwrap();
+        let cache = tempfile::tempdir().unwrap();
+        // Who comes while another thread compiles gets what that one has compiled.
+        let machine = std::thread::scope(|scope| {
+            let open = || Emulated::of(&[FAULTY], &cache.path().join("new")).unwrap();
+            let others = [scope.spawn(open), scope.spawn(open), scope.spawn(open)];
+            others.map(|thread| thread.join().unwrap()).into_iter().next_back().unwrap()
+        });
         let memory = machine.allocate(256).unwrap();
         let run = |base, threads, arguments: &[Argument]| {
             let kernel = Kernel::plain("faulty", base);
@@ -363,7 +372,7 @@ mod tests {
             assert!(run("no_wait", 32, arguments).unwrap_err().to_string().contains(said));
         }
         assert!(run("no_such", 32, &[x]).unwrap_err().to_string().contains("no_such"));
-        std::fs::remove_dir_all(cache).unwrap();
+        assert_eq!(std::fs::read_dir(cache.path().join("new")).unwrap().count(), 1, "one library and nothing else");
     }
 
     #[test]
