@@ -81,6 +81,17 @@ fn least_interval(problem: &Problem) -> f64 {
     work.iter().copied().chain(turnover).fold(0.0, f64::max)
 }
 
+/// The whole part below `x`. Baseline x86-64 has no instruction for it, and a call would be most of the search's time.
+fn floor(x: f64) -> f64 {
+    let towards_zero = x as i64 as f64;
+    if towards_zero > x { towards_zero - 1.0 } else { towards_zero }
+}
+
+/// `time` modulo the interval.
+fn phase(time: f64, interval: f64) -> f64 {
+    time - floor(time / interval) * interval
+}
+
 /// Starts of the passes of microbatch 0, by stage: F, B, W. Not a number where not placed.
 type Starts = Vec<[f64; 3]>;
 
@@ -109,6 +120,11 @@ impl<'a> Search<'a> {
     fn time(&self, stage: usize, pass: usize) -> f64 {
         let times = &self.problem.times;
         [times.f[stage], times.b[stage], times.w[stage]][pass]
+    }
+
+    /// The limit of a device, with tolerance for sums.
+    fn room(&self, device: usize) -> f64 {
+        self.problem.limit[device] * (1.0 + 1e-9)
     }
 
     /// The first complete placement within memory.
@@ -151,7 +167,7 @@ impl<'a> Search<'a> {
         let mut busy: Vec<(f64, f64)> = Vec::with_capacity(3 * self.local[device].len());
         for &stage in &self.local[device] {
             for (pass, start) in starts[stage].iter().enumerate().filter(|(_, start)| !start.is_nan()) {
-                busy.push((start.rem_euclid(self.interval), self.time(stage, pass)));
+                busy.push((phase(*start, self.interval), self.time(stage, pass)));
             }
         }
         busy.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -161,8 +177,8 @@ impl<'a> Search<'a> {
     /// Starts from `ready` on, less than an interval away, that keep clear of `busy`: the earliest one, and those that leave no gap
     /// to a neighbour.
     fn places(&self, busy: &[(f64, f64)], ready: f64, duration: f64) -> Vec<f64> {
-        let from = |phase: f64| {
-            let late = (phase - ready).rem_euclid(self.interval);
+        let from = |moment: f64| {
+            let late = phase(moment - ready, self.interval);
             ready + if self.interval - late <= self.close { 0.0 } else { late }
         };
         let mut places = vec![ready];
@@ -172,7 +188,7 @@ impl<'a> Search<'a> {
         }
         places.retain(|place| {
             busy.iter().all(|(start, length)| {
-                let after = (place - start).rem_euclid(self.interval);
+                let after = phase(place - start, self.interval);
                 let after = if self.interval - after <= self.close { 0.0 } else { after };
                 after >= length - self.close && after + duration <= self.interval + self.close
             })
@@ -205,7 +221,7 @@ impl<'a> Search<'a> {
 
     /// Whether what the device holds already, from what is placed, is within the limit: an F without a B yet counts up to now.
     fn half_way_fits(&self, starts: &Starts, device: usize) -> bool {
-        self.highest(starts, device) <= self.problem.limit[device] * (1.0 + 1e-9)
+        self.highest(starts, device) <= self.room(device)
     }
 
     /// The most that the device holds in the steady phase. Passes that are not placed count as following at once.
@@ -224,13 +240,14 @@ impl<'a> Search<'a> {
                 lives.push((b_ends, w_ends, memory.until_w[stage]));
             }
         }
+        let frequency = 1.0 / self.interval;
         let mut highest = 0.0f64;
         for (moment, _, _) in &lives {
             let held: f64 = lives
                 .iter()
                 .map(|(from, to, size)| {
-                    let begun = ((moment - from + self.close) / self.interval).floor();
-                    let over = ((moment - to + self.close) / self.interval).floor();
+                    let begun = floor((moment - from + self.close) * frequency);
+                    let over = floor((moment - to + self.close) * frequency);
                     (begun - over) * size
                 })
                 .sum();
@@ -244,20 +261,21 @@ impl<'a> Search<'a> {
         for device in 0..self.local.len() {
             let mut best: Option<(f64, f64, Starts)> = None;
             self.place_weights(device, &mut starts, &mut best);
-            let (highest, _, placed) = best?;
-            if highest > self.problem.limit[device] * (1.0 + 1e-9) {
-                return None;
-            }
-            starts = placed;
+            starts = best?.2;
         }
         Some(starts)
     }
 
-    /// All places of the W of a device: the one with the lowest peak, then the earliest.
+    /// All places of the W of a device: the one with the lowest peak, then the earliest. A W that is not placed yet counts as following
+    /// its B at once, so what is held can only grow, and a start that holds too much already is left.
     fn place_weights(&self, device: usize, starts: &mut Starts, best: &mut Option<(f64, f64, Starts)>) {
+        let highest = self.highest(starts, device);
+        let room = self.room(device);
+        if highest > best.as_ref().map_or(room, |(least, _, _)| least.min(room)) {
+            return;
+        }
         let open: Vec<usize> = self.local[device].iter().copied().filter(|&stage| starts[stage][2].is_nan()).collect();
         if open.is_empty() {
-            let highest = self.highest(starts, device);
             let late: f64 = self.local[device].iter().map(|&stage| starts[stage][2]).sum();
             if best.as_ref().is_none_or(|(least, soonest, _)| (highest, late) < (*least, *soonest)) {
                 *best = Some((highest, late, starts.clone()));
