@@ -53,9 +53,14 @@ impl Terminal {
         String::from_utf8_lossy(&self.tmux(&["capture-pane", "-p"]).stdout).into_owned()
     }
 
+    /// The folder for drawings, where they are wanted.
+    fn screens() -> Option<PathBuf> {
+        std::env::var_os("PACELINE_SCREENS").map(PathBuf::from)
+    }
+
     /// Draws what is shown, where drawings are wanted.
     fn draw(&self, name: &str) {
-        let Some(folder) = std::env::var_os("PACELINE_SCREENS").map(PathBuf::from) else { return };
+        let Some(folder) = Terminal::screens() else { return };
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
         fs::create_dir_all(&folder).unwrap();
         let screen = self.tmux(&["capture-pane", "-e", "-p"]).stdout;
@@ -85,13 +90,19 @@ impl Terminal {
 
     /// The screen as soon as it shows all of the phrases.
     fn shows(&self, phrases: &[&str]) -> String {
+        let all = |screen: &str| phrases.iter().all(|phrase| screen.contains(phrase));
+        self.until(all, &format!("{phrases:?}"))
+    }
+
+    /// The screen as soon as it is as it should be.
+    fn until(&self, is_so: impl Fn(&str) -> bool, what: &str) -> String {
         let begin = Instant::now();
         loop {
             let screen = self.screen();
-            if phrases.iter().all(|phrase| screen.contains(phrase)) {
+            if is_so(&screen) {
                 return screen;
             }
-            assert!(begin.elapsed() < PATIENCE, "waited for {phrases:?}; the screen:\n{screen}");
+            assert!(begin.elapsed() < PATIENCE, "waited for {what}; the screen:\n{screen}");
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -151,7 +162,13 @@ fn a_visit_from_start_to_plan() {
     terminal.press(&["v"]);
     terminal.shows(&["tokens/s per GPU over peak memory"]);
     terminal.draw("pareto");
-    terminal.press(&["v", "v"]);
+    terminal.press(&["v", "m"]);
+    terminal.shows(&["MFU; nodes:", "mixtral-8x7b", "llama-3-8b on 1 node: "]);
+    if Terminal::screens().is_some() {
+        terminal.until(|screen| !screen.contains("searching: "), "the whole map");
+        terminal.draw("map");
+    }
+    terminal.press(&["Escape", "v"]);
     let best = plans.lines().find(|line| line.trim_start().starts_with("1 ")).expect("a best plan");
     let time: Vec<&str> = best.split_whitespace().skip(1).take(2).collect();
     terminal.press(&["Enter"]);

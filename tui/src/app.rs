@@ -428,6 +428,7 @@ impl App {
             }
             Wish::Map => {
                 self.begin_search();
+                self.plans.mapping = true;
                 self.plans.cells.clear();
                 let job = Box::new(job_to_search(&self.settings, &self.job));
                 vec![Effect::Map { search: self.plans.search, job }]
@@ -452,6 +453,7 @@ impl App {
     fn begin_search(&mut self) {
         self.plans.search += 1;
         self.plans.running = true;
+        self.plans.mapping = false;
         self.plans.progress = SearchProgress::default();
     }
 

@@ -5,7 +5,7 @@ use crate::calibration::ProfileView;
 use crate::event::{Effect, Event, News, OptionNews};
 use crate::files;
 use crate::lanes::Lanes;
-use crate::plans::Cell;
+use crate::plans::{Cell, MODELS, NODES};
 use crate::question::{Answer, LocalMachine, ask, local_job, simulate};
 use crate::recorded;
 use crate::search::find;
@@ -67,10 +67,6 @@ impl Machine {
 
 /// Plans that a search keeps.
 const KEPT: usize = 500;
-
-/// Models of the map, from small to large, and numbers of nodes.
-const MODELS: [&str; 6] = ["llama-3-8b", "llama-2-13b", "mixtral-8x7b", "llama-3-70b", "gpt3-175b", "llama-3.1-405b"];
-const NODES: [u32; 7] = [1, 2, 4, 8, 16, 32, 64];
 
 impl std::fmt::Debug for Asked {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

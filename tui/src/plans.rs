@@ -78,6 +78,8 @@ pub struct Plans {
     pub progress: SearchProgress,
     /// What it found, or what is wrong with the job.
     pub found: Option<Result<Found, String>>,
+    /// Whether it is of the map.
+    pub mapping: bool,
     /// Cells of the map, as they come.
     pub cells: Vec<Cell>,
     /// How plans are shown.
@@ -95,6 +97,11 @@ pub struct Plans {
     /// The cell with the focus: its place in the lists of models and of nodes.
     pub cell: (usize, usize),
 }
+
+/// Models of the map, from small to large, and numbers of nodes.
+pub(crate) const MODELS: [&str; 6] =
+    ["llama-3-8b", "llama-2-13b", "mixtral-8x7b", "llama-3-70b", "gpt3-175b", "llama-3.1-405b"];
+pub(crate) const NODES: [u32; 7] = [1, 2, 4, 8, 16, 32, 64];
 
 /// The job whose open axes are searched: what to train on what from the knobs, and of the axes only those that the job fixed.
 pub fn job_to_search(settings: &Settings, opened: &Table) -> Table {

@@ -2,7 +2,7 @@
 
 use super::{Targets, text};
 use crate::app::{App, Target};
-use crate::plans::{Cell, Plans, Shape, Sort};
+use crate::plans::{Cell, MODELS, NODES, Plans, Shape, Sort};
 use crate::search::Row;
 use crate::theme::Theme;
 use paceline_planner::export::Target as Launcher;
@@ -44,6 +44,10 @@ pub fn draw(frame: &mut Frame, app: &App, theme: &Theme, area: Rect, targets: &m
 
 fn summary(plans: &Plans) -> String {
     let best = |seconds: Option<f64>| seconds.map_or(String::new(), |s| format!(", best {}", show_seconds(s)));
+    if plans.running && plans.mapping {
+        let (done, all) = (plans.cells.len(), MODELS.len() * NODES.len());
+        return format!("searching: {done} of {all} cells of the map");
+    }
     if plans.running {
         let at = &plans.progress;
         let gap = match (at.best, at.bound) {
@@ -231,15 +235,16 @@ fn map(frame: &mut Frame, plans: &Plans, theme: &Theme, area: Rect, targets: &mu
     lines.push(Line::raw(""));
     let (model, n) = (models.get(plans.cell.0), nodes.get(plans.cell.1));
     if let (Some(model), Some(n)) = (model, n) {
+        let at = format!("{model} on {n} {}", if *n == 1 { "node" } else { "nodes" });
         let said = match plans.cell_of(model, *n).map(|cell| &cell.best) {
             Some(Ok(best)) => format!(
-                "{model} on {n} nodes: {}, {:.0} tokens/s per GPU, {}",
+                "{at}: {}, {:.0} tokens/s per GPU, {}",
                 show_seconds(best.figures.iteration_seconds),
                 best.figures.tokens_per_second_per_gpu,
                 best.configuration
             ),
-            Some(Err(why)) => format!("{model} on {n} nodes: {why}"),
-            None => format!("{model} on {n} nodes is under way"),
+            Some(Err(why)) => format!("{at}: {why}"),
+            None => format!("{at} is under way"),
         };
         lines.extend(
             text::wrap(&said, usize::from(area.width).saturating_sub(2))

@@ -139,13 +139,15 @@ fn the_map_fills_cell_by_cell() {
     for (model, nodes, scale) in [("llama-3-8b", 1, 0.8), ("llama-3-8b", 4, 1.2), ("llama-3-70b", 1, 2.0)] {
         let best = if scale < 2.0 { Ok(row("dp 8", scale, 1)) } else { Err("no plan fits".into()) };
         let cell = Cell { model: model.into(), nodes, best };
+        let before = app.plans.cells.len();
+        assert!(picture(&mut app, (80, 24)).contains(&format!("searching: {before} of 42 cells")));
         app.on(Event::News(News::Cell { search, cell: Box::new(cell), last: scale == 2.0 }));
     }
     assert!(!app.plans.running);
     press(&mut app, "l");
     insta::assert_snapshot!("plan-map", picture(&mut app, (80, 24)));
     press(&mut app, "hj");
-    assert!(picture(&mut app, (80, 24)).contains("llama-3-70b on 1 nodes: no plan fits"));
+    assert!(picture(&mut app, (80, 24)).contains("llama-3-70b on 1 node: no plan fits"));
 }
 
 #[test]
