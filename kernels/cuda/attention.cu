@@ -149,14 +149,14 @@ DEVICE void attention_forward(const bf16* qkv, bf16* out, float* lse, u32 seq, u
                     for (int n = 0; n < K / 8; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
                     top = fmaxf(top, shuffle_xor(top, 1));
                     top = fmaxf(top, shuffle_xor(top, 2));
-                    rescale[h] = exp2f((largest[m][h] - top) * scale);
+                    rescale[h] = power_of_two((largest[m][h] - top) * scale);
                     largest[m][h] = top;
                     float total = 0.0f;
 #pragma unroll
                     for (int n = 0; n < K / 8; ++n) {
 #pragma unroll
                         for (int e = 2 * h; e < 2 * h + 2; ++e) {
-                            s[m][n][e] = exp2f(s[m][n][e] * scale - top * scale);
+                            s[m][n][e] = power_of_two(s[m][n][e] * scale - top * scale);
                             total += s[m][n][e];
                         }
                     }
@@ -213,43 +213,55 @@ DEVICE void attention_forward(const bf16* qkv, bf16* out, float* lse, u32 seq, u
     }
 }
 
-/// The scores of 16 rows against N rows, and of the gradients likewise: `s = x y^T`, `ds = dx dy^T`.
-template <int D, int N>
-DEVICE void score_products(float (&s)[N / 8][4], float (&ds)[N / 8][4], const bf16* x, const bf16* dx, const bf16* y,
+/// The scores of M times 16 rows against N rows, and of the gradients likewise: `s = x y^T`, `ds = dx dy^T`.
+template <int D, int M, int N>
+DEVICE void score_products(float (&s)[M][N / 8][4], float (&ds)[M][N / 8][4], const bf16* x, const bf16* dx, const bf16* y,
                            const bf16* dy, u32 row) {
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) {
-        u32 a[4], b[4];
-        load_matrices(a, left<D>(x, row, d * 16));
+        u32 a[M][4], b[4];
+#pragma unroll
+        for (int m = 0; m < M; ++m) load_matrices(a[m], left<D>(x, row + m * 16, d * 16));
 #pragma unroll
         for (int n = 0; n < N / 16; ++n) {
             load_matrices(b, right<D>(y, n * 16, d * 16));
-            mma(s[2 * n], a, b[0], b[1]);
-            mma(s[2 * n + 1], a, b[2], b[3]);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                mma(s[m][2 * n], a[m], b[0], b[1]);
+                mma(s[m][2 * n + 1], a[m], b[2], b[3]);
+            }
         }
-        load_matrices(a, left<D>(dx, row, d * 16));
+#pragma unroll
+        for (int m = 0; m < M; ++m) load_matrices(a[m], left<D>(dx, row + m * 16, d * 16));
 #pragma unroll
         for (int n = 0; n < N / 16; ++n) {
             load_matrices(b, right<D>(dy, n * 16, d * 16));
-            mma(ds[2 * n], a, b[0], b[1]);
-            mma(ds[2 * n + 1], a, b[2], b[3]);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                mma(ds[m][2 * n], a[m], b[0], b[1]);
+                mma(ds[m][2 * n + 1], a[m], b[2], b[3]);
+            }
         }
     }
 }
 
-/// `into += s y` for 16 rows of s and N rows of y.
-template <int D, int N>
-DEVICE void accumulate(float (&into)[D / 8][4], const float (&s)[N / 8][4], const bf16* y) {
+/// `into += s y` for M times 16 rows of s and N rows of y.
+template <int D, int M, int N>
+DEVICE void accumulate(float (&into)[M][D / 8][4], const float (&s)[M][N / 8][4], const bf16* y) {
 #pragma unroll
     for (int n = 0; n < N / 16; ++n) {
-        u32 a[4];
-        as_left(a, s[2 * n], s[2 * n + 1]);
+        u32 a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; ++m) as_left(a[m], s[m][2 * n], s[m][2 * n + 1]);
 #pragma unroll
         for (int d = 0; d < D / 16; ++d) {
             u32 b[4];
             load_matrices_transposed(b, right_plain<D>(y, n * 16, d * 16));
-            mma(into[2 * d], a, b[0], b[1]);
-            mma(into[2 * d + 1], a, b[2], b[3]);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                mma(into[m][2 * d], a[m], b[0], b[1]);
+                mma(into[m][2 * d + 1], a[m], b[2], b[3]);
+            }
         }
     }
 }
@@ -266,12 +278,13 @@ DEVICE void store_rows(bf16* row, u64 width, const float (&of)[D / 8][4], float 
 
 #define LOG2_E 1.4426950408889634f
 
-/// dK and dV. Grid [blocks of keys, kv_heads, batch]: a warp owns 16 keys and meets all queries that see them, Q at a time, of all
-/// heads of its group. Tiles are transposed, [keys, queries], so that P^T and dS^T are left operands as they are.
-template <int D, int Q>
+/// dK and dV. Grid [blocks of keys, kv_heads, batch]: a warp owns M times 16 keys and meets all queries that see them, Q at a time, of
+/// all heads of its group. Tiles are transposed, [keys, queries], so that P^T and dS^T are left operands as they are. The
+/// first keys, which most queries see, start first.
+template <int D, int M, int Q>
 DEVICE void attention_backward_keys(const bf16* qkv, const bf16* d_out, const float* lse, const float* row_sums, bf16* d_qkv,
                                     u32 seq, u32 heads, u32 kv_heads, float scale) {
-    constexpr u32 KEYS = WARPS * 16;
+    constexpr u32 KEYS = WARPS * M * 16;
     DYNAMIC_SHARED(shared);
     bf16* keys = reinterpret_cast<bf16*>(shared);
     bf16* values = keys + KEYS * (D + 8);
@@ -283,7 +296,7 @@ DEVICE void attention_backward_keys(const bf16* qkv, const bf16* d_out, const fl
     const Heads<D> of(qkv, sequence, seq, kv_head * group, kv_head, heads, kv_heads);
     d_out += sequence * seq * of.attended + kv_head * group * D;
     const u64 statistics = (u64(sequence) * heads + kv_head * group) * seq;
-    const u32 first = blockIdx.x * KEYS, own = first + warp() * 16, g = lane() / 4, t = lane() % 4;
+    const u32 first = blockIdx.x * KEYS, own = first + warp() * M * 16, g = lane() / 4, t = lane() % 4;
     const u32 skipped = first / Q, tiles = (seq + Q - 1) / Q - skipped;
 
     const auto fetch_queries = [&](u32 step) {
@@ -299,7 +312,7 @@ DEVICE void attention_backward_keys(const bf16* qkv, const bf16* d_out, const fl
         }
     };
 
-    float d_key[D / 8][4] = {}, d_value[D / 8][4] = {};
+    float d_key[M][D / 8][4] = {}, d_value[M][D / 8][4] = {};
     fetch<D, KEYS>(keys, of.key, of.width, first, seq);
     fetch<D, KEYS>(values, of.value, of.width, first, seq);
     fetch_queries(0);
@@ -310,37 +323,46 @@ DEVICE void attention_backward_keys(const bf16* qkv, const bf16* d_out, const fl
         copies_wait<1>();
         __syncthreads();
         const u32 start = (skipped + step % tiles) * Q, stage = step % 2;
+        // Some query of the tile sees a key of this warp.
         if (start + Q > own) {
             const bf16* q = queries + stage * Q * (D + 8);
             const bf16* d = slopes + stage * Q * (D + 8);
-            float p[Q / 8][4] = {}, ds[Q / 8][4] = {};
-            score_products<D, Q>(p, ds, keys, values, q, d, own - first);
+            float p[M][Q / 8][4] = {}, ds[M][Q / 8][4] = {};
+            score_products<D, M, Q>(p, ds, keys, values, q, d, own - first);
+            // Not every query of the tile sees every key.
+            const bool partly = start + 1 < own + M * 16;
 #pragma unroll
-            for (int n = 0; n < Q / 8; ++n) {
+            for (int m = 0; m < M; ++m) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const u32 column = n * 8 + 2 * t + e % 2, key = own + g + e / 2 * 8;
-                    const float seen = exp2f(p[n][e] * (scale * LOG2_E) - logs[stage * Q + column]);
-                    p[n][e] = key > start + column ? 0.0f : seen;
-                    ds[n][e] = p[n][e] * (ds[n][e] - sums[stage * Q + column]);
+                for (int n = 0; n < Q / 8; ++n) {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const u32 column = n * 8 + 2 * t + e % 2, key = own + m * 16 + g + e / 2 * 8;
+                        const float seen = power_of_two(p[m][n][e] * (scale * LOG2_E) - logs[stage * Q + column]);
+                        p[m][n][e] = partly && key > start + column ? 0.0f : seen;
+                        ds[m][n][e] = p[m][n][e] * (ds[m][n][e] - sums[stage * Q + column]);
+                    }
                 }
             }
-            accumulate<D, Q>(d_value, p, d);
-            accumulate<D, Q>(d_key, ds, q);
+            accumulate<D, M, Q>(d_value, p, d);
+            accumulate<D, M, Q>(d_key, ds, q);
         }
         __syncthreads();
     }
-    const u32 key = own + g;
-    bf16* row = d_qkv + (u64(sequence) * seq + key) * of.width + (heads + kv_head) * D + 2 * t;
-    store_rows<D>(row, of.width, d_key, scale, key < seq, key + 8 < seq);
-    store_rows<D>(row + kv_heads * D, of.width, d_value, 1.0f, key < seq, key + 8 < seq);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+        const u32 key = own + m * 16 + g;
+        bf16* row = d_qkv + (u64(sequence) * seq + key) * of.width + (heads + kv_head) * D + 2 * t;
+        store_rows<D>(row, of.width, d_key[m], scale, key < seq, key + 8 < seq);
+        store_rows<D>(row + kv_heads * D, of.width, d_value[m], 1.0f, key < seq, key + 8 < seq);
+    }
 }
 
-/// dQ. Grid [blocks of queries, heads, batch]: a warp owns 16 queries and meets the keys that they see, K at a time.
-template <int D, int K>
+/// dQ. Grid [blocks of queries, heads, batch]: a warp owns M times 16 queries and meets the keys that they see, K at a time.
+template <int D, int M, int K>
 DEVICE void attention_backward_queries(const bf16* qkv, const bf16* d_out, const float* lse, const float* row_sums,
                                        bf16* d_qkv, u32 seq, u32 heads, u32 kv_heads, float scale) {
-    constexpr u32 QUERIES = WARPS * 16;
+    constexpr u32 QUERIES = WARPS * M * 16;
     DYNAMIC_SHARED(shared);
     bf16* queries = reinterpret_cast<bf16*>(shared);
     bf16* slopes = queries + QUERIES * (D + 8);
@@ -350,18 +372,21 @@ DEVICE void attention_backward_queries(const bf16* qkv, const bf16* d_out, const
     const Heads<D> of(qkv, sequence, seq, head, head / (heads / kv_heads), heads, kv_heads);
     d_out += sequence * seq * of.attended + head * D;
     const u32 first = (gridDim.x - 1 - blockIdx.x) * QUERIES;
-    const u32 own = first + warp() * 16, g = lane() / 4, t = lane() % 4;
+    const u32 own = first + warp() * M * 16, g = lane() / 4, t = lane() % 4;
     const u32 end = first + QUERIES < seq ? first + QUERIES : seq, tiles = (end + K - 1) / K;
-    float logs[2], sums[2];
+    float logs[M][2], sums[M][2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const u32 query = own + g + 8 * h;
-        const u64 at = (u64(sequence) * heads + head) * seq + query;
-        logs[h] = query < seq ? lse[at] * LOG2_E : infinity();
-        sums[h] = query < seq ? row_sums[at] : 0.0f;
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const u32 query = own + m * 16 + g + 8 * h;
+            const u64 at = (u64(sequence) * heads + head) * seq + query;
+            logs[m][h] = query < seq ? lse[at] * LOG2_E : infinity();
+            sums[m][h] = query < seq ? row_sums[at] : 0.0f;
+        }
     }
 
-    float d_query[D / 8][4] = {};
+    float d_query[M][D / 8][4] = {};
     fetch<D, QUERIES>(queries, of.query, of.width, first, seq);
     fetch<D, QUERIES>(slopes, d_out, of.attended, first, seq);
     fetch_keys<D, K>(keys, values, of, 0, seq);
@@ -372,30 +397,38 @@ DEVICE void attention_backward_queries(const bf16* qkv, const bf16* d_out, const
         copies_commit();
         copies_wait<1>();
         __syncthreads();
-        if (start < own + 16) {
+        // Some query of this warp sees the tile.
+        if (start < own + M * 16) {
             const bf16* k = keys + tile % 2 * K * (D + 8);
             const bf16* v = values + tile % 2 * K * (D + 8);
-            float p[K / 8][4] = {}, ds[K / 8][4] = {};
-            score_products<D, K>(p, ds, queries, slopes, k, v, own - first);
+            float p[M][K / 8][4] = {}, ds[M][K / 8][4] = {};
+            score_products<D, M, K>(p, ds, queries, slopes, k, v, own - first);
+            const bool partly = start + K > own + 1;
 #pragma unroll
-            for (int n = 0; n < K / 8; ++n) {
+            for (int m = 0; m < M; ++m) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const u32 key = start + n * 8 + 2 * t + e % 2, query = own + g + e / 2 * 8;
-                    const float seen = exp2f(p[n][e] * (scale * LOG2_E) - logs[e / 2]);
-                    ds[n][e] = key > query ? 0.0f : seen * (ds[n][e] - sums[e / 2]);
+                for (int n = 0; n < K / 8; ++n) {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const u32 key = start + n * 8 + 2 * t + e % 2, query = own + m * 16 + g + e / 2 * 8;
+                        const float seen = power_of_two(p[m][n][e] * (scale * LOG2_E) - logs[m][e / 2]);
+                        ds[m][n][e] = partly && key > query ? 0.0f : seen * (ds[m][n][e] - sums[m][e / 2]);
+                    }
                 }
             }
-            accumulate<D, K>(d_query, ds, k);
+            accumulate<D, M, K>(d_query, ds, k);
         }
         __syncthreads();
     }
-    const u32 query = own + g;
-    bf16* row = d_qkv + (u64(sequence) * seq + query) * of.width + head * D + 2 * t;
-    store_rows<D>(row, of.width, d_query, scale, query < seq, query + 8 < seq);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+        const u32 query = own + m * 16 + g;
+        bf16* row = d_qkv + (u64(sequence) * seq + query) * of.width + head * D + 2 * t;
+        store_rows<D>(row, of.width, d_query[m], scale, query < seq, query + 8 < seq);
+    }
 }
 
-#define ATTENTION(D, M, K, QB, KB)                                                                                         \
+#define ATTENTION(D, M, K, MK, Q, MQ, KQ)                                                                                 \
     KERNEL(THREADS, 1)                                                                                                     \
     attention_forward_##D(const bf16* qkv, bf16* out, float* lse, u32 seq, u32 heads, u32 kv_heads, float scale) {         \
         attention_forward<D, M, K>(qkv, out, lse, seq, heads, kv_heads, scale);                                            \
@@ -403,17 +436,18 @@ DEVICE void attention_backward_queries(const bf16* qkv, const bf16* d_out, const
     KERNEL(THREADS, 1)                                                                                                     \
     attention_backward_keys_##D(const bf16* qkv, const bf16* d_out, const float* lse, const float* row_sums, bf16* d_qkv,  \
                                 u32 seq, u32 heads, u32 kv_heads, float scale) {                                           \
-        attention_backward_keys<D, QB>(qkv, d_out, lse, row_sums, d_qkv, seq, heads, kv_heads, scale);                     \
+        attention_backward_keys<D, MK, Q>(qkv, d_out, lse, row_sums, d_qkv, seq, heads, kv_heads, scale);                  \
     }                                                                                                                      \
     KERNEL(THREADS, 1)                                                                                                     \
     attention_backward_queries_##D(const bf16* qkv, const bf16* d_out, const float* lse, const float* row_sums,            \
                                    bf16* d_qkv, u32 seq, u32 heads, u32 kv_heads, float scale) {                           \
-        attention_backward_queries<D, KB>(qkv, d_out, lse, row_sums, d_qkv, seq, heads, kv_heads, scale);                  \
+        attention_backward_queries<D, MQ, KQ>(qkv, d_out, lse, row_sums, d_qkv, seq, heads, kv_heads, scale);              \
     }
 
-// Width, and tiles as `Tiles` in src/cuda/attention.rs has them: queries per warp / 16 and keys of the forward pass, queries of
-// the pass that owns keys, keys of the pass that owns queries.
-ATTENTION(32, 2, 64, 64, 64)
-ATTENTION(64, 2, 64, 64, 64)
-ATTENTION(96, 2, 32, 32, 64)
-ATTENTION(128, 2, 64, 32, 64)
+// Width, and tiles as `Tiles` in src/cuda/attention.rs has them: of the forward pass, of the pass that owns keys and of the one that
+// owns queries, each with what a warp owns, in sixteens, and what it meets at a time. A matrix that was read from shared memory serves
+// two products per sixteen rows owned, so warps own 32 rows wherever the sums fit in registers.
+ATTENTION(32, 2, 64, 2, 64, 2, 64)
+ATTENTION(64, 2, 64, 2, 32, 2, 32)
+ATTENTION(96, 2, 32, 1, 32, 2, 32)
+ATTENTION(128, 2, 64, 1, 32, 2, 32)

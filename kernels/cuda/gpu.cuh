@@ -72,6 +72,14 @@ DEVICE void copies_wait() {
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 DEVICE double shuffle_xor(double x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 DEVICE float float_of_bits(u32 bits) { return __uint_as_float(bits); }
+
+/// 2^x in one instruction: `exp2f` adds three for results below the smallest normal number, which here become zero.
+DEVICE float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 DEVICE bool any_in_block(bool x) { return __syncthreads_or(x); }
 DEVICE u32 ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE int count_bits(u32 x) { return __popc(x); }

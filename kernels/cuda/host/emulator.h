@@ -379,6 +379,11 @@ inline float float_of_bits(unsigned bits) {
     return x;
 }
 
+inline float power_of_two(float x) {
+    const float y = std::exp2(x);
+    return y < 1.17549435e-38f ? 0.0f : y;
+}
+
 inline bool any_in_block(bool x) { return emulated::barrier(x); }
 
 inline unsigned ballot(bool x) {

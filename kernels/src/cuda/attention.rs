@@ -12,45 +12,61 @@ const THREADS: u32 = 32 * WARPS;
 /// Widest head of the plain kernels: eight elements per lane.
 const WIDEST: u32 = 256;
 
-/// Tiles of the kernels of one head width, as in the last lines of `cuda/attention.cu`.
+/// Tiles of the kernels of one head width, as in the last lines of `cuda/attention.cu`: what a warp owns, in sixteens of rows, and
+/// how many rows of the other side it meets at a time.
+#[derive(Debug, PartialEq, Eq)]
 struct Tiles {
     width: u32,
-    /// Forward: queries of a warp over 16, and keys at a time.
-    queries: u32,
-    keys: u32,
-    /// Backward: queries at a time where a block owns keys, keys at a time where it owns queries.
-    backward_queries: u32,
-    backward_keys: u32,
+    forward: Tile,
+    /// Backward, where blocks own keys.
+    keys: Tile,
+    /// Backward, where blocks own queries.
+    queries: Tile,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Tile {
+    owned: u32,
+    met: u32,
+}
+
+impl Tile {
+    const fn new(owned: u32, met: u32) -> Tile {
+        Tile { owned, met }
+    }
+
+    /// Rows that a block owns.
+    fn block(&self) -> u32 {
+        WARPS * self.owned * 16
+    }
 }
 
 const TILES: [Tiles; 4] = [
-    Tiles { width: 32, queries: 2, keys: 64, backward_queries: 64, backward_keys: 64 },
-    Tiles { width: 64, queries: 2, keys: 64, backward_queries: 64, backward_keys: 64 },
-    Tiles { width: 96, queries: 2, keys: 32, backward_queries: 32, backward_keys: 64 },
-    Tiles { width: 128, queries: 2, keys: 64, backward_queries: 32, backward_keys: 64 },
+    Tiles { width: 32, forward: Tile::new(2, 64), keys: Tile::new(2, 64), queries: Tile::new(2, 64) },
+    Tiles { width: 64, forward: Tile::new(2, 64), keys: Tile::new(2, 32), queries: Tile::new(2, 32) },
+    Tiles { width: 96, forward: Tile::new(2, 32), keys: Tile::new(1, 32), queries: Tile::new(2, 32) },
+    Tiles { width: 128, forward: Tile::new(2, 64), keys: Tile::new(1, 32), queries: Tile::new(2, 32) },
 ];
 
 impl Tiles {
-    /// Queries of a block of the forward pass.
-    fn block_queries(&self) -> u32 {
-        WARPS * self.queries * 16
-    }
-
     /// Bytes of rows with their padding.
     fn rows(&self, rows: u32) -> u32 {
         rows * (self.width + 8) * 2
     }
 
+    /// Queries, and keys and values twice.
     fn forward_shared(&self) -> u32 {
-        self.rows(self.block_queries() + 4 * self.keys)
+        self.rows(self.forward.block() + 4 * self.forward.met)
     }
 
+    /// Keys and values, queries and slopes twice with their statistics.
     fn keys_shared(&self) -> u32 {
-        self.rows(2 * WARPS * 16 + 4 * self.backward_queries) + 4 * self.backward_queries * 4
+        self.rows(2 * self.keys.block() + 4 * self.keys.met) + 4 * self.keys.met * 4
     }
 
+    /// Queries and slopes, keys and values twice.
     fn queries_shared(&self) -> u32 {
-        self.rows(2 * WARPS * 16 + 4 * self.backward_keys)
+        self.rows(2 * self.queries.block() + 4 * self.queries.met)
     }
 
     fn most_shared(&self) -> u32 {
@@ -111,7 +127,7 @@ pub(super) fn forward(
         arguments.push(Argument::F32((scale(shape) * std::f64::consts::LOG2_E) as f32));
         return Ok(Launch {
             kernel: Kernel { width: Some(tiles.width), ..Kernel::plain("attention", "attention_forward") },
-            grid: [shape.seq.div_ceil(tiles.block_queries()), shape.heads, shape.batch],
+            grid: [shape.seq.div_ceil(tiles.forward.block()), shape.heads, shape.batch],
             block: [THREADS, 1, 1],
             shared: tiles.forward_shared(),
             arguments,
@@ -141,17 +157,17 @@ pub(super) fn backward(
     arguments.extend(sizes(shape));
     if let Some(tiles) = Tiles::find(shared_limit, &[qkv, out, d_out, d_qkv], shape) {
         arguments.push(Argument::F32(scale(shape) as f32));
-        let launch = |base, heads, shared| Launch {
+        let launch = |base, heads, tile: &Tile, shared| Launch {
             kernel: Kernel { width: Some(tiles.width), ..Kernel::plain("attention", base) },
-            grid: [seq.div_ceil(WARPS * 16), heads, batch],
+            grid: [seq.div_ceil(tile.block()), heads, batch],
             block: [THREADS, 1, 1],
             shared,
             arguments: arguments.clone(),
         };
         return Ok([
             row_sums,
-            launch("attention_backward_keys", kv_heads, tiles.keys_shared()),
-            launch("attention_backward_queries", heads, tiles.queries_shared()),
+            launch("attention_backward_keys", kv_heads, &tiles.keys, tiles.keys_shared()),
+            launch("attention_backward_queries", heads, &tiles.queries, tiles.queries_shared()),
         ]);
     }
     arguments.extend([Argument::U32(head_dim), Argument::F32(scale(shape) as f32)]);
@@ -160,4 +176,23 @@ pub(super) fn backward(
         plain("plain_backward_keys", dtype, seq, kv_heads, batch, arguments.clone()),
         plain("plain_backward_queries", dtype, seq, heads, batch, arguments),
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_are_those_of_the_source() {
+        let source = include_str!("../../cuda/attention.cu");
+        let lines = source.lines().filter_map(|line| line.strip_prefix("ATTENTION(")?.strip_suffix(')'));
+        let tiles = lines.map(|line| {
+            let numbers: Vec<u32> = line.split(", ").map(|number| number.parse().unwrap()).collect();
+            let &[width, m, k, mk, q, mq, kq] = &numbers[..] else { panic!("{line}") };
+            Tiles { width, forward: Tile::new(m, k), keys: Tile::new(mk, q), queries: Tile::new(mq, kq) }
+        });
+        assert_eq!(tiles.collect::<Vec<_>>(), TILES);
+        // Two blocks share a multiprocessor of compute capability 9.0 (228 KiB, 1 KiB of each block's is the system's).
+        assert!(TILES.iter().all(|tiles| 2 * (tiles.most_shared() + 1024) <= 228 * 1024), "two blocks at a time");
+    }
 }

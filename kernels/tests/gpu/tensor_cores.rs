@@ -66,7 +66,7 @@ fn check(shape: AttentionShape, bound: f64, seed: u64) {
 
 #[test]
 fn every_head_width_with_tiles_that_are_not_full() {
-    for (head_dim, seq) in [(32, 150), (64, 131), (96, 97), (128, 129)] {
+    for (head_dim, seq) in [(32, 150), (64, 131), (96, 135), (128, 129)] {
         check(AttentionShape { batch: 1, seq, heads: 1, kv_heads: 1, head_dim }, 1.0, u64::from(seq));
     }
 }
