@@ -14,8 +14,8 @@ use crate::processes::Mesh;
 use crate::seam::{Launch, Operands, Passes};
 use crate::settings::OptimizerSettings;
 use launch::{Launcher, OpOperands};
-use paceline_kernels::{AdamW, Call, Device, KernelError, View};
-use paceline_sim::model::parameters::{DecayRun, decay_runs};
+use paceline_kernels::{AdamW, Call, Decays, Device, KernelError, View};
+use paceline_sim::model::parameters::{DecayGroup, DecayRun, decay_groups};
 use paceline_sim::program::{
     Collective, Op, OpKind, Payload, Piece, Program, RankProgram, Shares, Tensor, Update, begun_gradients,
     gradient_sources, shares, update,
@@ -47,14 +47,14 @@ impl Job<'_> {
     }
 
     /// The update of a step, `step` done before.
-    fn adamw(&self, step: u64, decay: bool) -> AdamW {
+    fn adamw(&self, step: u64) -> AdamW {
         let settings = &self.optimizer;
         AdamW {
             lr: settings.learning_rate.at(step) as f32,
             beta1: settings.beta1,
             beta2: settings.beta2,
             epsilon: settings.epsilon,
-            weight_decay: if decay { settings.weight_decay } else { 0.0 },
+            weight_decay: settings.weight_decay,
             step: step as u32 + 1,
             clip: settings.clip,
         }
@@ -399,15 +399,17 @@ impl Hands for CpuHands<'_> {
                 let gradients = operands.view(update.gradients.tensor)?;
                 let moments = operands.view(Tensor::Moments { stage, unit })?;
                 let all = self.parameters[&(stage, unit)].iter().cloned();
-                for (run, decay) in decay_runs(all, update.range.clone()) {
+                for group in decay_groups(all, update.range.clone()) {
+                    let run = &group.range;
                     let (place, len) = (run.start - update.range.start, run.len());
                     launch.launch(Call::AdamWAhead {
-                        parameters: parameters.slice(guessed.place(&run).start, len),
-                        kept: kept.slice(update.parameters.place(&run).start, len),
-                        gradients: gradients.slice(update.gradients.place(&run).start, len),
+                        parameters: parameters.slice(guessed.place(run).start, len),
+                        kept: kept.slice(update.parameters.place(run).start, len),
+                        gradients: gradients.slice(update.gradients.place(run).start, len),
                         first: moments.slice(place, len),
                         second: moments.slice(update.range.len() + place, len),
-                        with: job.adamw(self.orders.step + u64::from(step), decay),
+                        decays: decays(&group)?,
+                        with: job.adamw(self.orders.step + u64::from(step)),
                     })?;
                 }
                 hand_on(&launch, &operands, guessed, others)?;
@@ -432,16 +434,22 @@ impl Hands for CpuHands<'_> {
                     let values = numbers::values(&bytes, shard.dtype());
                     self.gradients.insert((stage, unit), (own.clone(), values));
                 }
+                let validates = matches!(this.kind, OpKind::Validate { .. });
+                let narrow = update.rounded().filter(|_| !validates);
+                let narrow = narrow.map(|piece| operands.view(piece.tensor).map(|view| (piece, view))).transpose()?;
                 let all = self.parameters[&(stage, unit)].iter().cloned();
-                for (run, decay) in decay_runs(all, own.clone()) {
+                for group in decay_groups(all, own.clone()) {
+                    let run = &group.range;
                     let (place, len) = (run.start - own.start, run.len());
                     launch.launch(Call::AdamW {
-                        parameters: parameters.slice(update.parameters.place(&run).start, len),
-                        gradients: gradients.slice(update.gradients.place(&run).start, len),
+                        parameters: parameters.slice(update.parameters.place(run).start, len),
+                        gradients: gradients.slice(update.gradients.place(run).start, len),
                         first: moments.slice(place, len),
                         second: moments.slice(own.len() + place, len),
+                        rounded: narrow.map(|(piece, view)| view.slice(piece.place(run).start, len)),
                         norm,
-                        with: job.adamw(self.orders.step + u64::from(step), decay),
+                        decays: decays(&group)?,
+                        with: job.adamw(self.orders.step + u64::from(step)),
                     })?;
                 }
                 // AdamW zeroes the gradients that it used; what the reduction left elsewhere is zeroed here.
@@ -461,14 +469,18 @@ impl Hands for CpuHands<'_> {
                         source,
                     })?;
                     // All ranks see the same norm, so they decide alike.
-                    stays = job.adamw(0, false).clip_coefficient(f64::from_ne_bytes(bytes)) == 1.0;
+                    stays = job.adamw(0).clip_coefficient(f64::from_ne_bytes(bytes)) == 1.0;
                     if !stays || step + 1 == self.orders.steps {
                         self.leaving = Some(step + 1);
                     }
                 }
                 // A guess that was right has the same bits.
                 if !stays {
-                    hand_on(&launch, &operands, &update.parameters, &update.copies)?;
+                    let (from, others) = match narrow {
+                        Some((piece, _)) => (piece, &update.copies[1..]),
+                        None => (&update.parameters, &update.copies[..]),
+                    };
+                    hand_on(&launch, &operands, from, others)?;
                 }
             }
             OpKind::Join | OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } => {}
@@ -534,6 +546,15 @@ pub(crate) fn is_weight(tensor: Tensor) -> bool {
             | Tensor::Frozen { .. }
             | Tensor::FrozenShard { .. }
     )
+}
+
+// Simulator and kernels agree how much one call updates.
+const _: () = assert!(DecayGroup::MOST == Decays::MOST);
+
+/// The runs of a group as a call has them.
+fn decays(group: &DecayGroup) -> Result<Decays, ExecError> {
+    Decays::new(group.first, &group.borders)
+        .ok_or_else(|| ExecError::Program(format!("no optimizer call has the decaying runs {:?}", group.borders)))
 }
 
 /// Hands weights on from one piece to the next.

@@ -105,7 +105,8 @@ fn number_format(call: &Call) -> DType {
         Call::EmbeddingBackward { d_out, d_table, .. } => (d_out, Some(d_table)),
         Call::HeadBackward { x, d_weight, .. } => (x, d_weight),
         Call::Cast { from, to } => (if from.dtype() == BF16 { from } else { to }, None),
-        // The weights are 32-bit always.
+        // The weights are 32-bit always; a narrow copy may come with them.
+        Call::AdamW { gradients, rounded: Some(rounded), .. } => (rounded, Some(gradients)),
         Call::AdamW { gradients, .. } | Call::AdamWAhead { gradients, .. } => (gradients, None),
         Call::AddBias { x, .. }
         | Call::Norm { x, .. }

@@ -5,7 +5,9 @@
 //! `cargo bench -p paceline-kernels --bench kernels`; pin it (`taskset -c 1`) where other work runs.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use paceline_kernels::{AdamW, AttentionShape, Block, Call, CpuDevice, DType, Device, View, attention_scratch};
+use paceline_kernels::{
+    AdamW, AttentionShape, Block, Call, CpuDevice, DType, Decays, Device, View, attention_scratch, head_scratch,
+};
 use std::time::Duration;
 
 /// Memory that the views of a benchmark point to.
@@ -127,7 +129,20 @@ fn elementwise(c: &mut Criterion) {
             Call::EmbeddingBackward { tokens, d_out: dy, d_table: dx, d_positions: None, rows, cols, seq: rows },
         ),
         ("sum_squares", 1, Call::SumSquares { x, out: norm }),
-        ("adamw", 8, Call::AdamW { parameters: dx, gradients: dy, first: x, second: out, norm, with }),
+        (
+            "adamw",
+            8,
+            Call::AdamW {
+                parameters: dx,
+                gradients: dy,
+                first: x,
+                second: out,
+                rounded: None,
+                norm,
+                decays: Decays::all(true),
+                with,
+            },
+        ),
     ];
     let mut group = c.benchmark_group("elementwise");
     for (name, floats, call) in calls {
@@ -144,7 +159,7 @@ fn head(c: &mut Criterion) {
         let [x, dx] = [(rows * cols) as usize; 2].map(|len| bench.floats(len));
         let [weight, d_weight] = [(vocab * cols) as usize; 2].map(|len| bench.floats(len));
         let [lse, loss] = [rows as usize, 1].map(|len| bench.floats(len));
-        let scratch = bench.floats((chunk * vocab) as usize);
+        let scratch = bench.floats(head_scratch([rows, cols, vocab, chunk], false));
         let targets = bench.array(rows as usize, DType::U32);
         let forward = Call::HeadLoss { x, weight, targets, lse, loss, scratch, rows, cols, vocab, chunk };
         let (dx, d_weight, scale) = (Some(dx), Some(d_weight), 1e-4);

@@ -1,8 +1,8 @@
 // RMSNorm and LayerNorm, forward and backward.
 //
 // Layouts: x, out, dy, dx row-major [rows, cols]; gamma, beta [cols]; stats [rows] (reciprocal deviation) for RMSNorm, [rows, 2]
-// (mean, reciprocal deviation) for LayerNorm, always float; d_gamma, d_beta [cols], float. Sums are float and added in a fixed
-// order, so that results repeat bit for bit.
+// (mean, reciprocal deviation) for LayerNorm, always float; d_gamma, d_beta [cols], float or bf16. Sums are float and added in a
+// fixed order, so that results repeat bit for bit; what is added to is rounded once.
 // Source: Zhang & Sennrich 2019 (RMSNorm), Ba et al. 2016 (LayerNorm). With h = (x - mean) * rstd and g = dy * gamma:
 // dx += rstd * (g - avg(g) - h * avg(g * h)), without avg(g) for RMSNorm; d_gamma += sum of dy * h over rows; d_beta += sum of dy.
 #include "gpu.cuh"
@@ -87,37 +87,53 @@ DEVICE void norm_backward_input(const T* x, const T* gamma, const float* stats, 
 /// Rows that a block of `column_sums` looks at side by side.
 #define ROWS_ASIDE 16
 
-/// One block per 32 columns, threads [32, ROWS_ASIDE]; adds to d_gamma and, when given, d_beta. Also the gradient of a
-/// bias: without stats, d_gamma is null.
+/// Grid [columns / 32, slabs of rows], threads [32, ROWS_ASIDE]. `sums` [slabs, 2, cols]: of dy * h where `weighted`, and of dy.
 template <typename T>
-DEVICE void column_sums(const T* x, const float* stats, const T* dy, float* d_gamma, float* d_beta, u32 rows, u32 cols) {
-    __shared__ float weighted[ROWS_ASIDE][33], plain[ROWS_ASIDE][33];
-    const u32 col = blockIdx.x * 32 + threadIdx.x;
+DEVICE void column_sums(const T* x, const float* stats, const T* dy, float* sums, u32 rows, u32 cols, u32 weighted,
+                        u32 layer_norm) {
+    __shared__ float products[ROWS_ASIDE][33], slopes[ROWS_ASIDE][33];
+    const u32 col = blockIdx.x * 32 + threadIdx.x, slab = (rows + gridDim.y - 1) / gridDim.y;
+    const u32 first = blockIdx.y * slab, end = first + slab < rows ? first + slab : rows;
     float along = 0.0f, across = 0.0f;
     if (col < cols) {
-        for (u32 row = threadIdx.y; row < rows; row += ROWS_ASIDE) {
+#pragma unroll 4
+        for (u32 row = first + threadIdx.y; row < end; row += ROWS_ASIDE) {
             const u64 at = u64(row) * cols + col;
             const float slope = to_float(dy[at]);
             across += slope;
-            if (d_gamma) {
-                const float mean = d_beta ? stats[2 * u64(row)] : 0.0f;
-                const float rstd = d_beta ? stats[2 * u64(row) + 1] : stats[row];
+            if (weighted) {
+                const float mean = layer_norm ? stats[2 * u64(row)] : 0.0f;
+                const float rstd = layer_norm ? stats[2 * u64(row) + 1] : stats[row];
                 along += slope * ((to_float(x[at]) - mean) * rstd);
             }
         }
     }
-    weighted[threadIdx.y][threadIdx.x] = along;
-    plain[threadIdx.y][threadIdx.x] = across;
+    products[threadIdx.y][threadIdx.x] = along;
+    slopes[threadIdx.y][threadIdx.x] = across;
     __syncthreads();
     if (threadIdx.y == 0 && col < cols) {
         along = across = 0.0f;
         for (int row = 0; row < ROWS_ASIDE; ++row) {
-            along += weighted[row][threadIdx.x];
-            across += plain[row][threadIdx.x];
+            along += products[row][threadIdx.x];
+            across += slopes[row][threadIdx.x];
         }
-        if (d_gamma) d_gamma[col] += along;
-        if (d_beta) d_beta[col] += across;
+        sums[2 * u64(blockIdx.y) * cols + col] = along;
+        sums[(2 * u64(blockIdx.y) + 1) * cols + col] = across;
     }
+}
+
+/// One thread per column: adds the slabs' sums to d_gamma and d_beta, where they are given, and rounds once.
+template <typename G>
+DEVICE void add_column_sums(const float* sums, G* d_gamma, G* d_beta, u32 slabs, u32 cols) {
+    const u32 col = blockIdx.x * blockDim.x + threadIdx.x;
+    if (col >= cols) return;
+    float along = 0.0f, across = 0.0f;
+    for (u32 slab = 0; slab < slabs; ++slab) {
+        along += sums[2 * u64(slab) * cols + col];
+        across += sums[(2 * u64(slab) + 1) * cols + col];
+    }
+    if (d_gamma) d_gamma[col] = from_float<G>(to_float(d_gamma[col]) + along);
+    if (d_beta) d_beta[col] = from_float<G>(to_float(d_beta[col]) + across);
 }
 
 #define NORMS(T, N, suffix)                                                                                                \
@@ -136,11 +152,16 @@ NORMS(float, 1, f32)
 NORMS(bf16, 8, bf16_wide)
 NORMS(bf16, 1, bf16)
 
-KERNEL(32 * ROWS_ASIDE, 2)
-column_sums_f32(const float* x, const float* stats, const float* dy, float* d_gamma, float* d_beta, u32 rows, u32 cols) {
-    column_sums<float>(x, stats, dy, d_gamma, d_beta, rows, cols);
-}
-KERNEL(32 * ROWS_ASIDE, 2)
-column_sums_bf16(const bf16* x, const float* stats, const bf16* dy, float* d_gamma, float* d_beta, u32 rows, u32 cols) {
-    column_sums<bf16>(x, stats, dy, d_gamma, d_beta, rows, cols);
-}
+#define COLUMNS(T, suffix)                                                                                                  \
+    KERNEL(32 * ROWS_ASIDE, 2)                                                                                             \
+    column_sums_##suffix(const T* x, const float* stats, const T* dy, float* sums, u32 rows, u32 cols, u32 weighted,       \
+                         u32 layer_norm) {                                                                                 \
+        column_sums<T>(x, stats, dy, sums, rows, cols, weighted, layer_norm);                                              \
+    }                                                                                                                      \
+    KERNEL(256, 4)                                                                                                         \
+    add_column_sums_##suffix(const float* sums, T* d_gamma, T* d_beta, u32 slabs, u32 cols) {                              \
+        add_column_sums<T>(sums, d_gamma, d_beta, slabs, cols);                                                            \
+    }
+
+COLUMNS(float, f32)
+COLUMNS(bf16, bf16)

@@ -6,6 +6,7 @@
 
 use crate::device::View;
 use smallvec::{SmallVec, smallvec};
+use std::ops::Range;
 
 /// Shape of causal self-attention over a fused projection: row = token, columns = all query heads, then all key heads,
 /// then all value heads, each `head_dim` wide.
@@ -49,6 +50,56 @@ impl AdamW {
         let Some(clip) = self.clip else { return 1.0 };
         let coefficient = f64::from(clip) / (squared_norm.sqrt() + 1e-6);
         if coefficient >= 1.0 { 1.0 } else { coefficient as f32 }
+    }
+
+    /// The same for parameters that decay, or that do not.
+    pub(crate) fn decaying(self, decay: bool) -> AdamW {
+        AdamW { weight_decay: if decay { self.weight_decay } else { 0.0 }, ..self }
+    }
+}
+
+/// Which elements of an update decay: runs that do and runs that do not, in turns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Decays {
+    first: bool,
+    count: u8,
+    borders: [u32; Decays::MOST],
+}
+
+impl Decays {
+    /// Borders between runs that one call can have.
+    pub const MOST: usize = 15;
+
+    /// All elements, or none.
+    pub const fn all(decay: bool) -> Decays {
+        Decays { first: decay, count: 0, borders: [0; Decays::MOST] }
+    }
+
+    /// The first run decays or not, and at each of `borders` (elements, rising) another run begins. `None` where there are more than
+    /// [`Decays::MOST`], or they do not rise.
+    pub fn new(first: bool, borders: &[u32]) -> Option<Decays> {
+        let mut decays = Decays { count: borders.len() as u8, ..Decays::all(first) };
+        decays.borders.get_mut(..borders.len())?.copy_from_slice(borders);
+        borders.is_sorted_by(|a, b| a < b).then_some(decays)
+    }
+
+    /// Whether the first run decays.
+    pub fn first(&self) -> bool {
+        self.first
+    }
+
+    /// Where a run begins, but the first.
+    pub fn borders(&self) -> &[u32] {
+        &self.borders[..usize::from(self.count)]
+    }
+
+    /// The runs of `len` elements, and whether they decay.
+    pub fn runs(&self, len: usize) -> impl Iterator<Item = (Range<usize>, bool)> + '_ {
+        let borders = self.borders().iter().map(|&border| border as usize);
+        let starts = std::iter::once(0).chain(borders.clone());
+        let ends = borders.chain(std::iter::once(len));
+        let turns = std::iter::successors(Some(self.first), |before| Some(!before));
+        starts.zip(ends).map(|(start, end)| start..end).zip(turns)
     }
 }
 
@@ -105,7 +156,7 @@ pub enum Call {
         seq: u32,
     },
     /// Output projection and cross-entropy, `chunk` rows at a time so that at most `chunk * vocab` logits exist (in
-    /// `scratch`): writes `lse[rows]`, and the mean loss over rows to `loss[0]`.
+    /// `scratch`, see [`head_scratch`]): writes `lse[rows]`, and the mean loss over rows to `loss[0]`.
     HeadLoss {
         x: View,
         weight: View,
@@ -118,7 +169,7 @@ pub enum Call {
         vocab: u32,
         chunk: u32,
     },
-    /// Recomputes logits by chunk; overwrites `dx` (if given) with, and accumulates into `d_weight` (if given), the gradient
+    /// Recomputes logits, `chunk * vocab` at a time; overwrites `dx` (if given) with, and accumulates into `d_weight` (if given), the gradient
     /// of `scale * sum of row losses`.
     HeadBackward {
         x: View,
@@ -146,11 +197,21 @@ pub enum Call {
     Zero { x: View },
     /// `out[0] += sum of x^2`, accumulated and stored as `f64`.
     SumSquares { x: View, out: View },
-    /// Updates `parameters` and moments in place and zeroes `gradients`; `norm[0]` (`f64`) is the squared global norm.
-    AdamW { parameters: View, gradients: View, first: View, second: View, norm: View, with: AdamW },
+    /// Updates `parameters` and moments in place and zeroes `gradients`; `norm[0]` (`f64`) is the squared global norm. `rounded`,
+    /// where it is given, receives the new parameters in `BF16`. Elements outside of `decays` do not decay.
+    AdamW {
+        parameters: View,
+        gradients: View,
+        first: View,
+        second: View,
+        rounded: Option<View>,
+        norm: View,
+        decays: Decays,
+        with: AdamW,
+    },
     /// The update that [`Call::AdamW`] would make without clipping, on trial: `kept` receives the parameters as they were, moments and
     /// gradients stay as they are. With the same numbers the new parameters have the same bits. `with.clip` is ignored.
-    AdamWAhead { parameters: View, kept: View, gradients: View, first: View, second: View, with: AdamW },
+    AdamWAhead { parameters: View, kept: View, gradients: View, first: View, second: View, decays: Decays, with: AdamW },
 }
 
 impl Call {
@@ -202,8 +263,10 @@ impl Call {
             Call::Add { x, into } => smallvec![x, into],
             Call::Copy { from, to } | Call::Cast { from, to } => smallvec![from, to],
             Call::Zero { x } => smallvec![x],
-            Call::AdamW { parameters, gradients, first, second, norm, .. } => {
-                smallvec![parameters, gradients, first, second, norm]
+            Call::AdamW { parameters, gradients, first, second, rounded, norm, .. } => {
+                let mut all: SmallVec<[&mut View; 7]> = smallvec![parameters, gradients, first, second, norm];
+                all.extend(rounded);
+                all
             }
             Call::AdamWAhead { parameters, kept, gradients, first, second, .. } => {
                 smallvec![parameters, kept, gradients, first, second]
@@ -215,4 +278,16 @@ impl Call {
 /// Floats of scratch that [`Call::AttentionBackward`] needs: one per query row (the row sums of `d_out * out`).
 pub fn attention_scratch(shape: &AttentionShape) -> usize {
     shape.batch as usize * shape.heads as usize * shape.seq as usize
+}
+
+/// Rows of logits begin at multiples of so many elements, so that devices can move 16 bytes at a time whatever the vocabulary.
+pub(crate) const HEAD_ALIGNMENT: u32 = 8;
+
+/// Floats of scratch that [`Call::HeadLoss`] and [`Call::HeadBackward`] need: the logits of a chunk of rows, each row rounded up to a
+/// multiple of 8; where both gradients of `BF16` values are wanted, also a 32-bit sum per element of the input.
+pub fn head_scratch([rows, cols, vocab, chunk]: [u32; 4], both_of_bf16: bool) -> usize {
+    let size = |a: u32, b: u32| (a as usize).saturating_mul(b as usize);
+    let sums = if both_of_bf16 { size(rows, cols) } else { 0 };
+    let padded = u64::from(vocab).next_multiple_of(u64::from(HEAD_ALIGNMENT)).min(u64::from(u32::MAX));
+    size(chunk.min(rows), padded as u32).saturating_add(sums)
 }

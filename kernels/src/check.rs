@@ -1,7 +1,7 @@
 //! What a call reads and writes, and whether its operands fit together: the same on every device, before memory is
 //! touched.
 
-use crate::call::{AttentionShape, Call, attention_scratch};
+use crate::call::{AttentionShape, Call, attention_scratch, head_scratch};
 use crate::device::{DType, KernelError, View};
 use smallvec::{SmallVec, smallvec};
 
@@ -228,15 +228,23 @@ impl Call {
                 indices("targets", targets, rows as usize),
                 floats("lse", lse, rows as usize, Write),
                 operand("loss", loss, DType::F32, AtLeast(1), Write),
-                operand("scratch", scratch, DType::F32, AtLeast(product(&[chunk.min(rows), vocab])), Write),
+                operand(
+                    "scratch",
+                    scratch,
+                    DType::F32,
+                    AtLeast(head_scratch([rows, cols, vocab, chunk], false)),
+                    Write
+                ),
             ],
             Call::HeadBackward { x, weight, targets, lse, dx, d_weight, scratch, rows, cols, vocab, chunk, .. } => {
+                let both_of_bf16 = x.dtype() == DType::BF16 && dx.is_some() && d_weight.is_some();
+                let needed = head_scratch([rows, cols, vocab, chunk], both_of_bf16);
                 let mut all: Operands = smallvec![
                     of(x, "x", x, product(&[rows, cols]), Read),
                     of(x, "weight", weight, product(&[vocab, cols]), Read),
                     indices("targets", targets, rows as usize),
                     floats("lse", lse, rows as usize, Read),
-                    operand("scratch", scratch, DType::F32, AtLeast(product(&[chunk.min(rows), vocab])), Write),
+                    operand("scratch", scratch, DType::F32, AtLeast(needed), Write),
                 ];
                 all.extend(dx.map(|dx| of(x, "dx", dx, product(&[rows, cols]), Write)));
                 all.extend(d_weight.map(|d_weight| gradient(x, "d_weight", d_weight, product(&[vocab, cols]))));
@@ -265,16 +273,18 @@ impl Call {
                 of(x, "x", x, x.len(), Read),
                 operand("out", out, DType::F64, AtLeast(1), Update), //
             ],
-            Call::AdamW { parameters, gradients, first, second, norm, with } => {
+            Call::AdamW { parameters, gradients, first, second, rounded, norm, with, .. } => {
                 let len = parameters.len();
                 let norm_len = usize::from(with.clip.is_some());
-                smallvec![
+                let mut all: Operands = smallvec![
                     floats("parameters", parameters, len, Update),
                     of(gradients, "gradients", gradients, len, Update),
                     floats("first", first, len, Update),
                     floats("second", second, len, Update),
                     operand("norm", norm, DType::F64, AtLeast(norm_len), Read),
-                ]
+                ];
+                all.extend(rounded.map(|view| operand("rounded", view, DType::BF16, Extent::Exactly(len), Write)));
+                all
             }
             Call::AdamWAhead { parameters, kept, gradients, first, second, .. } => {
                 let len = parameters.len();
@@ -385,7 +395,17 @@ impl Call {
             Call::AdamW { with, .. } | Call::AdamWAhead { with, .. } if with.step == 0 => {
                 Err(self.refuse("step is 0, must be at least 1: bias correction divides by 1 - beta^step".into()))
             }
-            Call::AdamW { .. } | Call::AdamWAhead { .. } => Ok(()),
+            Call::AdamW { parameters, decays, .. } | Call::AdamWAhead { parameters, decays, .. } => {
+                let len = parameters.len();
+                if len > u32::MAX as usize {
+                    return Err(self.refuse(format!("{len} parameters in one call, at most {} are possible", u32::MAX)));
+                }
+                match decays.borders().last() {
+                    Some(&last) if last as usize >= len => Err(self
+                        .refuse(format!("a run of decaying parameters begins at {last}, there are {len} parameters"))),
+                    _ => Ok(()),
+                }
+            }
         }
     }
 }

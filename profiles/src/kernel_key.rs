@@ -70,7 +70,7 @@ pub enum KernelOp {
     Zero,
     /// `elements`.
     SumSquares,
-    /// `elements`.
+    /// `elements`; of bfloat16 values, with the narrow copy of the weights.
     AdamW,
     /// `elements`.
     AdamWAhead,

@@ -1,7 +1,7 @@
 //! How much a kernel does: floating-point operations and bytes moved, by operator and shape. These are the axes of the
 //! fits, not a forecast: constant factors that apply to all shapes of an operator do not matter here.
 
-use crate::kernel_key::{KernelKey, KernelOp};
+use crate::kernel_key::{DType, KernelKey, KernelOp};
 
 /// What a kernel call does at least.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -18,6 +18,8 @@ impl Work {
         let dim = |n: usize| key.dims.get(n).map_or(1.0, |&d| f64::from(d));
         let first_two = dim(0) * dim(1);
         let width = key.dtype.bytes() as f64;
+        let gradient = if key.dtype == DType::Bf16 { 2.0 } else { 4.0 };
+        let copy = if key.dtype == DType::F32 { 0.0 } else { 2.0 };
         // (flops, values moved)
         let (flops, values) = match key.op {
             // c is written (W: read too).
@@ -46,11 +48,10 @@ impl Work {
             KernelOp::Cast => (0.0, (1.0 + 4.0 / width) * dim(0)),
             KernelOp::GeluBackward | KernelOp::Add | KernelOp::Sum => (0.0, 3.0 * dim(0)),
             KernelOp::Zero | KernelOp::SumSquares => (0.0, dim(0)),
-            KernelOp::AdamW => (0.0, 8.0 * dim(0)),
-            KernelOp::AdamWAhead => (0.0, 6.0 * dim(0)),
+            // Moments and weights are 32-bit whatever the gradients are; a narrow copy of the weights comes with the update.
+            KernelOp::AdamW => (0.0, dim(0) * (6.0 * 4.0 + 2.0 * gradient + copy) / width),
+            KernelOp::AdamWAhead => (0.0, dim(0) * (5.0 * 4.0 + gradient) / width),
         };
-        // Moments and master weights are 32-bit whatever the gradients are.
-        let width = if matches!(key.op, KernelOp::AdamW | KernelOp::AdamWAhead) { 4.0 } else { width };
         Work { flops, bytes: width * values }
     }
 }
@@ -75,7 +76,6 @@ fn head(rows: f64, cols: f64, vocab: f64, chunk: f64, products: f64) -> (f64, f6
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel_key::DType;
 
     fn work(op: KernelOp, dims: &[u32]) -> Work {
         Work::of(&KernelKey::new(op, dims).unwrap())
@@ -92,7 +92,12 @@ mod tests {
         let bytes = |op, dims: &[u32], dtype| Work::of(&KernelKey::new(op, dims).unwrap().with(dtype)).bytes;
         assert_eq!(bytes(KernelOp::Add, &[10], DType::Bf16), 2.0 * 30.0);
         assert_eq!(bytes(KernelOp::Cast, &[10], DType::Bf16), 6.0 * 10.0);
-        assert_eq!(bytes(KernelOp::AdamW, &[10], DType::Bf16), 4.0 * 80.0);
+        // Weights and moments read and written, gradients read and zeroed, the copy written.
+        assert_eq!(bytes(KernelOp::AdamW, &[10], DType::F32), 10.0 * (24.0 + 8.0));
+        assert_eq!(bytes(KernelOp::AdamW, &[10], DType::Bf16F32), 10.0 * (24.0 + 8.0 + 2.0));
+        assert_eq!(bytes(KernelOp::AdamW, &[10], DType::Bf16), 10.0 * (24.0 + 4.0 + 2.0));
+        assert_eq!(bytes(KernelOp::AdamWAhead, &[10], DType::F32), 10.0 * 24.0);
+        assert_eq!(bytes(KernelOp::AdamWAhead, &[10], DType::Bf16), 10.0 * 22.0);
     }
 
     #[test]

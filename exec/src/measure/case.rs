@@ -1,6 +1,6 @@
 //! A kernel at a shape, as a call on real operands.
 
-use paceline_kernels::{AdamW, AttentionShape, Call, DType, View, attention_scratch};
+use paceline_kernels::{AdamW, AttentionShape, Call, DType, Decays, View, attention_scratch, head_scratch};
 use paceline_profiles::{DType as Format, KernelKey, KernelOp};
 
 /// What an operand is to its call; decides where it lies when the call is measured.
@@ -231,7 +231,7 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
                 targets: put(Tokens, U32, &[rows]),
                 lse: put(Written, F32, &[rows]),
                 loss: put(Written, F32, &[1]),
-                scratch: put(Written, F32, &[chunk.min(rows), vocab]),
+                scratch: place(Written, F32, head_scratch([rows, cols, vocab, chunk], false)),
                 rows,
                 cols,
                 vocab,
@@ -240,6 +240,7 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
         }
         KernelOp::HeadBackwardInput | KernelOp::HeadBackwardWeight | KernelOp::HeadBackward => {
             let (rows, cols, vocab, chunk) = (dim(0), dim(1), dim(2), dim(3));
+            let both = key.op == KernelOp::HeadBackward;
             Call::HeadBackward {
                 x: put(Fresh, values, &[rows, cols]),
                 weight: put(Read, values, &[vocab, cols]),
@@ -247,7 +248,7 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
                 lse: put(Read, F32, &[rows]),
                 dx: (key.op != KernelOp::HeadBackwardWeight).then(|| put(Written, values, &[rows, cols])),
                 d_weight: (key.op != KernelOp::HeadBackwardInput).then(|| put(Written, gradients, &[vocab, cols])),
-                scratch: put(Written, F32, &[chunk.min(rows), vocab]),
+                scratch: place(Written, F32, head_scratch([rows, cols, vocab, chunk], both && values == BF16)),
                 rows,
                 cols,
                 vocab,
@@ -270,7 +271,9 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
             gradients: put(Written, gradients, &[dim(0)]),
             first: put(Written, F32, &[dim(0)]),
             second: put(Written, F32, &[dim(0)]),
+            rounded: (values == BF16).then(|| put(Written, BF16, &[dim(0)])),
             norm: put(Wide, F64, &[1]),
+            decays: Decays::all(true),
             with: SLOW_MOMENTS,
         },
         KernelOp::AdamWAhead => Call::AdamWAhead {
@@ -279,6 +282,7 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
             gradients: put(Read, gradients, &[dim(0)]),
             first: put(Read, F32, &[dim(0)]),
             second: put(Read, F32, &[dim(0)]),
+            decays: Decays::all(true),
             with: SLOW_MOMENTS,
         },
     }

@@ -567,7 +567,8 @@ impl Device for Heap {
                 Call::SumSquares { x, out } => {
                     *(out.address() as *mut f64) += floats(x).iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
                 }
-                Call::AdamW { parameters, gradients, first, second, norm, with } => {
+                // Everything decays, and nothing is rounded.
+                Call::AdamW { parameters, gradients, first, second, norm, with, rounded: None, .. } => {
                     let norm = (*(norm.address() as *const f64)).sqrt();
                     let clip = with.clip.map_or(1.0, |clip| (f64::from(clip) / norm).min(1.0)) as f32;
                     let (p, g) = (floats(parameters), floats(gradients));

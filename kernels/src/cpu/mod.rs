@@ -175,15 +175,30 @@ impl CpuDevice {
                 },
                 Call::Zero { x } => bytes_mut(x).fill(0),
                 Call::SumSquares { x, out } => write::<f64>(out)[0] += optimizer::sum_squares(read(x)),
-                Call::AdamW { parameters, gradients, first, second, norm, with } => {
+                Call::AdamW { parameters, gradients, first, second, rounded, norm, decays, with } => {
                     let squared_norm = read::<f64>(norm).first().copied().unwrap_or(0.0);
                     let coefficient = with.clip_coefficient(squared_norm);
+                    let (all, slopes) = (write(parameters), write(gradients));
                     let (first, second) = (write(first), write(second));
-                    optimizer::update(write(parameters), write(gradients), first, second, coefficient, with);
+                    for (run, decay) in decays.runs(all.len()) {
+                        let (parameters, gradients) = (&mut all[run.clone()], &mut slopes[run.clone()]);
+                        let (first, second) = (&mut first[run.clone()], &mut second[run]);
+                        let with = with.decaying(decay);
+                        optimizer::update(parameters, gradients, first, second, coefficient, with);
+                    }
+                    if let Some(rounded) = rounded {
+                        // Narrow operands have been widened; what was written is rounded after the call.
+                        write::<f32>(rounded).copy_from_slice(all);
+                    }
                 }
-                Call::AdamWAhead { parameters, kept, gradients, first, second, with } => {
-                    let (first, second) = (read(first), read(second));
-                    optimizer::update_ahead(write(parameters), write(kept), read(gradients), first, second, with);
+                Call::AdamWAhead { parameters, kept, gradients, first, second, decays, with } => {
+                    let (all, kept) = (write(parameters), write(kept));
+                    let (gradients, first, second) = (read(gradients), read(first), read(second));
+                    for (run, decay) in decays.runs(all.len()) {
+                        let (parameters, kept) = (&mut all[run.clone()], &mut kept[run.clone()]);
+                        let (gradients, first, second) = (&gradients[run.clone()], &first[run.clone()], &second[run]);
+                        optimizer::update_ahead(parameters, kept, gradients, first, second, with.decaying(decay));
+                    }
                 }
             }
         }

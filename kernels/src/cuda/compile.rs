@@ -11,7 +11,22 @@ use std::path::{Path, PathBuf};
 const OPTIONS: [&str; 2] = ["--std=c++17", "--device-int128"];
 
 /// Oldest architecture with everything that `gpu.cuh` uses.
-pub(super) const OLDEST: (u32, u32) = (8, 0);
+const OLDEST: (u32, u32) = (8, 0);
+
+/// Refuses a GPU that lacks what the kernels use, before anything is compiled for it.
+///
+/// # Errors
+/// [`KernelError::Unavailable`] with what was found, what is needed and a way out.
+pub(super) fn check_capability(name: &str, capability: (u32, u32)) -> Result<(), KernelError> {
+    if capability >= OLDEST {
+        return Ok(());
+    }
+    let ((major, minor), (oldest, of)) = (capability, OLDEST);
+    Err(KernelError::Unavailable(format!(
+        "{name} has compute capability {major}.{minor}, the kernels need {oldest}.{of} (A100, RTX 30 series) or newer: \
+         take another GPU (CUDA_VISIBLE_DEVICES chooses), or --device cpu"
+    )))
+}
 
 /// The name of an architecture whose machine code is wanted.
 pub(super) fn architecture((major, minor): (u32, u32)) -> String {
@@ -54,8 +69,8 @@ fn cached(source: &Source, architecture: &str, version: &str, cache: &Path) -> P
     cache.join(format!("{}-{architecture}-{key:016x}.cubin", source.name))
 }
 
-/// Another thread or process may read or write the same name: it appears in one step.
-fn keep(path: &Path, code: &[u8]) -> std::io::Result<()> {
+/// Writes a file of the cache. Another thread or process may read or write the same name: it appears in one step.
+pub(super) fn keep(path: &Path, code: &[u8]) -> std::io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder)?;
     let mut unfinished = tempfile::NamedTempFile::new_in(folder)?;
@@ -116,6 +131,21 @@ mod tests {
         let quoted: Vec<String> = OPTIONS.iter().map(|option| format!("\"{option}\"")).collect();
         assert!(script.contains(&quoted.join(", ")), "{quoted:?} in nvrtc-check");
         assert!(script.contains(&format!("\"{}\"", architecture(OLDEST))), "it compiles for the oldest architecture");
+    }
+
+    #[test]
+    fn gpus_that_are_too_old_are_refused_with_a_way_out() {
+        for capability in [(7, 0), (7, 5), (3, 9)] {
+            let error = check_capability("Tesla V100-SXM2-16GB", capability).unwrap_err().to_string();
+            let found = format!("capability {}.{}", capability.0, capability.1);
+            for part in ["Tesla V100-SXM2-16GB", found.as_str(), "need 8.0", "CUDA_VISIBLE_DEVICES", "--device cpu"] {
+                assert!(error.contains(part), "{error} does not say {part}");
+            }
+            assert_eq!(error.lines().count(), 1);
+        }
+        for capability in [(8, 0), (8, 9), (9, 0), (10, 0), (12, 1)] {
+            check_capability("a GPU", capability).unwrap();
+        }
     }
 
     #[test]

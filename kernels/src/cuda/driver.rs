@@ -1,9 +1,9 @@
 //! A GPU through its driver: memory, kernels, products and copies on one stream.
 
 use super::clock::Event;
-use super::compile::{OLDEST, architecture, machine_code, version};
+use super::compile::{architecture, check_capability, machine_code, version};
 use super::libraries;
-use super::machine::{Kernel, Launch, Machine, Product};
+use super::machine::{Kernel, Launch, Machine, Packed, Product};
 use super::nccl::{self, Communicator};
 use super::products::{Products, WORKSPACE};
 use super::sources::SOURCES;
@@ -12,7 +12,7 @@ use crate::network::{Channel, Network};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::collections::HashMap;
-use std::ffi::{CString, c_int, c_void};
+use std::ffi::{CString, c_int};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -163,12 +163,7 @@ impl Cuda {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as u32,
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32,
         );
-        if capability < OLDEST {
-            return Err(KernelError::Unavailable(format!(
-                "{name} has compute capability {}.{}, the kernels need {}.{} (A100, RTX 30 series) or newer: use --device cpu",
-                capability.0, capability.1, OLDEST.0, OLDEST.1
-            )));
-        }
+        check_capability(&name, capability)?;
         let shared_limit = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
         // SAFETY: as above.
         let handle = unsafe { result::primary_ctx::retain(device) }
@@ -204,9 +199,8 @@ impl Cuda {
             version()?
         );
         let workspace = allocate(&context, WORKSPACE)?;
-        let products = Products::new(workspace.address).map_err(|error| KernelError::Machine {
-            device: context.name.clone(),
-            what: format!("starting cuBLASLt: {error}"),
+        let products = Products::new(workspace.address, &context.name, cache).map_err(|error| {
+            KernelError::Machine { device: context.name.clone(), what: format!("starting cuBLASLt: {error}") }
         })?;
         let functions = Mutex::new(HashMap::new());
         Ok(Cuda { products, _workspace: workspace, stream, copies, details, functions, modules, shared_limit, context })
@@ -282,10 +276,8 @@ impl Machine for Cuda {
     unsafe fn launch(&self, launch: &Launch) -> Result<(), KernelError> {
         self.context.enter()?;
         let function = self.function(launch.kernel)?;
-        let mut values: smallvec::SmallVec<[u64; 16]> =
-            launch.arguments.iter().map(|argument| argument.bits()).collect();
-        let mut pointers: smallvec::SmallVec<[*mut c_void; 16]> =
-            values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        let mut arguments = Packed::new(&launch.arguments);
+        let mut pointers = arguments.pointers();
         let triple = |[x, y, z]: [u32; 3]| (x, y, z);
         // SAFETY: the driver copies the arguments before it returns; the rest is the caller's promise.
         let launched = unsafe {

@@ -2,7 +2,7 @@
 //! threads in turns. It checks what hardware does not (barriers that not all threads reach, waits that are missing) and is some
 //! thousand times slower.
 
-use super::machine::{Kernel, Launch, Layout, Machine, Product};
+use super::machine::{Kernel, Launch, Layout, Machine, Packed, Product};
 use super::sources::{EMULATOR, HEADER, SOURCES, Source, digest};
 use crate::cpu::CpuDevice;
 use crate::device::{Block, DType, Device, KernelError};
@@ -202,8 +202,8 @@ impl Machine for Emulated {
 
     unsafe fn launch(&self, launch: &Launch) -> Result<(), KernelError> {
         let entry = self.entry(launch.kernel)?;
-        let mut values: Vec<u64> = launch.arguments.iter().map(|argument| argument.bits()).collect();
-        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        let mut arguments = Packed::new(&launch.arguments);
+        let mut pointers = arguments.pointers();
         let sizes: Vec<u32> = launch.arguments.iter().map(|argument| argument.bytes()).collect();
         let mut error = [0u8; 512];
         // SAFETY: the entry checks number and sizes of the arguments; what they point to is the caller's promise.

@@ -1,8 +1,8 @@
 //! Calls as launches: which kernel, how many blocks, which arguments in which order.
 
-use super::machine::{Argument, Kernel, Launch, Layout, Machine, Product, ProductShape};
+use super::machine::{Argument, Kernel, Launch, Layout, Machine, Product, ProductShape, WORDS};
 use super::{attention, head};
-use crate::call::{AdamW, Call};
+use crate::call::{AdamW, Call, Decays};
 use crate::device::{DType, KernelError, View};
 use smallvec::{SmallVec, smallvec};
 
@@ -12,6 +12,10 @@ pub(super) const PARTS: u32 = 1024;
 const THREADS: u32 = 256;
 /// Columns and rows of a block of `column_sums`.
 const COLUMN_BLOCK: [u32; 3] = [32, 16, 1];
+/// Rows that a block of `column_sums` adds up, where there is room for the sums of all.
+const SLAB_ROWS: u32 = 256;
+/// Bytes for parts of sums: [`PARTS`] doubles, or the sums of slabs of rows.
+pub(super) const PARTS_BYTES: usize = 4 << 20;
 
 pub(super) fn address(view: View) -> Argument {
     Argument::Address(view.address())
@@ -29,6 +33,18 @@ fn wide_elements(dtype: DType) -> usize {
 /// Whether everything starts at a multiple of 16 bytes and rows of `cols` elements do, too.
 fn is_wide(views: &[View], cols: usize) -> bool {
     views.iter().all(|view| view.address().is_multiple_of(16) && cols.is_multiple_of(wide_elements(view.dtype())))
+}
+
+/// Whether groups of four elements begin at multiples of their size.
+fn in_fours(views: &[View]) -> bool {
+    views
+        .iter()
+        .all(|view| view.address().is_multiple_of(4 * view.dtype().bytes() as u64) && view.len().is_multiple_of(4))
+}
+
+/// Threads for a row that each thread takes `elements` of at a time.
+fn row_threads(cols: u32, elements: usize) -> u32 {
+    cols.div_ceil(elements as u32).next_multiple_of(32).min(THREADS)
 }
 
 /// One thread per `elements` of `len`.
@@ -81,7 +97,7 @@ pub(super) fn dense(
     }
 }
 
-/// Queues a call. `parts` is the address of [`PARTS`] doubles that nobody else uses until the call is queued.
+/// Queues a call. `parts` is the address of [`PARTS_BYTES`] bytes that calls of this machine alone use, one after the other.
 ///
 /// # Safety
 /// The call has passed its check, its views come from living memory of this machine, and nobody else touches them until it has ended.
@@ -99,30 +115,29 @@ pub(super) unsafe fn run(machine: &impl Machine, call: &Call, parts: u64) -> Res
             launch(pointwise("add_bias", &[x, bias], cols as usize, x.len(), arguments))
         }
         Call::BiasGradient { dy, d_bias, rows, cols } => {
-            let none = Argument::Address(0);
-            let arguments = smallvec![none, none, address(dy), none, address(d_bias), U32(rows), U32(cols)];
-            launch(column_sums(dy.dtype(), cols, arguments))
+            column_sums(parts, None, dy, [None, Some(d_bias)], [rows, cols]).into_iter().try_for_each(launch)
         }
         Call::Norm { x, gamma, beta, out, stats, rows, cols, epsilon } => {
             let mut views: SmallVec<[View; 4]> = smallvec![x, gamma, out];
             views.extend(beta);
-            let kernel = Kernel::of("norm", "norm_forward", x.dtype()).wide(is_wide(&views, cols as usize));
+            let wide = is_wide(&views, cols as usize);
+            let threads = row_threads(cols, if wide { wide_elements(x.dtype()) } else { 1 });
+            let kernel = Kernel::of("norm", "norm_forward", x.dtype()).wide(wide);
             let [x, gamma, out, stats] = [x, gamma, out, stats].map(address);
             let arguments = smallvec![x, gamma, address_or_null(beta), out, stats, U32(cols), F32(epsilon)];
-            launch(by_row(kernel, rows, THREADS, arguments))
+            launch(by_row(kernel, rows, threads, arguments))
         }
         Call::NormBackwardInput { x, gamma, stats, dy, dx, rows, cols, layer_norm } => {
             let wide = is_wide(&[x, gamma, dy, dx], cols as usize);
+            let threads = row_threads(cols, if wide { wide_elements(x.dtype()) } else { 1 });
             let kernel = Kernel::of("norm", "norm_backward_input", x.dtype()).wide(wide);
             let [x, gamma, stats, dy, dx] = [x, gamma, stats, dy, dx].map(address);
             let arguments = smallvec![x, gamma, stats, dy, dx, U32(cols), U32(u32::from(layer_norm))];
-            launch(by_row(kernel, rows, THREADS, arguments))
+            launch(by_row(kernel, rows, threads, arguments))
         }
         Call::NormBackwardWeight { x, stats, dy, d_gamma, d_beta, rows, cols } => {
-            let dtype = x.dtype();
-            let [x, stats, dy, d_gamma] = [x, stats, dy, d_gamma].map(address);
-            let arguments = smallvec![x, stats, dy, d_gamma, address_or_null(d_beta), U32(rows), U32(cols)];
-            launch(column_sums(dtype, cols, arguments))
+            let into = [Some(d_gamma), d_beta];
+            column_sums(parts, Some((x, stats)), dy, into, [rows, cols]).into_iter().try_for_each(launch)
         }
         Call::Rotary { qkv, shape, theta, inverse } => {
             const ROTARY_THREADS: u32 = 128;
@@ -185,12 +200,21 @@ pub(super) unsafe fn run(machine: &impl Machine, call: &Call, parts: u64) -> Res
         }
         Call::EmbeddingBackward { tokens, d_out, d_table, d_positions, rows, cols, seq } => {
             let limit = (d_table.len() / cols as usize) as u32;
+            let kernel = |base: [&'static str; 2], gradient: View| {
+                let narrow = gradient.dtype() == DType::BF16;
+                Kernel::of("embedding", base[usize::from(narrow)], d_out.dtype())
+            };
             let [tokens, slopes, table] = [tokens, d_out, d_table].map(address);
-            let arguments = smallvec![tokens, slopes, table, U32(rows), U32(cols), U32(limit)];
-            // Its threads are fixed in the source (TOKENS).
-            launch(by_row(Kernel::of("embedding", "embed_backward", d_out.dtype()), rows, 256, arguments))?;
+            launch(Launch {
+                kernel: kernel(["embed_backward", "embed_backward_narrow"], d_table),
+                // As TOKENS and HELD in the source have it.
+                grid: [rows, cols.div_ceil(256 * 8), 1],
+                block: [256, 1, 1],
+                shared: 0,
+                arguments: smallvec![tokens, slopes, table, U32(rows), U32(cols), U32(limit)],
+            })?;
             let Some(positions) = d_positions else { return Ok(()) };
-            let kernel = Kernel::of("embedding", "positions_backward", d_out.dtype());
+            let kernel = kernel(["positions_backward", "positions_backward_narrow"], positions);
             let len = seq as usize * cols as usize;
             launch(flat(kernel, len, 1, smallvec![slopes, address(positions), U32(rows), U32(cols), U32(seq)]))
         }
@@ -204,12 +228,7 @@ pub(super) unsafe fn run(machine: &impl Machine, call: &Call, parts: u64) -> Res
         }
         Call::Add { x, into } if !x.is_empty() => launch(sum([into, x, into])),
         Call::Sum { a, b, out } if !a.is_empty() => launch(sum([a, b, out])),
-        Call::Cast { from, to } if from.dtype() != to.dtype() && !from.is_empty() => {
-            let base = if to.dtype() == DType::BF16 { "cast_to_bf16" } else { "cast_to_f32" };
-            let wide = is_wide(&[from, to], from.len());
-            let arguments = smallvec![address(from), address(to), U64(from.len() as u64)];
-            launch(flat(Kernel::plain("pointwise", base).wide(wide), from.len(), if wide { 4 } else { 1 }, arguments))
-        }
+        Call::Cast { from, to } if from.dtype() != to.dtype() && !from.is_empty() => launch(cast(from, to)),
         Call::Copy { from, to } | Call::Cast { from, to } if !from.is_empty() => {
             // SAFETY: as above.
             unsafe { machine.copy(from.address(), to.address(), from.bytes()) }
@@ -221,8 +240,9 @@ pub(super) unsafe fn run(machine: &impl Machine, call: &Call, parts: u64) -> Res
         Call::SumSquares { x, out } if !x.is_empty() => {
             let blocks = PARTS.min(x.len().div_ceil(THREADS as usize) as u32);
             let partial = Argument::Address(parts);
+            let wide = is_wide(&[x], x.len());
             launch(Launch {
-                kernel: Kernel::plain("optimizer", "square_parts"),
+                kernel: Kernel::of("optimizer", "square_parts", x.dtype()).wide(wide),
                 grid: [blocks, 1, 1],
                 block: [THREADS, 1, 1],
                 shared: 0,
@@ -231,24 +251,25 @@ pub(super) unsafe fn run(machine: &impl Machine, call: &Call, parts: u64) -> Res
             let arguments = smallvec![partial, address(out), U32(blocks)];
             launch(by_row(Kernel::plain("optimizer", "add_parts"), 1, THREADS, arguments))
         }
-        Call::AdamW { parameters, gradients, first, second, norm, with } if !parameters.is_empty() => {
-            let wide = is_wide(&[parameters, gradients, first, second], parameters.len());
-            let mut arguments: SmallVec<[Argument; 16]> =
-                [parameters, gradients, first, second].map(address).into_iter().collect();
-            // No copy in bf16.
-            arguments.extend([Argument::Address(0), address(norm), U64(parameters.len() as u64)]);
+        Call::AdamW { parameters, gradients, first, second, rounded, norm, decays, with } if !parameters.is_empty() => {
+            let mut views: SmallVec<[View; 5]> = smallvec![parameters, gradients, first, second];
+            let mut arguments: SmallVec<[Argument; 16]> = views.iter().copied().map(address).collect();
+            views.extend(rounded);
+            arguments.extend([address_or_null(rounded), address(norm), U32(parameters.len() as u32)]);
             arguments.push(F32(with.clip.unwrap_or(-1.0)));
+            arguments.push(runs(&decays));
             arguments.extend(factors(&with));
-            let kernel = Kernel::plain("optimizer", "adamw").wide(wide);
+            let wide = in_fours(&views);
+            let kernel = Kernel::of("optimizer", "adamw", gradients.dtype()).wide(wide);
             launch(flat(kernel, parameters.len(), if wide { 4 } else { 1 }, arguments))
         }
-        Call::AdamWAhead { parameters, kept, gradients, first, second, with } if !parameters.is_empty() => {
+        Call::AdamWAhead { parameters, kept, gradients, first, second, decays, with } if !parameters.is_empty() => {
             let views = [parameters, kept, gradients, first, second];
-            let wide = is_wide(&views, parameters.len());
+            let wide = in_fours(&views);
             let mut arguments: SmallVec<[Argument; 16]> = views.into_iter().map(address).collect();
-            arguments.push(U64(parameters.len() as u64));
+            arguments.extend([U32(parameters.len() as u32), runs(&decays)]);
             arguments.extend(factors(&with));
-            let kernel = Kernel::plain("optimizer", "adamw_ahead").wide(wide);
+            let kernel = Kernel::of("optimizer", "adamw_ahead", gradients.dtype()).wide(wide);
             launch(flat(kernel, parameters.len(), if wide { 4 } else { 1 }, arguments))
         }
         // Nothing to do for no elements.
@@ -274,18 +295,63 @@ fn factors(with: &AdamW) -> [Argument; 6] {
     [with.beta1, with.beta2, decay, rate, root, with.epsilon].map(Argument::F32)
 }
 
+/// Between 32 bits and bfloat16.
+pub(super) fn cast(from: View, to: View) -> Launch {
+    let base = if to.dtype() == DType::BF16 { "cast_to_bf16" } else { "cast_to_f32" };
+    let wide = in_fours(&[from, to]);
+    let arguments = smallvec![address(from), address(to), Argument::U64(from.len() as u64)];
+    flat(Kernel::plain("pointwise", base).wide(wide), from.len(), if wide { 4 } else { 1 }, arguments)
+}
+
 /// `out = a + b`; `out` may be `a`.
 fn sum([a, b, out]: [View; 3]) -> Launch {
     let arguments = smallvec![address(a), address(b), address(out), Argument::U64(a.len() as u64)];
     pointwise("sum", &[a, b, out], a.len(), a.len(), arguments)
 }
 
-fn column_sums(dtype: DType, cols: u32, arguments: SmallVec<[Argument; 16]>) -> Launch {
-    Launch {
-        kernel: Kernel::of("norm", "column_sums", dtype),
-        grid: [cols.div_ceil(COLUMN_BLOCK[0]), 1, 1],
-        block: COLUMN_BLOCK,
-        shared: 0,
-        arguments,
-    }
+/// Sums over rows of `dy`, and of `dy` times the norm of `x` (with its statistics), added to d_gamma and d_beta: slabs of rows side by
+/// side first, then their sums in order.
+fn column_sums(
+    parts: u64,
+    norm: Option<(View, View)>,
+    dy: View,
+    [d_gamma, d_beta]: [Option<View>; 2],
+    [rows, cols]: [u32; 2],
+) -> [Launch; 2] {
+    use Argument::U32;
+    let room = PARTS_BYTES as u64 / (8 * u64::from(cols));
+    let slabs = (u64::from(rows.div_ceil(SLAB_ROWS))).min(room).max(1) as u32;
+    let sums = Argument::Address(parts);
+    let layer_norm = norm.is_some() && d_beta.is_some();
+    let (x, stats) = norm.unzip();
+    let into = d_gamma.or(d_beta).map_or(DType::F32, |view| view.dtype());
+    let add = smallvec![sums, address_or_null(d_gamma), address_or_null(d_beta), U32(slabs), U32(cols)];
+    [
+        Launch {
+            kernel: Kernel::of("norm", "column_sums", dy.dtype()),
+            grid: [cols.div_ceil(COLUMN_BLOCK[0]), slabs, 1],
+            block: COLUMN_BLOCK,
+            shared: 0,
+            arguments: smallvec![
+                address_or_null(x),
+                address_or_null(stats),
+                address(dy),
+                sums,
+                U32(rows),
+                U32(cols),
+                U32(u32::from(norm.is_some())),
+                U32(u32::from(layer_norm)),
+            ],
+        },
+        flat(Kernel::of("norm", "add_column_sums", into), cols as usize, 1, add),
+    ]
+}
+
+/// Which elements decay, as the kernels' `Runs`.
+fn runs(decays: &Decays) -> Argument {
+    let mut words = [u32::MAX; WORDS];
+    let borders = decays.borders();
+    words[..borders.len()].copy_from_slice(borders);
+    words[Decays::MOST] = u32::from(decays.first());
+    Argument::Words(words)
 }

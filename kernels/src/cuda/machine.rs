@@ -7,6 +7,7 @@
 use crate::device::{Block, DType, KernelError};
 use crate::network::Network;
 use smallvec::SmallVec;
+use std::ffi::c_void;
 
 /// A kernel of `kernels/cuda`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -57,25 +58,54 @@ pub enum Argument {
     U64(u64),
     F32(f32),
     F64(f64),
+    /// A structure of 32-bit words.
+    Words([u32; WORDS]),
 }
 
-impl Argument {
-    /// Its bytes, at the begin of eight.
-    pub fn bits(self) -> u64 {
-        match self {
-            Argument::Address(x) | Argument::U64(x) => x,
-            Argument::U32(x) => u64::from(x),
-            Argument::F32(x) => u64::from(x.to_bits()),
-            Argument::F64(x) => x.to_bits(),
-        }
-    }
+/// Words of [`Argument::Words`].
+pub const WORDS: usize = 16;
 
+impl Argument {
     /// Number of its bytes.
     pub fn bytes(self) -> u32 {
         match self {
             Argument::U32(_) | Argument::F32(_) => 4,
             Argument::Address(_) | Argument::U64(_) | Argument::F64(_) => 8,
+            Argument::Words(_) => 4 * WORDS as u32,
         }
+    }
+}
+
+/// Arguments as they lie in memory, each at a multiple of eight bytes.
+pub struct Packed {
+    words: SmallVec<[u64; 24]>,
+    starts: SmallVec<[usize; 16]>,
+}
+
+impl Packed {
+    pub fn new(arguments: &[Argument]) -> Packed {
+        let mut packed = Packed { words: SmallVec::new(), starts: SmallVec::new() };
+        for argument in arguments {
+            packed.starts.push(packed.words.len());
+            match *argument {
+                Argument::Address(x) | Argument::U64(x) => packed.words.push(x),
+                // The first four bytes of eight, in the byte order of every host that has such a GPU.
+                Argument::U32(x) => packed.words.push(u64::from(x)),
+                Argument::F32(x) => packed.words.push(u64::from(x.to_bits())),
+                Argument::F64(x) => packed.words.push(x.to_bits()),
+                Argument::Words(all) => {
+                    let pairs = all.as_chunks().0.iter().map(|&[low, high]| u64::from(high) << 32 | u64::from(low));
+                    packed.words.extend(pairs);
+                }
+            }
+        }
+        packed
+    }
+
+    /// Where each lies, as long as `self` stays where it is.
+    pub fn pointers(&mut self) -> SmallVec<[*mut c_void; 16]> {
+        let Packed { words, starts } = self;
+        starts.iter().map(|&start| std::ptr::from_mut(&mut words[start]).cast()).collect()
     }
 }
 
@@ -198,4 +228,32 @@ pub trait Machine: Send + Sync {
 
     /// Waits until all work has ended.
     fn complete(&self) -> Result<(), KernelError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_lie_where_their_pointers_say() {
+        let words: [u32; WORDS] = std::array::from_fn(|n| 7 * n as u32 + 1);
+        let arguments = [
+            Argument::U32(3),
+            Argument::Words(words),
+            Argument::F32(0.5),
+            Argument::Address(1 << 40),
+            Argument::F64(-2.0),
+        ];
+        let mut packed = Packed::new(&arguments);
+        let pointers = packed.pointers();
+        // SAFETY: each pointer is at an argument of this type, in `packed`.
+        unsafe {
+            assert_eq!(*pointers[0].cast::<u32>(), 3);
+            assert_eq!(*pointers[1].cast::<[u32; WORDS]>(), words);
+            assert_eq!(*pointers[2].cast::<f32>(), 0.5);
+            assert_eq!(*pointers[3].cast::<u64>(), 1 << 40);
+            assert_eq!(*pointers[4].cast::<f64>(), -2.0);
+        }
+        assert_eq!(arguments.map(Argument::bytes), [4, 64, 4, 8, 8]);
+    }
 }

@@ -3,6 +3,7 @@
 //! [`Gpu`] turns calls into launches on a [`Machine`]; [`launches`] holds the arithmetic of that. The libraries are loaded when a
 //! device is opened, never before ([`libraries`]).
 
+mod algorithms;
 mod attention;
 mod clock;
 mod compile;
@@ -18,7 +19,7 @@ mod products;
 mod sources;
 
 use crate::call::Call;
-use crate::device::{Block, DType, Device, KernelError, View};
+use crate::device::{Block, Device, KernelError, View};
 use crate::network::Network;
 use machine::Machine;
 use std::path::Path;
@@ -35,32 +36,14 @@ pub type EmulatedGpu = Gpu<emulated::Emulated>;
 /// A device that launches kernels. Calls are queued in one order and run behind the caller's back.
 pub struct Gpu<M> {
     machine: M,
-    /// Parts of a sum, one `f64` per block; a call that uses it holds it until all of its launches are queued.
+    /// Parts of sums; a call that uses it holds it until all of its launches are queued.
     parts: Mutex<Box<dyn Block>>,
 }
 
 impl<M: Machine> Gpu<M> {
     fn with(machine: M) -> Result<Gpu<M>, KernelError> {
-        let parts = machine.allocate(launches::PARTS as usize * 8)?;
+        let parts = machine.allocate(launches::PARTS_BYTES)?;
         Ok(Gpu { machine, parts: Mutex::new(parts) })
-    }
-
-    /// Gradients of weights are summed in 32 bits here; products alone can do either.
-    fn refuse_narrow_gradients(&self, call: &Call) -> Result<(), KernelError> {
-        let narrow = match *call {
-            Call::BiasGradient { d_bias, .. } => d_bias,
-            Call::NormBackwardWeight { d_gamma, .. } => d_gamma,
-            Call::EmbeddingBackward { d_table, .. } => d_table,
-            Call::HeadBackward { d_weight: Some(d_weight), .. } => d_weight,
-            Call::SumSquares { x, .. } => x,
-            Call::AdamW { gradients, .. } | Call::AdamWAhead { gradients, .. } => gradients,
-            _ => return Ok(()),
-        };
-        if narrow.dtype() != DType::BF16 {
-            return Ok(());
-        }
-        let what = "gradients of weights in BF16: take the precision bf16-fp32-gradients".to_owned();
-        Err(KernelError::Unsupported { call: call.name(), device: self.name(), what })
     }
 }
 
@@ -99,7 +82,6 @@ impl<M: Machine> Device for Gpu<M> {
 
     unsafe fn run(&self, call: &Call) -> Result<(), KernelError> {
         call.check()?;
-        self.refuse_narrow_gradients(call)?;
         let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: `check` has proved that operands have the lengths that the kernels assume and that nothing that is written
         // overlaps another operand; the rest is the caller's promise.

@@ -1,14 +1,17 @@
-//! Matrix products through cuBLASLt, with the algorithm for a shape chosen once.
+//! Matrix products through cuBLASLt, with the algorithm for a shape chosen once, and kept for later runs.
 //!
 //! cuBLASLt is column-major. A row-major matrix read column by column is its transpose, so `c = a b` is asked for as
 //! `c^T = b^T a^T`: operands change places, strides and transpositions stay as they are.
 
+use super::algorithms::{Algorithms, Chosen, key};
 use super::machine::{Layout, Product, ProductShape};
 use crate::device::DType;
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 /// Bytes of workspace: what cuBLAS itself takes on the largest GPUs.
@@ -19,6 +22,7 @@ pub(super) struct Products {
     handle: sys::cublasLtHandle_t,
     workspace: u64,
     plans: Mutex<HashMap<(ProductShape, [u32; 3]), Plan>>,
+    algorithms: Mutex<Algorithms>,
 }
 
 // SAFETY: handle and descriptors are used under the lock of `plans`, and cuBLASLt handles may be used from any thread.
@@ -85,9 +89,13 @@ fn alignment(address: u64) -> u32 {
 }
 
 impl Products {
-    /// `workspace` is the address of [`WORKSPACE`] bytes of the current context.
-    pub fn new(workspace: u64) -> Result<Products, CublasError> {
-        Ok(Products { handle: result::create_handle()?, workspace, plans: Mutex::new(HashMap::new()) })
+    /// `workspace` is the address of [`WORKSPACE`] bytes of the current context; choices for `device` are kept in the folder `cache`.
+    pub fn new(workspace: u64, device: &str, cache: &Path) -> Result<Products, CublasError> {
+        let handle = result::create_handle()?;
+        // SAFETY: the library is loaded; the function has no arguments.
+        let version = unsafe { sys::cublasLtGetVersion() };
+        let algorithms = Mutex::new(Algorithms::open(cache, device, &format!("cuBLASLt-{version}")));
+        Ok(Products { handle, workspace, plans: Mutex::new(HashMap::new()), algorithms })
     }
 
     /// Queues a product on a stream of the current context.
@@ -125,7 +133,8 @@ impl Products {
         }
     }
 
-    /// Asks the heuristics. What is created before an error is lost, which happens once per shape that cannot be done.
+    /// Takes what an earlier run has chosen, or asks the heuristics. What is created before an error is lost, which happens once per shape
+    /// that cannot be done.
     fn plan(&self, shape: &ProductShape, [a, b, c]: [u32; 3]) -> Result<Plan, CublasError> {
         let asked = ColumnMajor::of(shape);
         let layout = |stored: &Stored, dtype| {
@@ -143,6 +152,13 @@ impl Products {
         ] {
             // SAFETY: the attribute is a 32-bit enumeration (CUBLAS_OP_N is 0, CUBLAS_OP_T is 1).
             unsafe { result::set_matmul_desc_attribute(product, attribute, (&raw const value).cast(), 4) }?;
+        }
+        let key = key(shape, [a, b, c], WORKSPACE);
+        let mut algorithms = self.algorithms.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(algorithm) =
+            algorithms.get(&key).and_then(|chosen| self.restored(chosen, product, [left, right, out]))
+        {
+            return Ok(Plan { product, left, right, out, algorithm });
         }
         let preference = result::create_matmul_pref()?;
         use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
@@ -169,7 +185,30 @@ impl Products {
             unsafe { result::get_matmul_algo_heuristic(self.handle, product, left, right, out, out, preference) };
         // SAFETY: created above, used no more.
         unsafe { result::destroy_matmul_pref(preference) }?;
-        Ok(Plan { product, left, right, out, algorithm: algorithm? })
+        let algorithm = algorithm?;
+        let workspace = algorithm.workspaceSize as u64;
+        algorithms.keep(key, Chosen { words: algorithm.algo.data, workspace });
+        Ok(Plan { product, left, right, out, algorithm })
+    }
+
+    /// A choice of an earlier run, if the library says that it can do the product so.
+    fn restored(
+        &self,
+        chosen: Chosen,
+        product: sys::cublasLtMatmulDesc_t,
+        [left, right, out]: [sys::cublasLtMatrixLayout_t; 3],
+    ) -> Option<sys::cublasLtMatmulHeuristicResult_t> {
+        let algo = sys::cublasLtMatmulAlgo_t { data: chosen.words };
+        let mut checked = MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::uninit();
+        let place = checked.as_mut_ptr();
+        // SAFETY: everything lives; where the check succeeds, it has written the result.
+        let checked = unsafe {
+            sys::cublasLtMatmulAlgoCheck(self.handle, product, left, right, out, out, &algo, place).result().ok()?;
+            // It leaves the algorithm itself as it was.
+            (&raw mut (*place).algo).write(algo);
+            checked.assume_init()
+        };
+        (checked.workspaceSize as u64 == chosen.workspace && checked.workspaceSize <= WORKSPACE).then_some(checked)
     }
 }
 

@@ -1,5 +1,5 @@
 use crate::machine::{Random, assert_close, dot, floats, gradient, indices, plus, poisoned, run};
-use paceline_kernels::Call;
+use paceline_kernels::{Call, head_scratch};
 use proptest::prelude::*;
 
 /// Logarithms of the sums of exponentials, and losses, per row.
@@ -32,7 +32,7 @@ proptest! {
         let targets = random.indices(r, vocab);
         let (expected_lse, losses) = reference(&x, &weight, &targets, c);
         let (x_array, weight_array, target_array) = (floats(&x), floats(&weight), indices(&targets));
-        let (lse, loss, scratch) = (poisoned(r), poisoned(1), poisoned((chunk * vocab) as usize));
+        let (lse, loss, scratch) = (poisoned(r), poisoned(1), poisoned(head_scratch([rows, cols, vocab, chunk], false)));
         run(Call::HeadLoss {
             x: x_array.view(),
             weight: weight_array.view(),
@@ -57,7 +57,7 @@ proptest! {
         let expected_weight = plus(&before, &gradient(&weight, |weight| total(&x, weight)));
         for (with_dx, with_weight) in [(true, true), (true, false), (false, true)] {
             let (dx, d_weight) = (poisoned(r * c), floats(&before));
-            let scratch = poisoned((chunk * vocab) as usize);
+            let scratch = poisoned(head_scratch([rows, cols, vocab, chunk], false));
             run(Call::HeadBackward {
                 x: x_array.view(),
                 weight: weight_array.view(),

@@ -30,7 +30,7 @@ fn indices_outside_of_tables() {
         targets: tokens.view(),
         lse: pool.at(100, 3),
         loss: pool.at(200, 1),
-        scratch: pool.at(300, 15),
+        scratch: pool.at(300, 24),
         rows: 3,
         cols: 2,
         vocab: 5,

@@ -2,7 +2,7 @@
 //! precision: what differs is the rounding of what is written.
 
 use crate::machine::{Array, Random, floats, halves, indices, poisoned, poisoned_halves, run};
-use paceline_kernels::{AttentionShape, Call};
+use paceline_kernels::{AttentionShape, Call, head_scratch};
 use proptest::prelude::*;
 
 impl Random {
@@ -22,6 +22,11 @@ struct Types {
 impl Types {
     fn of(self, values: &[f64]) -> Array {
         if self.narrow { halves(values) } else { floats(values) }
+    }
+
+    /// Gradients of weights are as narrow as values, or `wide`.
+    fn gradients(self, wide: bool, values: &[f64]) -> Array {
+        Types { narrow: self.narrow && !wide }.of(values)
     }
 
     fn poisoned(self, len: usize) -> Array {
@@ -48,8 +53,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(10))]
 
     #[test]
-    fn norms(rows in 1u32..5, wide in 1u32..20, odd in 0u32..2, layer_norm: bool, seed: u64) {
-        let cols = 8 * wide + odd;
+    fn norms(rows in 1u32..5, eights in 1u32..20, odd in 0u32..2, layer_norm: bool, wide: bool, seed: u64) {
+        let cols = 8 * eights + odd;
         let (r, c) = (rows as usize, cols as usize);
         let mut random = Random(seed);
         let [x, dy, before] = [2.0, 1.0, 1.0].map(|bound| random.halves(r * c, bound));
@@ -58,7 +63,8 @@ proptest! {
             let [x, dy, gamma] = [&x, &dy, &gamma].map(|values| types.of(values));
             let beta = layer_norm.then(|| types.of(&beta));
             let (out, stats) = (types.poisoned(r * c), poisoned(r * (1 + usize::from(layer_norm))));
-            let (dx, d_gamma, d_beta) = (types.of(&before), floats(&vec![0.5; c]), floats(&vec![0.25; c]));
+            let [d_gamma, d_beta] = [0.5, 0.25].map(|before| types.gradients(wide, &vec![before; c]));
+            let dx = types.of(&before);
             let [x, dy, gamma, statistics] = [&x, &dy, &gamma, &stats].map(Array::view);
             let (beta, epsilon) = (beta.as_ref().map(Array::view), 1e-5);
             run(Call::Norm { x, gamma, beta, out: out.view(), stats: statistics, rows, cols, epsilon });
@@ -70,8 +76,8 @@ proptest! {
     }
 
     #[test]
-    fn activations_and_biases(rows in 1u32..5, wide in 1u32..12, odd in 0u32..2, seed: u64) {
-        let cols = 8 * wide + odd;
+    fn activations_and_biases(rows in 1u32..5, eights in 1u32..12, odd in 0u32..2, wide: bool, seed: u64) {
+        let cols = 8 * eights + odd;
         let (r, c) = (rows as usize, cols as usize);
         let mut random = Random(seed);
         let (gate_up, d_out, bias) = (random.halves(2 * r * c, 4.0), random.halves(r * c, 1.0), random.halves(c, 1.0));
@@ -84,7 +90,8 @@ proptest! {
             let (gelu, d_x) = (types.poisoned(r * c), types.poisoned(r * c));
             run(Call::Gelu { x: x.view(), out: gelu.view() });
             run(Call::GeluBackward { x: x.view(), d_out: slopes.view(), d_x: d_x.view() });
-            let (biased, sum, d_bias) = (types.of(&d_out), types.poisoned(r * c), floats(&vec![0.0; c]));
+            let (biased, sum) = (types.of(&d_out), types.poisoned(r * c));
+            let d_bias = types.gradients(wide, &vec![0.5; c]);
             let bias = types.of(&bias);
             run(Call::AddBias { x: biased.view(), bias: bias.view(), rows, cols });
             run(Call::BiasGradient { dy: slopes.view(), d_bias: d_bias.view(), rows, cols });
@@ -95,7 +102,14 @@ proptest! {
     }
 
     #[test]
-    fn embeddings_and_rotations(sequences in 1u32..3, seq in 1u32..9, pairs in 1u32..9, vocab in 1u32..9, seed: u64) {
+    fn embeddings_and_rotations(
+        sequences in 1u32..3,
+        seq in 1u32..9,
+        pairs in 1u32..9,
+        vocab in 1u32..9,
+        wide: bool,
+        seed: u64,
+    ) {
         let shape = AttentionShape { batch: sequences, seq, heads: 2, kv_heads: 1, head_dim: 2 * pairs };
         let (rows, cols) = (sequences * seq, 4 * 2 * pairs);
         let (r, c, v) = (rows as usize, cols as usize, vocab as usize);
@@ -108,7 +122,7 @@ proptest! {
             let [tokens, table_view, position_view] = [&tokens, &table, &positions].map(Array::view);
             let given = Some(position_view);
             run(Call::Embedding { tokens, table: table_view, positions: given, out: out.view(), rows, cols, seq });
-            let (d_table, d_positions) = (floats(&vec![1.0; v * c]), floats(&vec![1.0; seq as usize * c]));
+            let [d_table, d_positions] = [v * c, seq as usize * c].map(|len| types.gradients(wide, &vec![1.0; len]));
             run(Call::EmbeddingBackward {
                 tokens,
                 d_out: slopes.view(),
@@ -125,7 +139,15 @@ proptest! {
     }
 
     #[test]
-    fn heads(rows in 1u32..9, cols in 1u32..20, vocab in 1u32..1200, chunk in 1u32..9, seed: u64) {
+    fn heads(
+        rows in 1u32..9,
+        cols in 1u32..20,
+        vocab in 1u32..1200,
+        chunk in 1u32..9,
+        with_dx: bool,
+        wide: bool,
+        seed: u64,
+    ) {
         let (r, c, v) = (rows as usize, cols as usize, vocab as usize);
         let mut random = Random(seed);
         let (x, weight, targets) = (random.halves(r * c, 1.0), random.halves(v * c, 1.0), random.indices(r, vocab));
@@ -133,8 +155,10 @@ proptest! {
         // Gradients of logits are rounded before they are added.
         compare(4.0, |types| {
             let (x, weight, targets) = (types.of(&x), types.of(&weight), indices(&targets));
-            let (lse, loss, scratch) = (poisoned(r), poisoned(1), poisoned((chunk * vocab) as usize));
-            let (dx, d_weight) = (types.poisoned(r * c), floats(&vec![0.0; v * c]));
+            let needed = head_scratch([rows, cols, vocab, chunk], types.narrow && with_dx);
+            let (lse, loss, scratch) = (poisoned(r), poisoned(1), poisoned(needed));
+            let dx = if with_dx { types.poisoned(r * c) } else { types.of(&vec![0.0; r * c]) };
+            let d_weight = types.gradients(wide, &vec![0.5; v * c]);
             let [x, weight, targets, lse_view, scratch] = [&x, &weight, &targets, &lse, &scratch].map(Array::view);
             run(Call::HeadLoss {
                 x,
@@ -153,7 +177,7 @@ proptest! {
                 weight,
                 targets,
                 lse: lse_view,
-                dx: Some(dx.view()),
+                dx: with_dx.then(|| dx.view()),
                 d_weight: Some(d_weight.view()),
                 scratch,
                 rows,
@@ -176,6 +200,44 @@ proptest! {
             let (transpose_a, transpose_b) = (seed & 1 == 1, seed & 2 == 2);
             run(Call::MatMul { a: a.view(), b: b.view(), c: c.view(), m, n, k, transpose_a, transpose_b, accumulate });
             vec![c]
+        });
+    }
+}
+
+/// Gradients that many rows add to are rounded once, at the end: more rows than a block of columns takes at a time, tokens that occur
+/// hundreds of times, rows wider than a block of the embedding holds.
+#[test]
+fn gradients_of_many_rows_are_rounded_once() {
+    let mut random = Random(7);
+    for (rows, cols) in [(700u32, 40u32), (3, 2100)] {
+        let (r, c) = (rows as usize, cols as usize);
+        let (x, dy) = (random.halves(r * c, 2.0), random.halves(r * c, 1.0));
+        let tokens: Vec<u32> = (0..rows).map(|row| row % 3 % 2).collect();
+        let stats: Vec<f64> = (0..r).flat_map(|_| [0.25, 1.5]).collect();
+        compare(0.0, |types| {
+            let (x, dy, tokens, stats) = (types.of(&x), types.of(&dy), indices(&tokens), floats(&stats));
+            let [d_gamma, d_beta, d_bias] = [c, c, c].map(|len| types.of(&vec![0.5; len]));
+            let (d_table, d_positions) = (types.of(&vec![1.0; 2 * c]), types.of(&vec![1.0; c]));
+            run(Call::NormBackwardWeight {
+                x: x.view(),
+                stats: stats.view(),
+                dy: dy.view(),
+                d_gamma: d_gamma.view(),
+                d_beta: Some(d_beta.view()),
+                rows,
+                cols,
+            });
+            run(Call::BiasGradient { dy: dy.view(), d_bias: d_bias.view(), rows, cols });
+            run(Call::EmbeddingBackward {
+                tokens: tokens.view(),
+                d_out: dy.view(),
+                d_table: d_table.view(),
+                d_positions: Some(d_positions.view()),
+                rows,
+                cols,
+                seq: 1,
+            });
+            vec![d_gamma, d_beta, d_bias, d_table, d_positions]
         });
     }
 }

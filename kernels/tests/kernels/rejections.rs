@@ -1,7 +1,7 @@
 //! Calls that do not fit together are refused before memory is touched, with the operand named.
 
 use crate::machine::{Array, DEVICE, doubles, floats, indices, try_run};
-use paceline_kernels::{AdamW, AttentionShape, Block, Call, DType, KernelError, View};
+use paceline_kernels::{AdamW, AttentionShape, Block, Call, DType, Decays, KernelError, View};
 
 /// `len` floats of one shared block from `start` on, so that overlaps can be made.
 pub struct Pool(Box<dyn Block>);
@@ -55,13 +55,13 @@ fn wrong_lengths() {
             targets: targets.view(),
             lse: pool.at(200, 4),
             loss: pool.at(300, 1),
-            scratch: pool.at(400, 14),
+            scratch: pool.at(400, 23),
             rows,
             cols,
             vocab,
             chunk,
         },
-        &["scratch has 14", "at least 15"],
+        &["scratch has 23", "at least 24"],
     );
 }
 
@@ -108,7 +108,9 @@ fn overlaps() {
         gradients: pool.at(8, 8),
         first: pool.at(16, 8),
         second: pool.at(20, 8),
+        rounded: None,
         norm: norm.view(),
+        decays: Decays::all(true),
         with,
     };
     refused(call, &["second overlaps first"]);
@@ -135,6 +137,27 @@ fn transfers_of_other_sizes() {
     let (up, down) = unsafe { (DEVICE.upload(&[0; 7], array.view()), DEVICE.download(array.view(), &mut [0; 9])) };
     assert_eq!(up.unwrap_err().to_string(), "upload: host has 7 bytes, the view 8");
     assert_eq!(down.unwrap_err().to_string(), "download: host has 9 bytes, the view 8");
+}
+
+#[test]
+fn runs_of_decaying_parameters_that_are_none() {
+    assert_eq!(Decays::new(true, &[3, 3]), None, "empty runs");
+    assert_eq!(Decays::new(true, &[5, 4]), None, "borders fall");
+    assert_eq!(Decays::new(true, &(1..=Decays::MOST as u32 + 1).collect::<Vec<_>>()), None, "too many");
+    let decays = Decays::new(false, &[2, 5]).unwrap();
+    assert_eq!(decays.runs(8).collect::<Vec<_>>(), [(0..2, false), (2..5, true), (5..8, false)]);
+    let pool = Pool::new();
+    let with = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0, step: 1, clip: None };
+    let call = Call::AdamWAhead {
+        parameters: pool.at(0, 5),
+        kept: pool.at(8, 5),
+        gradients: pool.at(16, 5),
+        first: pool.at(24, 5),
+        second: pool.at(32, 5),
+        decays,
+        with,
+    };
+    refused(call, &["begins at 5", "5 parameters"]);
 }
 
 /// Whoever allocates memory for others asks a call what it touches.

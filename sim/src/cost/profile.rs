@@ -2,7 +2,7 @@
 
 use super::{CostModel, Exchange, Round};
 use crate::model::ModelPass;
-use crate::model::parameters::{decay_runs, tied_matrix, unit_layout};
+use crate::model::parameters::{decay_groups, tied_matrix, unit_layout};
 use crate::program::{
     Arrangement, Element, Group, Op, OpKind, Pass, Piece, Program, RankProgram, Recompute, Shares, SharesError, Step,
     TransformerWorkload, Workload, begun_gradients, gradient_sources, rounds, shares, tree_parts, update,
@@ -399,8 +399,8 @@ impl Calls<'_> {
             OpKind::OptimizerAhead { stage, unit, .. } => match update(self.rank, op) {
                 None => Vec::new(),
                 Some(update) => {
-                    let runs = self.runs(stage, unit, update.range);
-                    let ahead = runs.map(|run| gradients(KernelOp::AdamWAhead, run.len()));
+                    let updates = self.updates(stage, unit, update.range);
+                    let ahead = updates.map(|part| gradients(KernelOp::AdamWAhead, part.len()));
                     // The first of the copies is what the kernel itself writes.
                     let copies = update.copies.iter().skip(1);
                     ahead.chain(copies.map(|(to, both)| copied(to, both.len()))).collect()
@@ -409,12 +409,17 @@ impl Calls<'_> {
             OpKind::Optimizer { stage, unit } | OpKind::Validate { stage, unit, .. } => match update(self.rank, op) {
                 None => Vec::new(),
                 Some(update) => {
-                    let runs = self.runs(stage, unit, update.range);
-                    let updated = runs.map(|run| gradients(KernelOp::AdamW, run.len()));
-                    let zeroed = update.leftovers.1.into_iter().map(|part| gradients(KernelOp::Zero, part.len()));
                     // A guess that proves right is not replaced.
                     let guessed = matches!(op.kind, OpKind::Validate { .. });
-                    let copies = update.copies.iter().filter(|_| !guessed);
+                    let rounds = !guessed && update.rounded().is_some();
+                    let updated = self.updates(stage, unit, update.range).map(|part| {
+                        let key = gradients(KernelOp::AdamW, part.len());
+                        // The narrow copy comes with the update.
+                        let wide = rounds && key.dtype == DType::F32;
+                        if wide { key.with(DType::Bf16F32) } else { key }
+                    });
+                    let zeroed = update.leftovers.1.into_iter().map(|part| gradients(KernelOp::Zero, part.len()));
+                    let copies = update.copies.iter().skip(usize::from(rounds)).filter(|_| !guessed);
                     updated.chain(zeroed).chain(copies.map(|(to, both)| copied(to, both.len()))).collect()
                 }
             },
@@ -426,9 +431,9 @@ impl Calls<'_> {
     }
 
     /// Elements that a unit's optimizer updates in one call each.
-    fn runs(&self, stage: StageId, unit: u16, updated: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    fn updates(&self, stage: StageId, unit: u16, updated: Range<usize>) -> impl Iterator<Item = Range<usize>> {
         let specs = unit_layout(self.workload, &self.program.stages, stage, unit).into_iter();
-        decay_runs(specs.map(|spec| (spec.range, spec.decay)), updated).into_iter().map(|(run, _)| run)
+        decay_groups(specs.map(|spec| (spec.range, spec.decay)), updated).into_iter().map(|group| group.range)
     }
 }
 

@@ -57,7 +57,8 @@ pub struct Shape {
     pub precision: Precision,
 }
 
-/// Most logits that the loss holds at a time: 16 MiB of f32.
+/// Logits that the loss may hold at a time in any case: 16 MiB of f32. Where the matrix of the output projection is larger, as many as
+/// it has elements: with a chunk of `hidden` rows, reading the matrix and adding to its gradient take less time than the products.
 const LOGITS: usize = 1 << 22;
 
 impl Shape {
@@ -82,7 +83,7 @@ impl Shape {
                 head_dim: model.head_dim,
             },
             vocab: model.vocab as usize,
-            chunk: (LOGITS / model.vocab.max(1) as usize).clamp(1, rows.max(1)),
+            chunk: (LOGITS / model.vocab.max(1) as usize).max(model.hidden as usize).clamp(1, rows.max(1)),
             gated: model.activation == Activation::SwiGlu,
             layer_norm,
             precision: workload.precision,

@@ -44,7 +44,7 @@ pub(crate) fn head_forward(b: &mut Builder, spot: &Spot) {
     let place = b.loss;
     let loss = b.slice(Tensor::Losses, place..place + 1);
     let weight = b.weight(spot, Role::Logits);
-    let scratch = logits(b);
+    let scratch = logits(b, false);
     let operands = [normed, weight, b.ids(true), lse, loss, scratch];
     b.push(KernelOp::HeadLoss, &head_dims(b), operands, Detail::None);
     b.workspace.release(start);
@@ -79,7 +79,7 @@ fn head(b: &mut Builder, spot: &Spot, into: Option<&Slice>, matrix: bool) {
     let normed = rebuilt_norm(b, spot, Piece::Normed, FINAL_NORM, &x);
     let lse = b.piece(spot, Piece::LogSumExp, false);
     let d_normed = into.map(|_| b.scratch(s.rows * s.hidden));
-    let scratch = logits(b);
+    let scratch = logits(b, d_normed.is_some() && d_weight.is_some());
     let weight = b.weight(spot, Role::Logits);
     let op = match (&d_normed, &d_weight) {
         (Some(_), Some(_)) => KernelOp::HeadBackward,
@@ -105,7 +105,10 @@ fn head_dims(b: &Builder) -> [usize; 4] {
     [b.shape.rows, b.shape.hidden, b.shape.vocab, b.shape.chunk]
 }
 
-/// Room for a chunk of logits.
-fn logits(b: &mut Builder) -> Slice {
-    b.workspace.take(b.shape.chunk * b.shape.vocab, Element::F32)
+/// Room for a chunk of logits, rows rounded up to a multiple of 8 elements; where both gradients of narrow values are summed, also for the
+/// 32-bit sums of the input's.
+fn logits(b: &mut Builder, both: bool) -> Slice {
+    let s = b.shape;
+    let sums = if both && s.precision.values() == Element::Bf16 { s.rows * s.hidden } else { 0 };
+    b.workspace.take(s.chunk * s.vocab.next_multiple_of(8) + sums, Element::F32)
 }

@@ -329,21 +329,54 @@ fn layout(
 /// Elements of a unit's flat buffer, and whether weight decay applies to them.
 pub type DecayRun = (Range<usize>, bool);
 
-/// Cuts the part `within` of a unit's flat buffer into the longest runs that weight decay treats alike: one optimizer call
-/// each. `parameters` are all parameters of the unit in order, with [`ParameterSpec::decay`].
-pub fn decay_runs(parameters: impl IntoIterator<Item = DecayRun>, within: Range<usize>) -> Vec<DecayRun> {
-    let mut runs: Vec<DecayRun> = Vec::new();
-    for (range, decay) in parameters {
-        let part = range.start.max(within.start)..range.end.min(within.end);
-        if part.is_empty() {
-            continue;
+/// Neighbouring elements of a unit's flat buffer that one optimizer call updates, whatever parameters they belong to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DecayGroup {
+    /// The elements.
+    pub range: Range<usize>,
+    /// Whether weight decay applies to the first of them.
+    pub first: bool,
+    /// Where it ceases or begins to apply, from the begin of the range on.
+    pub borders: SmallVec<[u32; DecayGroup::MOST]>,
+}
+
+impl DecayGroup {
+    /// Borders that one call can have.
+    pub const MOST: usize = 15;
+
+    fn decays(&self) -> bool {
+        self.first == self.borders.len().is_multiple_of(2)
+    }
+
+    /// Takes in elements that follow; `false` where one call cannot have them too.
+    fn take(&mut self, part: &Range<usize>, decay: bool) -> bool {
+        let (len, border) = (self.range.len() + part.len(), self.decays() != decay);
+        if self.range.end != part.start || u32::try_from(len).is_err() || border && self.borders.len() == Self::MOST {
+            return false;
         }
-        match runs.last_mut() {
-            Some((last, same)) if *same == decay && last.end == part.start => last.end = part.end,
-            _ => runs.push((part, decay)),
+        if border {
+            self.borders.push(self.range.len() as u32);
+        }
+        self.range.end = part.end;
+        true
+    }
+}
+
+/// Cuts the part `within` of a unit's flat buffer into the fewest optimizer calls. `parameters` are all parameters of the unit in
+/// order, with [`ParameterSpec::decay`].
+pub fn decay_groups(parameters: impl IntoIterator<Item = DecayRun>, within: Range<usize>) -> Vec<DecayGroup> {
+    let mut groups: Vec<DecayGroup> = Vec::new();
+    for (range, decay) in parameters {
+        let (mut start, end) = (range.start.max(within.start), range.end.min(within.end));
+        while start < end {
+            let part = start..end.min(start.saturating_add(u32::MAX as usize));
+            start = part.end;
+            if !groups.last_mut().is_some_and(|last| last.take(&part, decay)) {
+                groups.push(DecayGroup { range: part, first: decay, borders: SmallVec::new() });
+            }
         }
     }
-    runs
+    groups
 }
 
 /// The embedding matrix of a tied model within a unit, where two ranks hold it: the range whose gradients

@@ -1,7 +1,7 @@
 mod fuzz;
 mod lifetimes;
 
-use super::parameters::{tied_matrix, unit_layout, unit_parameters};
+use super::parameters::{decay_groups, tied_matrix, unit_layout, unit_parameters};
 use super::*;
 use crate::program::{
     Element, MemoryClass, OpKind, Pass, Precision, Recompute, Stage, Tensor, TransformerWorkload, Unit,
@@ -245,4 +245,27 @@ fn bfloat16_halves_values_and_leaves_statistics() {
     assert_eq!(elements, [Element::Bf16, Element::Bf16, Element::Bf16, Element::F32]);
     let attention = all.iter().find(|step| step.key.op == KernelOp::AttentionBackward).unwrap();
     assert_eq!((attention.operands[2].element, attention.operands[5].element), (Element::F32, Element::F32));
+}
+
+#[test]
+fn one_optimizer_call_has_many_parameters() {
+    let parameters = [(0..4, true), (4..6, false), (6..8, false), (8..20, true), (20..21, false)];
+    let of = |within| {
+        let groups = decay_groups(parameters.iter().cloned(), within).into_iter();
+        groups.map(|group| (group.range, group.first, group.borders.to_vec())).collect::<Vec<_>>()
+    };
+    assert_eq!(of(0..21), [(0..21, true, vec![4, 8, 20])]);
+    assert_eq!(of(5..9), [(5..9, false, vec![3])], "borders count from the begin");
+    assert_eq!(of(9..12), [(9..12, true, vec![])]);
+    assert!(of(3..3).is_empty());
+    // A hole, more borders than a call has, and more elements than it counts.
+    let apart = decay_groups([(0..2, true), (3..4, true)], 0..4);
+    assert_eq!(apart.iter().map(|group| group.range.clone()).collect::<Vec<_>>(), [0..2, 3..4]);
+    let turns = (0..40).map(|n| (n..n + 1, n % 2 == 1));
+    let groups = decay_groups(turns, 0..40);
+    assert_eq!(groups.iter().map(|group| group.range.clone()).collect::<Vec<_>>(), [0..16, 16..32, 32..40]);
+    assert!(groups.iter().all(|group| !group.first && group.borders.len() == group.range.len() - 1));
+    let many = 3 * u32::MAX as usize;
+    let sizes: Vec<usize> = decay_groups([(0..many, true)], 1..many).iter().map(|group| group.range.len()).collect();
+    assert_eq!(sizes, [u32::MAX as usize, u32::MAX as usize, u32::MAX as usize - 1]);
 }

@@ -46,6 +46,15 @@ pub struct Update {
     pub copies: SmallVec<[(Piece, Range<usize>); 2]>,
 }
 
+impl Update {
+    /// The copy that the update itself writes beside the 32-bit weights: the first, where it is a narrower one of every element.
+    pub fn rounded(&self) -> Option<&Piece> {
+        let (piece, both) = self.copies.first()?;
+        let narrower = self.parameters.element == Element::F32 && piece.element == Element::Bf16;
+        (narrower && *both == self.range).then_some(piece)
+    }
+}
+
 /// The update that an optimizer op performs; `None` when the op lacks one of weights, gradients and moments.
 pub fn update(rank: &RankProgram, op: &Op) -> Option<Update> {
     let moments =
