@@ -2,18 +2,20 @@
 
 mod launch;
 
+use crate::bind::OpRef;
 use crate::crew::Clock;
 use crate::data::Sampler;
 use crate::effects::HostRange;
 use crate::error::ExecError;
 use crate::interpreter::Hands;
 use crate::kernel_times::KernelTally;
+use crate::lines::Lines;
 use crate::memory::RankMemory;
 use crate::numbers::{self, dtype};
 use crate::processes::Mesh;
 use crate::seam::{Launch, Operands, Passes};
 use crate::settings::OptimizerSettings;
-use launch::{Launcher, OpOperands};
+use launch::{Launcher, OpOperands, Ticks};
 use paceline_kernels::{AdamW, Call, Decays, Device, KernelError, View};
 use paceline_sim::model::parameters::{DecayGroup, DecayRun, decay_groups};
 use paceline_sim::program::{
@@ -29,6 +31,8 @@ use std::ops::Range;
 pub(crate) struct Job<'a> {
     pub program: &'a Program,
     pub device: &'a dyn Device,
+    /// Where the host runs ahead of it.
+    pub lines: Option<&'a Lines<'a>>,
     pub clock: Clock,
     pub passes: &'a dyn Passes,
     pub sampler: &'a Sampler<'a>,
@@ -69,7 +73,8 @@ pub(crate) struct StepOrders {
     /// Steps to do, at most those of the program.
     pub steps: u32,
     pub capture_gradients: bool,
-    /// Count the time of every kernel. Where calls run behind the host's back it then waits for each, which costs time.
+    /// Count the time of every kernel. Where calls run behind the host's back and without queues it then waits for each, which costs
+    /// time.
     pub time_kernels: bool,
 }
 
@@ -82,14 +87,26 @@ pub(crate) struct StepResult {
     pub squared_norm: Option<f64>,
 }
 
+/// A change of what lives.
+#[derive(Debug, Clone, Copy)]
+struct Change {
+    /// When, by the host's clock.
+    at: u64,
+    /// Bytes afterwards.
+    bytes: u64,
+    /// The op that allocated (false) or freed (true).
+    by: Option<(u32, bool)>,
+}
+
 /// A rank that computes.
 pub(crate) struct CpuHands<'a> {
     job: &'a Job<'a>,
     id: RankId,
     rank: &'a RankProgram,
     pub memory: RankMemory<'a>,
-    pub curve: Vec<(u64, u64)>,
+    curve: Vec<Change>,
     pub kernels: KernelTally,
+    ticks: Ticks,
     pub orders: StepOrders,
     /// By stage and unit: what it updates and counts.
     shares: BTreeMap<(StageId, u16), Shares>,
@@ -133,6 +150,7 @@ impl<'a> CpuHands<'a> {
             })?,
             curve: Vec::with_capacity(2 * rank.ops.len()),
             kernels: KernelTally::default(),
+            ticks: Ticks::default(),
             orders: StepOrders::default(),
             shares,
             results: Vec::new(),
@@ -146,9 +164,9 @@ impl<'a> CpuHands<'a> {
             rank,
         };
         for &buffer in &rank.persistent {
-            hands.begin_life(buffer.index()).map_err(|source| hands.refused(0, source))?;
+            hands.begin_life(buffer.index(), job.device).map_err(|source| hands.refused(0, source))?;
             if !is_weight(rank.buffers[buffer.index()].tensor) {
-                hands.zero(buffer.index()).map_err(|source| hands.refused(0, source))?;
+                hands.zero(buffer.index(), job.device).map_err(|source| hands.refused(0, source))?;
             }
         }
         hands.memory.settle();
@@ -159,15 +177,24 @@ impl<'a> CpuHands<'a> {
         ExecError::Kernel { rank: self.id, op: OpId(op), source }
     }
 
-    fn begin_life(&mut self, buffer: usize) -> Result<(), KernelError> {
-        let held = &self.rank.buffers[buffer];
-        self.memory.allocate(buffer, held.class, held.bytes)
+    /// Where the rank computes.
+    fn device(&self) -> &'a dyn Device {
+        self.job.lines.map_or(self.job.device, |lines| lines.compute(self.id.0))
     }
 
-    fn zero(&self, buffer: usize) -> Result<(), KernelError> {
+    fn at(&self, op: u32) -> OpRef {
+        OpRef { rank: self.id.0, op }
+    }
+
+    fn begin_life(&mut self, buffer: usize, on: &dyn Device) -> Result<(), KernelError> {
+        let held = &self.rank.buffers[buffer];
+        self.memory.allocate(buffer, held.class, held.bytes, on)
+    }
+
+    fn zero(&self, buffer: usize, on: &dyn Device) -> Result<(), KernelError> {
         match self.view(buffer) {
             // SAFETY: the buffer lives, and this rank's thread alone knows it yet.
-            Some(x) => unsafe { self.job.device.run(&Call::Zero { x }) },
+            Some(x) => unsafe { on.run(&Call::Zero { x }) },
             None => Ok(()),
         }
     }
@@ -210,15 +237,18 @@ impl<'a> CpuHands<'a> {
         self.gradients.clear();
         for &buffer in &self.rank.persistent {
             if matches!(self.rank.buffers[buffer.index()].tensor, Tensor::Losses | Tensor::GradientNorm) {
-                self.zero(buffer.index())?;
+                self.zero(buffer.index(), self.device())?;
             }
         }
-        self.curve.push((0, self.memory.settle()));
+        self.note_curve(0, None);
         Ok(())
     }
 
     /// Reads what a finished step leaves in persistent buffers, and drops what it has left behind where it was abandoned.
     pub fn conclude(&mut self) -> Result<(), KernelError> {
+        if let Some(lines) = self.job.lines {
+            self.ticks.count(lines, &mut self.kernels)?;
+        }
         for &buffer in &self.rank.persistent {
             self.note_result(buffer.index())?;
         }
@@ -234,6 +264,32 @@ impl<'a> CpuHands<'a> {
         Ok(())
     }
 
+    fn note_curve(&mut self, at: u64, by: Option<(u32, bool)>) {
+        let bytes = self.memory.settle();
+        self.curve.push(Change { at, bytes, by });
+    }
+
+    /// Live bytes after each change since this was asked last. Where the host ran ahead, `times` of an op are its begin (from when on it
+    /// could have run) and its end on the device.
+    pub fn take_curve(&mut self, times: impl Fn(u32) -> (u64, u64)) -> Vec<(u64, u64)> {
+        let mut latest = 0;
+        let ahead = self.job.lines.is_some();
+        let when = |change: &Change| match change.by {
+            Some((op, freed)) if ahead => {
+                let (begin, end) = times(op);
+                if freed { end } else { begin }
+            }
+            _ => change.at,
+        };
+        let all = std::mem::take(&mut self.curve);
+        all.iter()
+            .map(|change| {
+                latest = latest.max(when(change));
+                (latest, change.bytes)
+            })
+            .collect()
+    }
+
     /// Steps that the program has done since it was prepared.
     pub fn done(&self) -> u32 {
         self.leaving.unwrap_or(self.job.steps)
@@ -247,7 +303,7 @@ impl<'a> CpuHands<'a> {
         };
         let mut bytes = vec![0; view.bytes()];
         // SAFETY: the op that frees the buffer, or the step, has ended: nobody writes to it.
-        unsafe { self.job.device.download(view, &mut bytes) }?;
+        unsafe { self.device().download(view, &mut bytes) }?;
         let step = self.result_steps.get(&buffer).copied().unwrap_or(0);
         let result = &mut self.results[step];
         if tensor == Tensor::Losses {
@@ -262,7 +318,13 @@ impl<'a> CpuHands<'a> {
     }
 
     /// Writes the tokens or targets of a microbatch of this rank's replica.
-    fn load(&mut self, buffer: usize, microbatch: MicrobatchId, targets: bool) -> Result<(), ExecError> {
+    fn load(
+        &mut self,
+        buffer: usize,
+        microbatch: MicrobatchId,
+        targets: bool,
+        on: &dyn Device,
+    ) -> Result<(), ExecError> {
         let (sequences, seq) = (self.job.passes.sequences() as usize, self.job.passes.seq() as usize);
         self.batch.resize(2 * sequences * seq, 0);
         let (tokens, following) = self.batch.split_at_mut(sequences * seq);
@@ -281,26 +343,31 @@ impl<'a> CpuHands<'a> {
         }
         let Some(view) = self.view(buffer) else { return Ok(()) };
         // SAFETY: the buffer was allocated just now.
-        unsafe { self.job.device.upload(&bytes, view) }.map_err(|source| self.refused(0, source))
+        unsafe { on.upload(&bytes, view) }.map_err(|source| self.refused(0, source))
     }
 }
 
 impl Hands for CpuHands<'_> {
     fn allocate(&mut self, op: u32, at: u64) -> Result<(), ExecError> {
         let rank = self.rank;
+        let mut on = self.job.device;
+        if let Some(lines) = self.job.lines {
+            lines.await_memory(self.at(op)).map_err(|source| self.refused(op, source))?;
+            on = &*lines.of(self.at(op)).queue;
+        }
         for &buffer in &rank.ops[op as usize].alloc {
-            self.begin_life(buffer.index()).map_err(|source| self.refused(op, source))?;
+            self.begin_life(buffer.index(), on).map_err(|source| self.refused(op, source))?;
             match rank.buffers[buffer.index()].tensor {
-                Tensor::Tokens { microbatch } => self.load(buffer.index(), microbatch, false)?,
-                Tensor::Targets { microbatch } => self.load(buffer.index(), microbatch, true)?,
+                Tensor::Tokens { microbatch } => self.load(buffer.index(), microbatch, false, on)?,
+                Tensor::Targets { microbatch } => self.load(buffer.index(), microbatch, true, on)?,
                 // Sums that start from zero.
                 Tensor::GradientNorm | Tensor::Losses => {
-                    self.zero(buffer.index()).map_err(|source| self.refused(op, source))?;
+                    self.zero(buffer.index(), on).map_err(|source| self.refused(op, source))?;
                 }
                 _ => {}
             }
         }
-        self.curve.push((at, self.memory.settle()));
+        self.note_curve(at, Some((op, false)));
         Ok(())
     }
 
@@ -356,6 +423,10 @@ impl Hands for CpuHands<'_> {
 
     fn compute(&mut self, op: u32, _: u64) -> Result<u64, ExecError> {
         let (job, rank) = (self.job, self.rank);
+        let (at, device) = (self.at(op), self.device());
+        if let Some(lines) = job.lines {
+            lines.arrive(at).and_then(|()| lines.start(at)).map_err(|source| self.refused(op, source))?;
+        }
         let this = &rank.ops[op as usize];
         let operands = OpOperands { rank, id: self.id, op: OpId(op), this, memory: &self.memory };
         let update = match this.kind {
@@ -367,10 +438,11 @@ impl Hands for CpuHands<'_> {
         };
         let launch = Launcher {
             job,
+            device,
             timed: self.orders.time_kernels,
             id: self.id,
             op: OpId(op),
-            tally: RefCell::new(&mut self.kernels),
+            tally: RefCell::new((&mut self.kernels, &mut self.ticks)),
         };
         match this.kind {
             OpKind::Compute { .. } => {
@@ -426,7 +498,7 @@ impl Hands for CpuHands<'_> {
                     let shard = gradients.slice(place.start, place.len());
                     let mut bytes = vec![0; shard.bytes()];
                     // SAFETY: the reduction of these gradients has ended (the op waits for it).
-                    unsafe { job.device.download(shard, &mut bytes) }.map_err(|source| ExecError::Kernel {
+                    unsafe { device.download(shard, &mut bytes) }.map_err(|source| ExecError::Kernel {
                         rank: self.id,
                         op: OpId(op),
                         source,
@@ -463,7 +535,7 @@ impl Hands for CpuHands<'_> {
                 if let OpKind::Validate { .. } = this.kind {
                     let mut bytes = [0; 8];
                     // SAFETY: the sum of the norm has ended (the op waits for it).
-                    unsafe { job.device.download(norm, &mut bytes) }.map_err(|source| ExecError::Kernel {
+                    unsafe { device.download(norm, &mut bytes) }.map_err(|source| ExecError::Kernel {
                         rank: self.id,
                         op: OpId(op),
                         source,
@@ -485,7 +557,14 @@ impl Hands for CpuHands<'_> {
             }
             OpKind::Join | OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } => {}
         }
-        job.device.complete().map_err(|source| ExecError::Kernel { rank: self.id, op: OpId(op), source })?;
+        let done = match job.lines {
+            Some(lines) => {
+                self.ticks.pause();
+                lines.end(at)
+            }
+            None => device.complete(),
+        };
+        done.map_err(|source| ExecError::Kernel { rank: self.id, op: OpId(op), source })?;
         Ok(job.clock.now())
     }
 
@@ -496,7 +575,11 @@ impl Hands for CpuHands<'_> {
             let _ = self.note_result(buffer.index());
             self.memory.free(buffer.index());
         }
-        self.curve.push((at, self.memory.settle()));
+        self.note_curve(at, Some((op, true)));
+    }
+
+    fn finish(&mut self) -> Result<(), ExecError> {
+        self.job.lines.map_or(Ok(()), |lines| lines.finish(self.id.0).map_err(ExecError::Device))
     }
 
     fn leaves(&self, op: u32) -> bool {

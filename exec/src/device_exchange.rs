@@ -1,8 +1,12 @@
 //! The local work of communication on memory that only a device reaches: copies and ordered sums as kernel calls. Results have the
 //! same bits as those of [`crate::collectives::perform`]: every sum goes over the members from first to last.
+//!
+//! Where the device has queues, work is queued on those of the ops ([`Lines`]); else it is done when a function returns.
 
+use crate::bind::Bound;
 use crate::collectives::{Move, Parts, Place, Shape};
 use crate::effects::HostRange;
+use crate::lines::Lines;
 use paceline_kernels::{Block, Call, DType, Device, KernelError, View};
 use paceline_sim::program::Step;
 use std::sync::{Mutex, PoisonError};
@@ -15,14 +19,35 @@ pub(crate) const ROOM: u64 = (BLOCK * DType::F64.bytes()) as u64;
 /// Communication within one device.
 pub(crate) struct DeviceExchange<'d> {
     device: &'d dyn Device,
-    /// Room for sums, made when it is first needed; whoever sums holds it.
-    sums: Mutex<Option<Box<dyn Block>>>,
+    lines: Option<&'d Lines<'d>>,
+    sums: Sums,
     failure: Mutex<Option<KernelError>>,
 }
 
+/// Room for sums, made when it is first needed; whoever sums holds it.
+pub(crate) type Sums = Mutex<Option<Box<dyn Block>>>;
+
+/// Where a piece of work is done.
+#[derive(Clone, Copy)]
+struct Site<'s> {
+    device: &'s dyn Device,
+    sums: &'s Sums,
+}
+
+/// A member's part in a round of a collective.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Part {
+    pub meeting: usize,
+    pub member: usize,
+    pub step: Step,
+    pub groups: usize,
+    pub parts: Parts,
+    pub dtype: DType,
+}
+
 impl<'d> DeviceExchange<'d> {
-    pub fn new(device: &'d dyn Device) -> DeviceExchange<'d> {
-        DeviceExchange { device, sums: Mutex::new(None), failure: Mutex::new(None) }
+    pub fn new(device: &'d dyn Device, lines: Option<&'d Lines<'d>>) -> DeviceExchange<'d> {
+        DeviceExchange { device, lines, sums: Sums::default(), failure: Mutex::new(None) }
     }
 
     /// The first error since this was asked last.
@@ -31,43 +56,82 @@ impl<'d> DeviceExchange<'d> {
     }
 
     fn note(&self, result: Result<(), KernelError>) {
-        if let Err(error) = result.and_then(|()| self.device.complete()) {
+        if let Err(error) = result {
             self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         }
     }
 
-    /// Copies a message, to its end.
+    /// Moves a message.
     ///
     /// # Safety
     /// Both ranges are live memory of the device, and only this call touches them.
-    pub unsafe fn copy(&self, from: HostRange, to: HostRange) {
+    pub unsafe fn transfer(&self, bound: &Bound, transfer: usize, from: HostRange, to: HostRange) {
         // In the widest words that fill it.
         let dtype = if from.bytes.is_multiple_of(4) { DType::U32 } else { DType::BF16 };
         let words = |range: HostRange| View::at(range.address, range.bytes as usize / dtype.bytes(), dtype);
-        // SAFETY: the caller's promise.
-        self.note(unsafe { self.device.run(&Call::Copy { from: words(from), to: words(to) }) });
+        let call = Call::Copy { from: words(from), to: words(to) };
+        let ends = &bound.transfers[transfer];
+        self.note(match self.lines {
+            // SAFETY: the caller's promise.
+            None => unsafe { self.device.run(&call) }.and_then(|()| self.device.complete()),
+            Some(lines) => lines
+                .open_transfer(ends.from, ends.to)
+                // SAFETY: the caller's promise.
+                .and_then(|()| unsafe { lines.of(ends.to).queue.run(&call) })
+                .and_then(|()| lines.close_transfer(ends.from, ends.to)),
+        });
     }
 
-    /// Does the part of `member` in one round of a collective, to its end.
-    ///
-    /// # Safety
-    /// As for [`crate::collectives::perform`], with memory of the device.
-    pub unsafe fn perform(
-        &self,
-        step: Step,
-        members: &[HostRange],
-        groups: usize,
-        parts: Parts,
-        member: usize,
-        dtype: DType,
-    ) {
-        let shape = Shape { members: members.len(), groups };
-        for work in shape.moves(step, parts, member, |member| members[member].shard != 0) {
-            // SAFETY: the caller's promise.
-            self.note(unsafe { self.work(&work, members, dtype) });
+    /// All members stand before a round of a collective.
+    pub fn open_round(&self, meeting: usize, round: usize) {
+        if let Some(lines) = self.lines {
+            self.note(lines.open_round(meeting, round));
         }
     }
 
+    /// All members have done all rounds.
+    pub fn close_meeting(&self, meeting: usize, rounds: usize) {
+        if let Some(lines) = self.lines {
+            self.note(lines.close_meeting(meeting, rounds));
+        }
+    }
+
+    /// Does the part of a member in one round of a collective.
+    ///
+    /// # Safety
+    /// As for [`crate::collectives::perform`], with memory of the device.
+    pub unsafe fn perform(&self, bound: &Bound, part: &Part, members: &[HostRange]) {
+        let at = bound.meetings[part.meeting].members[part.member];
+        self.note(match self.lines {
+            // SAFETY: the caller's promise.
+            None => unsafe { round(self.device, &self.sums, part, members) }.and_then(|()| self.device.complete()),
+            Some(lines) => {
+                let line = lines.of(at);
+                // SAFETY: the caller's promise.
+                unsafe { round(&*line.queue, &line.sums, part, members) }.and_then(|()| lines.end(at))
+            }
+        });
+    }
+}
+
+/// The part of a member in a round, on a device or a queue of it. `sums` is used there and nowhere else.
+///
+/// # Safety
+/// As for [`DeviceExchange::perform`].
+pub(crate) unsafe fn round(
+    device: &dyn Device,
+    sums: &Sums,
+    part: &Part,
+    members: &[HostRange],
+) -> Result<(), KernelError> {
+    let site = Site { device, sums };
+    let shape = Shape { members: members.len(), groups: part.groups };
+    let moves = shape.moves(part.step, part.parts, part.member, |member| members[member].shard != 0);
+    // SAFETY: the caller's promise.
+    moves.iter().try_for_each(|work| unsafe { site.work(work, members, part.dtype) })
+}
+
+impl Site<'_> {
     unsafe fn work(&self, work: &Move, members: &[HostRange], dtype: DType) -> Result<(), KernelError> {
         let width = dtype.bytes();
         let address = |place: Place| match place {

@@ -75,6 +75,9 @@ pub(crate) trait Effects: Sync {
     /// All members stand before a round, from `since` on: gives its bytes to the links between fast groups, if it crosses.
     fn open_round(&self, meeting: usize, round: usize, since: u64) -> Passage;
 
+    /// All members have done all rounds.
+    fn close_meeting(&self, _meeting: usize) {}
+
     /// Whether anything is [`Passage::Awaited`], so that a thread has to watch the clock.
     fn is_delayed(&self) -> bool;
 

@@ -184,7 +184,7 @@ fn microbatch_loss(
                 views.insert(tensor, view);
                 continue;
             }
-            memory.allocate(buffer, class, bytes).map_err(refused)?;
+            memory.allocate(buffer, class, bytes, job.device).map_err(refused)?;
             let dtype = dtype(job.program.workload.precision().element(tensor));
             let Some(block) = memory.block(buffer) else { continue };
             let view = block.view(0, block.bytes() / dtype.bytes(), dtype);

@@ -506,7 +506,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
     }
 
     /// Whether an op meets ranks of other processes.
-    fn is_carried(&self, partner: Partner) -> bool {
+    pub fn is_carried(&self, partner: Partner) -> bool {
         let away = |op: OpRef| !self.effects.hosts(op.rank);
         match partner {
             _ if self.alone => false,

@@ -3,9 +3,10 @@
 use crate::bind::{Bound, Meeting, Partner};
 use crate::collectives::{Member, Parts, perform};
 use crate::crew::Clock;
-use crate::device_exchange::DeviceExchange;
+use crate::device_exchange::{DeviceExchange, Part};
 use crate::effects::{Effects, HostRange, Passage, Span};
 use crate::error::ExecError;
+use crate::lines::Lines;
 use crate::numbers::dtype;
 use crate::processes::network::{Channels, Work};
 use crate::processes::staged::{Collective as Staging, ExchangeError, Staged};
@@ -41,7 +42,9 @@ struct Transfer {
 
 /// Communication by copies and sums in memory that all ranks share: the host's, or that of one device.
 pub(crate) struct HostEffects<'d> {
+    bound: &'d Bound<'d>,
     clock: Clock,
+    lines: Option<&'d Lines<'d>>,
     /// Does the work where the host cannot.
     far: Option<DeviceExchange<'d>>,
     meetings: Vec<Exchange>,
@@ -68,10 +71,10 @@ impl<'d> HostEffects<'d> {
     ///
     /// # Errors
     /// When the device has no network, or it cannot be opened.
-    pub fn among(mut self, bound: &Bound, processes: &Processes, device: &'d dyn Device) -> Result<Self, ExecError> {
+    pub fn among(mut self, processes: &Processes, device: &'d dyn Device) -> Result<Self, ExecError> {
         let channels = match (processes.direct, device.network()) {
             (false, _) => None,
-            (true, Some(network)) => Some(Channels::open(bound, &processes.mesh, network)?),
+            (true, Some(network)) => Some(Channels::open(self.bound, &processes.mesh, network)?),
             (true, None) => {
                 return Err(ExecError::Setting {
                     key: "transport",
@@ -84,7 +87,12 @@ impl<'d> HostEffects<'d> {
         Ok(self)
     }
 
-    pub fn new(bound: &Bound, clock: Clock, device: &'d dyn Device) -> HostEffects<'d> {
+    pub fn new(
+        bound: &'d Bound<'d>,
+        clock: Clock,
+        device: &'d dyn Device,
+        lines: Option<&'d Lines<'d>>,
+    ) -> HostEffects<'d> {
         let exchange = |meeting: &Meeting| {
             let dtype = dtype(meeting.element);
             let (width, members) = (dtype.bytes() as u64, meeting.members.len() as u32);
@@ -116,8 +124,10 @@ impl<'d> HostEffects<'d> {
             Transfer { bytes: t.bytes, delay, way: program.way_of_message(from, to) }
         };
         HostEffects {
+            bound,
             clock,
-            far: (!device.is_host()).then(|| DeviceExchange::new(device)),
+            lines,
+            far: (!device.is_host()).then(|| DeviceExchange::new(device, lines)),
             meetings: bound.meetings.iter().map(exchange).collect(),
             transfers: bound.transfers.iter().map(transfer).collect(),
             ways: bound.meetings.iter().map(|m| program.way_of_round(&program.groups[m.group].ranks)).collect(),
@@ -172,6 +182,11 @@ impl Effects for HostEffects<'_> {
             return Err(ExecError::Program("an exchange with another process, where there is none".into()));
         };
         let staged = Staged { mesh, device: *device };
+        // What another process gets has to be there, and what it sends has to have a place.
+        let queued = self.lines.and_then(|lines| Some((lines, lines.op_of(partner)?)));
+        if let Some((lines, op)) = queued {
+            lines.await_arrival(op).map_err(ExecError::Device)?;
+        }
         let mut start = self.clock.now();
         // SAFETY: the caller's promise.
         let done = unsafe {
@@ -204,6 +219,9 @@ impl Effects for HostEffects<'_> {
             ExchangeError::Process(error) => error.into(),
             ExchangeError::Kernel(error) => ExecError::Device(error),
         })?;
+        if let Some((lines, op)) = queued {
+            lines.end(op).map_err(ExecError::Device)?;
+        }
         let end = self.clock.now();
         Ok(Span { start, end, effective: end })
     }
@@ -223,7 +241,7 @@ impl Effects for HostEffects<'_> {
         // SAFETY: the caller's promise; buffers of different ranks are different blocks.
         let copy = || unsafe {
             if let Some(far) = &self.far {
-                return far.copy(from, to);
+                return far.transfer(self.bound, transfer, from, to);
             }
             std::ptr::copy_nonoverlapping(from.address as *const u8, to.address as *mut u8, to.bytes as usize);
         };
@@ -235,7 +253,17 @@ impl Effects for HostEffects<'_> {
     }
 
     fn open_round(&self, meeting: usize, round: usize, _: u64) -> Passage {
+        if let Some(far) = &self.far {
+            far.open_round(meeting, round);
+        }
         self.pass(&self.ways[meeting], self.meetings[meeting].delays[round])
+    }
+
+    fn close_meeting(&self, meeting: usize) {
+        if let Some(far) = &self.far {
+            let one = self.meetings[meeting].members.len() == 1;
+            far.close_meeting(meeting, if one { 0 } else { self.rounds(meeting) });
+        }
     }
 
     fn is_delayed(&self) -> bool {
@@ -252,7 +280,8 @@ impl Effects for HostEffects<'_> {
         // SAFETY: the caller's promise; blocks are aligned to 64 bytes and the elements have the meeting's type.
         self.timed(|| unsafe {
             if let Some(far) = &self.far {
-                return far.perform(steps[round], ranges, groups, parts, member, dtype);
+                let part = Part { meeting, member, step: steps[round], groups, parts, dtype };
+                return far.perform(self.bound, &part, ranges);
             }
             match dtype {
                 DType::F64 => perform(steps[round], &members::<f64>(ranges), groups, parts, member),

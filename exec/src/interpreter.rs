@@ -21,6 +21,11 @@ pub(crate) trait Hands {
     /// Ends the life of the buffers that an op frees.
     fn free(&mut self, op: u32, at: u64);
 
+    /// Waits for everything that was only queued, at the end of a step.
+    fn finish(&mut self) -> Result<(), ExecError> {
+        Ok(())
+    }
+
     /// Whether the rank, and every other one at the same op of its own program, ends the program here: the rest
     /// is void.
     fn leaves(&self, _op: u32) -> bool {
@@ -89,10 +94,12 @@ pub(crate) fn run_step<E: Effects>(
             hands.free(index, clock);
         }
         if hands.leaves(index) {
-            return fabric.leave(rank);
+            fabric.leave(rank)?;
+            return hands.finish().map_err(stopped);
         }
     }
     fabric.drive(rank, || fabric.is_quiet(rank))?;
+    hands.finish().map_err(stopped)?;
     fabric.effects.reach(fabric.streams_end(rank));
     Ok(())
 }

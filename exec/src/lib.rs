@@ -25,6 +25,7 @@ mod interpreter;
 mod kernel_times;
 mod layers;
 mod learning_rate;
+mod lines;
 mod memory;
 mod numbers;
 mod paced;

@@ -121,8 +121,15 @@ impl<'d> RankMemory<'d> {
         Ok(memory)
     }
 
-    /// Starts the life of a buffer. Panics when it already lives: the program's check excludes that.
-    pub fn allocate(&mut self, buffer: usize, class: MemoryClass, bytes: u64) -> Result<(), KernelError> {
+    /// Starts the life of a buffer, for the work of `on`: the device or a queue of it. Panics when it already lives: the program's check
+    /// excludes that.
+    pub fn allocate(
+        &mut self,
+        buffer: usize,
+        class: MemoryClass,
+        bytes: u64,
+        on: &dyn Device,
+    ) -> Result<(), KernelError> {
         assert!(self.held[buffer].is_none(), "buffer b{buffer} is allocated twice");
         let wanted = usize::try_from(bytes)
             .map_err(|_| KernelError::OutOfMemory { device: self.device.name(), bytes: usize::MAX })?;
@@ -142,8 +149,8 @@ impl<'d> RankMemory<'d> {
             // Whatever the format, all ones are not a number; as an index they are beyond every table.
             let nan = vec![u8::MAX; block.bytes()];
             let view = block.view(0, block.bytes() / 2, DType::BF16);
-            // SAFETY: the block was just allocated; no other view of it exists.
-            unsafe { self.device.upload(&nan, view) }?;
+            // SAFETY: the block was just allocated; where it had been another buffer's, that one's work comes before that of `on`.
+            unsafe { on.upload(&nan, view) }?;
         }
         self.meter.grow(class, block.bytes() as u64);
         self.held[buffer] = Some(Held { class, block });

@@ -196,7 +196,7 @@ impl<'p> PacedHands<'p> {
         let mut memory = RankMemory::new(&Unbacked, rank.buffers.len(), false);
         for buffer in &rank.persistent {
             let held = &rank.buffers[buffer.index()];
-            memory.allocate(buffer.index(), held.class, held.bytes).map_err(|source| ExecError::Kernel {
+            memory.allocate(buffer.index(), held.class, held.bytes, &Unbacked).map_err(|source| ExecError::Kernel {
                 rank: id,
                 op: OpId(0),
                 source,
@@ -213,7 +213,7 @@ impl Hands for PacedHands<'_> {
         for &buffer in &self.rank.ops[op as usize].alloc {
             let held = &self.rank.buffers[buffer.index()];
             // An unbacked device never refuses.
-            let _ = self.memory.allocate(buffer.index(), held.class, held.bytes);
+            let _ = self.memory.allocate(buffer.index(), held.class, held.bytes, &Unbacked);
         }
         self.curve.push((at, self.memory.settle()));
         Ok(())

@@ -12,6 +12,7 @@ use crate::evaluate::held_out_loss;
 use crate::fabric::Fabric;
 use crate::host_effects::HostEffects;
 use crate::kernel_times::KernelTally;
+use crate::lines::Lines;
 use crate::memory::{ALIGNMENT, MemoryReport};
 use crate::processes::{Mesh, ProcessError};
 use crate::report::{Observer, RunReport, StepReport};
@@ -22,12 +23,12 @@ use crate::timeline::StepRecord;
 use paceline_kernels::{Device, KernelError};
 use paceline_sim::arena;
 use paceline_sim::memory::walk;
-use paceline_sim::program::{MemoryClass, Program};
+use paceline_sim::program::{MemoryClass, OpKind, Program};
 use paceline_sim::trace::RankTrace;
 use paceline_sim::units::{OpId, RankId, show_bytes};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
@@ -90,8 +91,19 @@ fn fits(program: &Program, mesh: &Mesh) -> Result<(), ExecError> {
 fn require_room(job: &Job) -> Result<(), ExecError> {
     let Some((free, total)) = job.device.memory().map_err(ExecError::Device)? else { return Ok(()) };
     let hosted: Vec<usize> = (0..job.program.ranks.len()).filter(|&rank| job.hosts(rank)).collect();
-    // Ranks that share memory add up in a room of their own.
-    let mut before = if hosted.len() > 1 { device_exchange::ROOM } else { 0 };
+    // Ranks that share memory add up in rooms of their own: one, or where the host runs ahead one per queue of collectives.
+    let streams = |rank: &usize| {
+        let ops = job.program.ranks[*rank].ops.iter();
+        let reduces = ops.filter(|op| matches!(op.kind, OpKind::Collective { .. }));
+        reduces.map(|op| op.stream).collect::<BTreeSet<_>>().len() as u64
+    };
+    let queues = job.device.queues().filter(|_| job.lines.is_some());
+    let mut before = match (hosted.len() > 1, queues) {
+        (false, _) => 0,
+        (true, None) => device_exchange::ROOM,
+        (true, Some(_)) => device_exchange::ROOM * hosted.iter().map(streams).sum::<u64>(),
+    };
+    before += queues.map_or(0, |queues| queues.room() * hosted.len() as u64);
     for rank in hosted {
         let bytes = arena::plan(&job.program.ranks[rank], ALIGNMENT).bytes;
         if before + bytes > free {
@@ -141,9 +153,15 @@ fn train_here(
     let processes = settings.processes.as_ref();
     let sampler = data.sampler(passes.seq(), passes.vocab(), seed)?;
     let clock = Clock::start();
+    // Links between groups are rehearsed by the host's clock: then it has to see what happens when.
+    let queues = device.queues().filter(|_| settings.run_ahead && program.link().is_none());
+    let hosts = |rank: usize| processes.is_none_or(|processes| processes.mesh.rank() as usize == rank);
+    let lines = queues.map(|queues| Lines::open(&bound, queues, hosts)).transpose().map_err(ExecError::Device)?;
+    let lines = lines.as_ref();
     let job = Job {
         program,
         device,
+        lines,
         clock,
         passes,
         sampler: &sampler,
@@ -174,9 +192,9 @@ fn train_here(
     let roomy = processes.is_none() && program.devices.len() <= cores;
     let spins = if roomy { SPINS } else { 0 };
     let pin = settings.pin.unwrap_or(roomy && program.ranks.len() > program.devices.len());
-    let mut effects = HostEffects::new(&bound, clock, device);
+    let mut effects = HostEffects::new(&bound, clock, device, lines);
     if let Some(processes) = processes {
-        effects = effects.among(&bound, processes, device)?;
+        effects = effects.among(processes, device)?;
     }
     let fabric = Fabric::new(&bound, effects, spins);
     let training = Training { settings, seed, data: data.name(), holders: &holders, fabric: &fabric };
@@ -224,12 +242,22 @@ impl Training<'_, '_, '_> {
                 || (step..next).any(|step| step % TIMED_EVERY == 1);
             let capture_gradients = settings.capture_gradients;
             let orders = StepOrders { step, steps: wanted, capture_gradients, time_kernels };
+            // What was done between steps is not on the ranks' queues.
+            let job = self.holders.job;
+            job.device.complete().map_err(ExecError::Device)?;
             self.each(|hands| hands.prepare(orders))?;
             // All processes begin together, so that their times can be compared.
             self.tell(())?;
+            job.lines.map_or(Ok(()), Lines::begin).map_err(ExecError::Device)?;
             let mut times = lead.step()?;
             if let Some(source) = self.fabric.effects.take_failure() {
                 return Err(ExecError::Kernel { rank: RankId(0), op: OpId(0), source });
+            }
+            if let Some(lines) = job.lines {
+                // Threads that have left a step early may have queued something for others since.
+                let finish = |rank| lines.finish(rank as u32);
+                let finished = self.holders.hosted().try_for_each(finish);
+                finished.and_then(|()| lines.resolve(self.fabric, times.begin)).map_err(ExecError::Device)?;
             }
             self.each(|hands| hands.conclude())?;
             let ended = self.holders.lock(self.holders.hosted().next().unwrap_or(0)).done();
@@ -264,7 +292,14 @@ impl Training<'_, '_, '_> {
             step += u64::from(ended);
             let last = step == settings.steps || so_far.stopped;
             let hosts = |rank| self.holders.job.hosts(rank);
-            let curve = |rank| std::mem::take(&mut self.holders.lock(rank).curve);
+            let curve = |rank| {
+                let records = self.fabric.records(rank as u32);
+                let times = |op: u32| {
+                    let record = &records[op as usize];
+                    (record.ready.load(Ordering::Relaxed), record.end.load(Ordering::Relaxed))
+                };
+                self.holders.lock(rank).take_curve(times)
+            };
             let curves = (0..program.ranks.len()).map(|rank| if hosts(rank) { curve(rank) } else { Vec::new() });
             let record = StepRecord::take(self.fabric, times, curves.collect());
             observer.timeline(step, &|| record.trace(program, &self.memory()));

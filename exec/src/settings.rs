@@ -32,6 +32,9 @@ pub struct RunSettings {
     /// Keep the ranks of a device on one core; by default where several ranks share a device and every device can have
     /// its core, because handing a device over is several times faster within a core than between cores.
     pub pin: Option<bool>,
+    /// Let the host run ahead of a device that has queues: ops are only queued, and wait for each other on the device. Else the host
+    /// waits for every op.
+    pub run_ahead: bool,
     /// The other processes, where each rank has its own; without, all ranks run in this one.
     pub processes: Option<Processes>,
 }
@@ -56,6 +59,7 @@ impl RunSettings {
             capture_gradients: false,
             poison: false,
             pin: None,
+            run_ahead: true,
             processes: None,
         }
     }

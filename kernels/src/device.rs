@@ -2,6 +2,7 @@
 
 use crate::call::Call;
 use crate::network::Network;
+use crate::queue::Queues;
 use std::time::Instant;
 use thiserror::Error;
 
@@ -167,6 +168,11 @@ pub trait Device: Send + Sync {
     /// See [`KernelError`].
     fn memory(&self) -> Result<Option<(u64, u64)>, KernelError> {
         Ok(None)
+    }
+
+    /// Where work can go on beside other work: its queues.
+    fn queues(&self) -> Option<&dyn Queues> {
+        None
     }
 
     /// The way from this device to those of other processes, if it has one.

@@ -3,10 +3,11 @@
 use super::Job;
 use crate::error::ExecError;
 use crate::kernel_times::KernelTally;
+use crate::lines::Lines;
 use crate::memory::RankMemory;
 use crate::numbers::dtype;
 use crate::seam::{Launch, Operands};
-use paceline_kernels::{Call, View};
+use paceline_kernels::{Call, Device, KernelError, Moment, View};
 use paceline_sim::program::{Op, RankProgram, Tensor};
 use paceline_sim::units::{OpId, RankId};
 use std::cell::RefCell;
@@ -45,30 +46,69 @@ impl Operands for OpOperands<'_> {
     }
 }
 
+/// Moments between kernel calls whose times are read when the step has ended.
+#[derive(Debug, Default)]
+pub(super) struct Ticks {
+    calls: Vec<(Call, Moment, Moment)>,
+    /// The end of the last call, while nothing else comes between.
+    last: Option<Moment>,
+}
+
+impl Ticks {
+    /// Something else comes between this call and the next.
+    pub(super) fn pause(&mut self) {
+        self.last = None;
+    }
+
+    /// Counts the times of all calls since this was asked last.
+    pub(super) fn count(&mut self, lines: &Lines, tally: &mut KernelTally) -> Result<(), KernelError> {
+        self.pause();
+        for (call, from, to) in self.calls.drain(..) {
+            tally.add(&call, lines.nanoseconds(from, to)?);
+        }
+        Ok(())
+    }
+}
+
 /// Runs kernel calls of an op on the device.
 pub(super) struct Launcher<'a> {
     pub(super) job: &'a Job<'a>,
-    /// Waits for every call and counts its time.
+    /// Where: the device, or the queue on which the rank computes.
+    pub(super) device: &'a dyn Device,
+    /// Counts the time of every call. Without queues it waits for each.
     pub(super) timed: bool,
     pub(super) id: RankId,
     pub(super) op: OpId,
-    pub(super) tally: RefCell<&'a mut KernelTally>,
+    pub(super) tally: RefCell<(&'a mut KernelTally, &'a mut Ticks)>,
+}
+
+impl Launcher<'_> {
+    fn run(&self, call: &Call) -> Result<(), KernelError> {
+        // SAFETY: the views come from living buffers that the op declares, and the program's check has proved that no
+        // other op that runs at this time writes to them.
+        let run = || unsafe { self.device.run(call) };
+        if !self.timed {
+            return run();
+        }
+        let (tally, ticks) = &mut *self.tally.borrow_mut();
+        if let Some(lines) = self.job.lines {
+            let from = ticks.last.map_or_else(|| lines.tick(self.id.0), Ok)?;
+            run()?;
+            let to = lines.tick(self.id.0)?;
+            ticks.last = Some(to);
+            ticks.calls.push((*call, from, to));
+        } else {
+            let start = self.job.clock.now();
+            run()?;
+            self.device.complete()?;
+            tally.add(call, self.job.clock.now() - start);
+        }
+        Ok(())
+    }
 }
 
 impl Launch for Launcher<'_> {
     fn launch(&self, call: Call) -> Result<(), ExecError> {
-        let start = self.job.clock.now();
-        // SAFETY: the views come from living buffers that the op declares, and the program's check has proved that no
-        // other op that runs at this time writes to them.
-        unsafe { self.job.device.run(&call) }.map_err(|source| ExecError::Kernel {
-            rank: self.id,
-            op: self.op,
-            source,
-        })?;
-        if self.timed {
-            self.job.device.complete().map_err(|source| ExecError::Kernel { rank: self.id, op: self.op, source })?;
-            self.tally.borrow_mut().add(&call, self.job.clock.now() - start);
-        }
-        Ok(())
+        self.run(&call).map_err(|source| ExecError::Kernel { rank: self.id, op: self.op, source })
     }
 }

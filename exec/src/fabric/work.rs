@@ -25,6 +25,7 @@ impl<E: Effects> Fabric<'_, E> {
         let round = state.round.load(Ordering::Relaxed) as usize;
         // A collective of one member moves nothing.
         if round == self.effects.rounds(meeting as usize) || bound.members.len() == 1 {
+            self.effects.close_meeting(meeting as usize);
             let met = state.began.load(Ordering::Relaxed);
             let end = self.effects.at(state.since.load(Ordering::Relaxed));
             consequences.extend(bound.members.iter().map(|&op| Consequence::Ended { op, met, start: met, end }));

@@ -1,17 +1,15 @@
-//! Measuring a device with a memory of its own, which works behind the host's back: kernels by its own clock with nothing beside
-//! them and with copies beside them, exchanges within its memory as a run makes them, and what it costs the host to begin an op there
-//! and to see that it has ended.
+//! Measuring a device with a memory of its own, which works behind the host's back: by its own clock, kernels with nothing beside them and
+//! with copies beside them, exchanges within its memory as a run makes them, and what ops and messages take beyond their kernels and copies.
 
-use super::overhead::{Overheads, overheads};
 use super::samples::Summary;
 use super::{
     KernelKey, MeasureError, MeasurePhase, MeasureProgress, MeasureSettings, Measured, Phase, Profile, Run,
     this_machine,
 };
 use crate::collectives::Parts;
-use crate::device_exchange::DeviceExchange;
+use crate::device_exchange::{Part, Sums, round};
 use crate::effects::HostRange;
-use paceline_kernels::{Block, Call, DType, Device};
+use paceline_kernels::{Block, Call, DType, Device, KernelError, Moment, Queue, Queues, View};
 use paceline_profiles::{CollectiveRound, KernelOp, Overhead, Subject};
 use paceline_sim::program::Step;
 use std::collections::BTreeSet;
@@ -66,18 +64,71 @@ enum Case {
     Part { round: CollectiveRound, members: usize },
 }
 
-/// Times messages and rounds as a run makes them, from the host's call to the end that it sees.
+/// Ops and messages that are timed together.
+const CHAIN: usize = 50;
+
+/// Queues on which pieces of work are timed as a run queues them.
+struct Timer<'d> {
+    queues: &'d dyn Queues,
+    one: Box<dyn Queue>,
+    other: Box<dyn Queue>,
+    moments: Vec<Moment>,
+    /// What is filled first, so that the host has time to queue what is timed.
+    plug: Box<dyn Block>,
+}
+
+impl<'d> Timer<'d> {
+    fn new(phase: &Phase<'d>) -> Result<Timer<'d>, MeasureError> {
+        let none = || KernelError::Unavailable(format!("device {} has no queues to time", phase.device.name()));
+        let queues = phase.device.queues().ok_or_else(none).map_err(MeasureError::Device)?;
+        let open = || queues.open().map_err(MeasureError::Device);
+        let moments = (0..2 * CHAIN + 2).map(|_| queues.moment()).collect::<Result<_, _>>();
+        let plug = (phase.settings.working_set_bytes as usize / 4).max(4);
+        Ok(Timer {
+            one: open()?,
+            other: open()?,
+            queues,
+            moments: moments.map_err(MeasureError::Device)?,
+            plug: phase.device.allocate(plug).map_err(MeasureError::Memory)?,
+        })
+    }
+
+    /// Seconds that work takes on the device, from its begin on the first queue to its end there.
+    fn seconds(&self, work: impl FnOnce() -> Result<(), KernelError>) -> Result<f64, MeasureError> {
+        let [from, to, ..] = self.moments[..] else { return Ok(0.0) };
+        let timed = || {
+            let x = self.plug.view(0, self.plug.bytes() / 4, DType::F32);
+            // SAFETY: nobody else knows the block.
+            unsafe { self.one.run(&Call::Zero { x }) }?;
+            self.one.set(from)?;
+            work()?;
+            self.one.set(to)?;
+            self.one.complete()?;
+            self.queues.seconds(from, to)
+        };
+        timed().map_err(MeasureError::Device)
+    }
+}
+
+impl Drop for Timer<'_> {
+    fn drop(&mut self) {
+        self.queues.release(&self.moments);
+    }
+}
+
+/// Times messages and rounds as a run makes them.
 fn exchange(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> {
     let most = (phase.settings.working_set_bytes / 4).max(SIZES[0]);
     let blocks: Vec<Box<dyn Block>> = (0..GROUPS[GROUPS.len() - 1])
         .map(|_| phase.device.allocate(most as usize).map_err(MeasureError::Memory))
         .collect::<Result<_, _>>()?;
+    let timer = Timer::new(phase)?;
     for block in &blocks {
         let x = block.view(0, most as usize / 4, DType::F32);
         // SAFETY: nobody else knows the block.
-        unsafe { phase.device.run(&Call::Zero { x }) }.map_err(MeasureError::Device)?;
+        unsafe { timer.one.run(&Call::Zero { x }) }.map_err(MeasureError::Device)?;
     }
-    let exchange = DeviceExchange::new(phase.device);
+    let sums = Sums::default();
     let parts = GROUPS
         .into_iter()
         .flat_map(|members| CollectiveRound::ALL.into_iter().map(move |round| Case::Part { round, members }));
@@ -87,34 +138,34 @@ fn exchange(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> {
         .collect();
     let mut timings: Vec<Vec<f64>> = vec![Vec::new(); cases.len()];
     // The first round warms up.
-    for round in 0..=MOST {
-        if (phase.stop)() || (round > LEAST && Instant::now() >= phase.deadline) {
+    for number in 0..=MOST {
+        if (phase.stop)() || (number > LEAST && Instant::now() >= phase.deadline) {
             break;
         }
-        for ((case, bytes), seconds) in cases.iter().zip(&mut timings) {
+        for ((case, bytes), timings) in cases.iter().zip(&mut timings) {
             let range = |block: &dyn Block| HostRange { address: block.address(), bytes: *bytes, shard: 0 };
             let ranges: Vec<HostRange> = blocks.iter().map(|block| range(&**block)).collect();
-            let start = Instant::now();
+            let len = *bytes as usize / 4;
             // SAFETY: the blocks are different, live, and nobody else knows them.
-            unsafe {
+            let seconds = timer.seconds(|| unsafe {
                 match *case {
-                    Case::Copy => exchange.copy(ranges[0], ranges[1]),
-                    Case::Part { round, members } => {
-                        let step = match round {
+                    Case::Copy => {
+                        let view = |n: usize| View::at(ranges[n].address, len, DType::U32);
+                        timer.one.run(&Call::Copy { from: view(0), to: view(1) })
+                    }
+                    Case::Part { round: kind, members } => {
+                        let step = match kind {
                             CollectiveRound::Reduce => Step::Reduce,
                             CollectiveRound::Gather => Step::Gather,
                         };
-                        let len = *bytes as usize / 4;
                         let parts = Parts { len, part: len.div_ceil(members) };
-                        exchange.perform(step, &ranges[..members], 1, parts, 0, DType::F32);
+                        let part = Part { meeting: 0, member: 0, step, groups: 1, parts, dtype: DType::F32 };
+                        round(&*timer.one, &sums, &part, &ranges[..members])
                     }
                 }
-            }
-            if round > 0 {
-                seconds.push(start.elapsed().as_secs_f64());
-            }
-            if let Some(error) = exchange.take_failure() {
-                return Err(MeasureError::Device(error));
+            })?;
+            if number > 0 {
+                timings.push(seconds);
             }
             (phase.tick)();
         }
@@ -129,37 +180,47 @@ fn exchange(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> {
     Ok(results.collect())
 }
 
-/// The executor's overheads, with what an op costs beside its kernels: beginning on an idle device, and seeing its end.
+/// What an op takes beyond its kernels where the host runs ahead: the moments before and after it. And what a message takes beyond its
+/// copy: two queues that wait for each other.
 fn overhead(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> {
-    let beyond = begin_and_end(phase)?;
-    let mut results = overheads(phase, Overheads { calls: false })?;
-    for result in &mut results {
-        if let Subject::Overhead(Overhead::Op | Overhead::SharedOp) = result.subject {
-            result.summary.median += beyond.median;
-            result.summary.spread = result.summary.spread.max(beyond.spread);
-        }
-    }
-    Ok(results)
-}
-
-/// How much longer a call takes for the host that waits for it than on the device's clock.
-fn begin_and_end(phase: &mut Phase) -> Result<Summary, MeasureError> {
-    let floats = (phase.settings.working_set_bytes as usize / 16).max(1);
-    let block = phase.device.allocate(floats * 4).map_err(MeasureError::Memory)?;
-    let call = Call::Zero { x: block.view(0, floats, DType::F32) };
-    let mut beyond = Vec::new();
-    for _ in 0..MOST {
-        // SAFETY: nobody else knows the block.
-        let on_device =
-            unsafe { phase.device.time(std::slice::from_ref(&call), &[]) }.map_err(MeasureError::Device)?[0];
-        let start = Instant::now();
-        // SAFETY: as above.
-        unsafe { phase.device.run(&call) }.map_err(MeasureError::Device)?;
-        phase.device.complete().map_err(MeasureError::Device)?;
-        beyond.push((start.elapsed().as_secs_f64() - on_device).max(0.0));
-        if (phase.stop)() || (beyond.len() >= LEAST && Instant::now() >= phase.deadline) {
+    let timer = Timer::new(phase)?;
+    let block = phase.device.allocate(512).map_err(MeasureError::Memory)?;
+    let call = Call::Zero { x: block.view(0, 64, DType::F32) };
+    let (mut per_op, mut per_message) = (Vec::new(), Vec::new());
+    for number in 0..=MOST {
+        if (phase.stop)() || (number > LEAST && Instant::now() >= phase.deadline) {
             break;
         }
+        // SAFETY: nobody else knows the block, and one call of each chain comes after the other.
+        let run = |queue: &dyn Queue| unsafe { queue.run(&call) };
+        let calls = timer.seconds(|| (0..CHAIN).try_for_each(|_| run(&*timer.one)))?;
+        let ops = timer.seconds(|| {
+            timer.moments[2..].chunks_exact(2).try_for_each(|op| {
+                timer.one.set(op[0])?;
+                run(&*timer.one)?;
+                timer.one.set(op[1])
+            })
+        })?;
+        let messages = timer.seconds(|| {
+            timer.moments[2..].chunks_exact(2).try_for_each(|there_and_back| {
+                timer.one.set(there_and_back[0])?;
+                timer.other.follow(there_and_back[0])?;
+                run(&*timer.other)?;
+                timer.other.set(there_and_back[1])?;
+                timer.one.follow(there_and_back[1])
+            })
+        })?;
+        if number > 0 {
+            let each = |all: f64| ((all - calls) / CHAIN as f64).max(1e-9);
+            per_op.push(each(ops));
+            per_message.push(each(messages));
+        }
+        (phase.tick)();
     }
-    Summary::of(beyond).ok_or(MeasureError::Stopped)
+    timer.other.complete().map_err(MeasureError::Device)?;
+    let of = |overhead, seconds: &[f64]| {
+        let summary = Summary::of(seconds.to_vec()).ok_or(MeasureError::Stopped)?;
+        Ok::<_, MeasureError>(Measured { subject: Subject::Overhead(overhead), busy_devices: 1, summary })
+    };
+    Ok(vec![of(Overhead::Op, &per_op)?, of(Overhead::SharedOp, &per_op)?, of(Overhead::SharedMessage, &per_message)?])
 }

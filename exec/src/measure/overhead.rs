@@ -37,20 +37,8 @@ const CALLS: u32 = 1000;
 const LEAST: usize = 3;
 const MOST: usize = 200;
 
-/// Which overheads are measured beside those of ops and messages.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Overheads {
-    /// What surrounds a call where the executor times each one.
-    pub calls: bool,
-}
-
 /// Measures all overheads that can occur on so many devices.
 pub(super) fn measure(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> {
-    overheads(phase, Overheads { calls: true })
-}
-
-/// The same, some of them.
-pub(super) fn overheads(phase: &mut Phase, wanted: Overheads) -> Result<Vec<Measured>, MeasureError> {
     let left = phase.deadline.saturating_duration_since(Instant::now());
     let two_devices = phase.settings.devices > 1;
     let share = left / if two_devices { 5 } else { 4 };
@@ -65,9 +53,7 @@ pub(super) fn overheads(phase: &mut Phase, wanted: Overheads) -> Result<Vec<Meas
     let turns = steps(phase, &chain(2), TURN_NANOSECONDS, share)?.per(f64::from(2 * OPS));
     let beyond = (turns.median - TURN_NANOSECONDS as f64 * 1e-9).max(per_op.median);
     record(Overhead::SharedOp, Summary { median: beyond, ..turns }, 1);
-    if wanted.calls {
-        record(Overhead::Call, calls(phase, share), 1);
-    }
+    record(Overhead::Call, calls(phase, share), 1);
     let hop = |phase: &mut Phase, devices| -> Result<Summary, MeasureError> {
         let step = steps(phase, &ping_pong(devices), OP_NANOSECONDS, share)?.per(f64::from(HOPS));
         let rest = step.median - OP_NANOSECONDS as f64 * 1e-9 - per_op.median;
@@ -91,7 +77,7 @@ impl Summary {
 fn steps(phase: &mut Phase, program: &Program, nanoseconds: u64, share: Duration) -> Result<Summary, MeasureError> {
     let clock = Clock::start();
     let bound = Bound::new(program)?;
-    let fabric = Fabric::new(&bound, HostEffects::new(&bound, clock, phase.device), SPINS);
+    let fabric = Fabric::new(&bound, HostEffects::new(&bound, clock, phase.device, None), SPINS);
     let message = |_| phase.device.allocate(MESSAGE_BYTES as usize).map_err(MeasureError::Memory);
     let blocks: Vec<Box<dyn Block>> = (0..2 * program.ranks.len()).map(message).collect::<Result<_, _>>()?;
     let hands: Vec<Mutex<Idle>> = program

@@ -1,14 +1,16 @@
-//! A GPU through its driver: memory, kernels, products and copies on one stream.
+//! A GPU through its driver: memory, kernels, products and copies, each stream for itself.
 
-use super::clock::Event;
+use super::clock::Events;
 use super::compile::{architecture, check_capability, machine_code, version};
 use super::libraries;
 use super::machine::{Kernel, Launch, Machine, Packed, Product};
 use super::nccl::{self, Communicator};
 use super::products::{Products, WORKSPACE};
 use super::sources::SOURCES;
+use super::staging::{STAGED, Staging};
 use crate::device::{Block, KernelError};
 use crate::network::{Channel, Network};
+use crate::queue::Moment;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::collections::HashMap;
@@ -92,12 +94,42 @@ fn allocate(context: &Arc<Context>, bytes: usize) -> Result<Memory, KernelError>
 
 /// A stream of the driver.
 #[derive(Debug)]
-pub(super) struct Stream(pub sys::CUstream);
+pub(super) struct Stream {
+    pub handle: sys::CUstream,
+    context: Arc<Context>,
+}
 
 // SAFETY: streams may be used from any thread.
 unsafe impl Send for Stream {}
 // SAFETY: as above.
 unsafe impl Sync for Stream {}
+
+impl Stream {
+    pub fn new(context: &Arc<Context>) -> Result<Stream, KernelError> {
+        context.enter()?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
+        let handle = stream.map_err(|error| context.failed("creating a stream", error))?;
+        Ok(Stream { handle, context: context.clone() })
+    }
+
+    fn synchronize(&self, doing: &str) -> Result<(), KernelError> {
+        self.context.enter()?;
+        // SAFETY: the stream lives.
+        unsafe { result::stream::synchronize(self.handle) }.map_err(|error| self.context.failed(doing, error))
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: everything queued has its memory still; afterwards nobody uses it. Errors could not be told to anybody.
+            unsafe {
+                let _ = result::stream::synchronize(self.handle);
+                let _ = result::stream::destroy(self.handle);
+            }
+        }
+    }
+}
 
 /// A loaded kernel.
 #[derive(Clone, Copy)]
@@ -106,17 +138,26 @@ struct Function(sys::CUfunction);
 // SAFETY: functions may be launched from any thread while their module is loaded, which is as long as the context lives.
 unsafe impl Send for Function {}
 
-/// The driver as a machine.
+/// A stream of the driver as a machine.
 pub struct Cuda {
     // Dropped in this order.
-    products: Products,
-    _workspace: Memory,
     stream: Stream,
     /// For copies beside the work of the other stream.
     copies: Stream,
-    details: String,
+    /// What products need, once there are any.
+    workspace: Mutex<Option<Memory>>,
+    staging: Mutex<Staging>,
+    core: Arc<Core>,
+}
+
+/// What all streams of a GPU share.
+struct Core {
+    // Dropped in this order.
+    products: Products,
+    events: Events,
     functions: Mutex<HashMap<Kernel, Function>>,
     modules: HashMap<&'static str, Module>,
+    details: String,
     shared_limit: u32,
     context: Arc<Context>,
 }
@@ -180,11 +221,6 @@ impl Cuda {
             })?;
             modules.insert(source.name, Module(module));
         }
-        let stream = || {
-            let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
-            stream.map(Stream).map_err(|error| context.failed("creating a stream", error))
-        };
-        let (stream, copies) = (stream()?, stream()?);
         // In kHz; some drivers do not tell them any more.
         let clock =
             |which| attribute(which).ok().filter(|&khz| khz > 0).map_or("?".into(), |khz| (khz / 1000).to_string());
@@ -198,24 +234,44 @@ impl Cuda {
             clock(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE),
             version()?
         );
-        let workspace = allocate(&context, WORKSPACE)?;
-        let products = Products::new(workspace.address, &context.name, cache).map_err(|error| {
-            KernelError::Machine { device: context.name.clone(), what: format!("starting cuBLASLt: {error}") }
+        let products = Products::new(&context.name, cache).map_err(|error| KernelError::Machine {
+            device: context.name.clone(),
+            what: format!("starting cuBLASLt: {error}"),
         })?;
-        let functions = Mutex::new(HashMap::new());
-        Ok(Cuda { products, _workspace: workspace, stream, copies, details, functions, modules, shared_limit, context })
+        let (events, functions) = (Events::new(&context), Mutex::new(HashMap::new()));
+        Cuda::of(Arc::new(Core { products, events, functions, modules, details, shared_limit, context }))
+    }
+
+    fn of(core: Arc<Core>) -> Result<Cuda, KernelError> {
+        let (stream, copies) = (Stream::new(&core.context)?, Stream::new(&core.context)?);
+        let staging = Mutex::new(Staging::new(&core.context));
+        Ok(Cuda { stream, copies, workspace: Mutex::new(None), staging, core })
+    }
+
+    fn context(&self) -> &Arc<Context> {
+        &self.core.context
+    }
+
+    /// Address of the stream's room for products.
+    fn workspace(&self) -> Result<u64, KernelError> {
+        let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        let memory = match &mut *workspace {
+            Some(memory) => memory,
+            none => none.insert(allocate(self.context(), WORKSPACE)?),
+        };
+        Ok(memory.address)
     }
 
     fn function(&self, kernel: Kernel) -> Result<Function, KernelError> {
-        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut functions = self.core.functions.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(&function) = functions.get(&kernel) {
             return Ok(function);
         }
         let symbol = kernel.symbol();
-        let failed = |error| self.context.failed(format_args!("kernel {symbol}"), error);
-        let module = &self.modules[kernel.source];
+        let failed = |error| self.context().failed(format_args!("kernel {symbol}"), error);
+        let module = &self.core.modules[kernel.source];
         let name = CString::new(symbol.clone()).map_err(|error| KernelError::Machine {
-            device: self.context.name.clone(),
+            device: self.context().name.clone(),
             what: format!("kernel {symbol}: {error}"),
         })?;
         // SAFETY: the module is loaded.
@@ -230,7 +286,7 @@ impl Cuda {
             result::function::set_function_attribute(
                 function,
                 Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                self.shared_limit as c_int - declared,
+                self.core.shared_limit as c_int - declared,
             )
             .map_err(failed)?;
         }
@@ -245,8 +301,8 @@ impl Network for Cuda {
     }
 
     fn invite(&self) -> Result<Vec<u8>, KernelError> {
-        self.context.enter()?;
-        nccl::invite(&self.context.name)
+        self.context().enter()?;
+        nccl::invite(&self.context().name)
     }
 
     fn open(
@@ -256,25 +312,25 @@ impl Network for Cuda {
         member: u32,
         given_up: &dyn Fn() -> bool,
     ) -> Result<Box<dyn Channel>, KernelError> {
-        Ok(Box::new(Communicator::open(&self.context, invitation, members, member, given_up)?))
+        Ok(Box::new(Communicator::open(self.context(), invitation, members, member, given_up)?))
     }
 }
 
 impl Machine for Cuda {
     fn name(&self) -> String {
-        self.context.name.clone()
+        self.context().name.clone()
     }
 
     fn shared_limit(&self) -> u32 {
-        self.shared_limit
+        self.core.shared_limit
     }
 
     fn allocate(&self, bytes: usize) -> Result<Box<dyn Block>, KernelError> {
-        Ok(Box::new(allocate(&self.context, bytes)?))
+        Ok(Box::new(allocate(self.context(), bytes)?))
     }
 
     unsafe fn launch(&self, launch: &Launch) -> Result<(), KernelError> {
-        self.context.enter()?;
+        self.context().enter()?;
         let function = self.function(launch.kernel)?;
         let mut arguments = Packed::new(&launch.arguments);
         let mut pointers = arguments.pointers();
@@ -286,7 +342,7 @@ impl Machine for Cuda {
                 triple(launch.grid),
                 triple(launch.block),
                 launch.shared,
-                self.stream.0,
+                self.stream.handle,
                 &mut pointers,
             )
         };
@@ -294,41 +350,88 @@ impl Machine for Cuda {
             let Launch { grid, block, shared, .. } = launch;
             let what =
                 format!("kernel {} ({grid:?} blocks of {block:?} threads, {shared} bytes)", launch.kernel.symbol());
-            self.context.failed(what, error)
+            self.context().failed(what, error)
         })
     }
 
     unsafe fn multiply(&self, product: &Product) -> Result<(), KernelError> {
-        self.context.enter()?;
+        let workspace = self.workspace()?;
+        self.context().enter()?;
         // SAFETY: the caller's promise; driver and runtime streams are the same thing.
-        unsafe { self.products.multiply(product, self.stream.0.cast()) }.map_err(|error| KernelError::Machine {
-            device: self.context.name.clone(),
-            what: format!("cuBLASLt: {error} for {:?}", product.shape),
+        unsafe { self.core.products.multiply(product, workspace, self.stream.handle.cast()) }.map_err(|error| {
+            KernelError::Machine {
+                device: self.context().name.clone(),
+                what: format!("cuBLASLt: {error} for {:?}", product.shape),
+            }
         })
     }
 
     unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), KernelError> {
-        self.context.enter()?;
+        self.context().enter()?;
         // SAFETY: the caller's promise.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.0) }
-            .map_err(|error| self.context.failed(format_args!("copying {bytes} bytes"), error))
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.handle) }
+            .map_err(|error| self.context().failed(format_args!("copying {bytes} bytes"), error))
     }
 
     unsafe fn clear(&self, at: u64, bytes: usize) -> Result<(), KernelError> {
-        self.context.enter()?;
+        self.context().enter()?;
         // SAFETY: the caller's promise.
-        unsafe { result::memset_d8_async(at, 0, bytes, self.stream.0) }
-            .map_err(|error| self.context.failed(format_args!("clearing {bytes} bytes"), error))
+        unsafe { result::memset_d8_async(at, 0, bytes, self.stream.handle) }
+            .map_err(|error| self.context().failed(format_args!("clearing {bytes} bytes"), error))
+    }
+
+    fn beside(&self) -> Result<Cuda, KernelError> {
+        Cuda::of(self.core.clone())
+    }
+
+    fn room(&self) -> u64 {
+        WORKSPACE as u64
+    }
+
+    fn moment(&self) -> Result<Moment, KernelError> {
+        self.core.events.moment()
+    }
+
+    fn release(&self, moments: &[Moment]) {
+        self.core.events.release(moments);
+    }
+
+    fn set(&self, moment: Moment) -> Result<(), KernelError> {
+        self.core.events.set(moment, self.stream.handle)
+    }
+
+    fn follow(&self, moment: Moment) -> Result<(), KernelError> {
+        self.core.events.follow(moment, self.stream.handle)
+    }
+
+    fn reach(&self, moment: Moment) -> Result<(), KernelError> {
+        self.core.events.reach(moment)
+    }
+
+    fn seconds(&self, from: Moment, to: Moment) -> Result<f64, KernelError> {
+        self.core.events.seconds(from, to)
     }
 
     unsafe fn upload(&self, from: &[u8], to: u64) -> Result<(), KernelError> {
         if from.is_empty() {
             return Ok(());
         }
-        self.context.enter()?;
-        // SAFETY: the caller's promise; `from` lives until the stream has done it.
-        unsafe { result::memcpy_htod_async(to, from, self.stream.0) }
-            .map_err(|error| self.context.failed(format_args!("uploading {} bytes", from.len()), error))?;
+        self.context().enter()?;
+        let copy = |from: &[u8]| {
+            // SAFETY: the caller's promise; `from` lives until the stream has done it.
+            unsafe { result::memcpy_htod_async(to, from, self.stream.handle) }
+                .map_err(|error| self.context().failed(format_args!("uploading {} bytes", from.len()), error))
+        };
+        if from.len() <= STAGED {
+            let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+            // Where there is no room left, the stream has to come to its end first.
+            if !staging.has_room(from.len()) {
+                self.stream.synchronize("work that was queued before")?;
+                staging.clear();
+            }
+            return copy(staging.keep(from)?);
+        }
+        copy(from)?;
         self.complete()
     }
 
@@ -336,11 +439,11 @@ impl Machine for Cuda {
         if to.is_empty() {
             return Ok(());
         }
-        self.context.enter()?;
+        self.context().enter()?;
         let bytes = to.len();
         // SAFETY: the caller's promise; `to` lives until the stream has done it.
-        unsafe { result::memcpy_dtoh_async(to, from, self.stream.0) }
-            .map_err(|error| self.context.failed(format_args!("downloading {bytes} bytes"), error))?;
+        unsafe { result::memcpy_dtoh_async(to, from, self.stream.handle) }
+            .map_err(|error| self.context().failed(format_args!("downloading {bytes} bytes"), error))?;
         self.complete()
     }
 
@@ -350,36 +453,36 @@ impl Machine for Cuda {
         work: &mut dyn FnMut(usize) -> Result<(), KernelError>,
         copies: &[(u64, u64, usize)],
     ) -> Result<Vec<f64>, KernelError> {
-        let events = (0..=count).map(|_| Event::new(&self.context)).collect::<Result<Vec<_>, _>>()?;
+        let events = (0..=count).map(|_| self.moment()).collect::<Result<Vec<_>, _>>()?;
         // Copies begin when the work before has ended, at the same time as what is timed.
-        events[0].record(self.stream.0)?;
+        self.set(events[0])?;
         if !copies.is_empty() {
-            events[0].hold(self.copies.0)?;
+            self.core.events.follow(events[0], self.copies.handle)?;
         }
         for &(from, to, bytes) in copies {
             // SAFETY: the caller's promise.
-            unsafe { result::memcpy_dtod_async(to, from, bytes, self.copies.0) }
-                .map_err(|error| self.context.failed(format_args!("copying {bytes} bytes"), error))?;
+            unsafe { result::memcpy_dtod_async(to, from, bytes, self.copies.handle) }
+                .map_err(|error| self.context().failed(format_args!("copying {bytes} bytes"), error))?;
         }
-        for (n, event) in events[1..].iter().enumerate() {
+        for (n, &event) in events[1..].iter().enumerate() {
             work(n)?;
-            event.record(self.stream.0)?;
+            self.set(event)?;
         }
         self.complete()?;
-        // SAFETY: the stream lives.
-        unsafe { result::stream::synchronize(self.copies.0) }
-            .map_err(|error| self.context.failed("copies beside", error))?;
-        events.windows(2).map(|pair| pair[1].since(&pair[0])).collect()
+        self.copies.synchronize("copies beside")?;
+        let seconds = events.windows(2).map(|pair| self.seconds(pair[0], pair[1])).collect();
+        self.release(&events);
+        seconds
     }
 
     fn details(&self) -> String {
-        self.details.clone()
+        self.core.details.clone()
     }
 
     fn memory(&self) -> Result<Option<(u64, u64)>, KernelError> {
-        self.context.enter()?;
+        self.context().enter()?;
         let (free, total) =
-            result::mem_get_info().map_err(|error| self.context.failed("asking for free memory", error))?;
+            result::mem_get_info().map_err(|error| self.context().failed("asking for free memory", error))?;
         Ok(Some((free as u64, total as u64)))
     }
 
@@ -388,24 +491,19 @@ impl Machine for Cuda {
     }
 
     fn complete(&self) -> Result<(), KernelError> {
-        self.context.enter()?;
-        // SAFETY: the stream lives.
-        unsafe { result::stream::synchronize(self.stream.0) }
-            .map_err(|error| self.context.failed("work that was queued before", error))
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        self.stream.synchronize("work that was queued before")?;
+        staging.clear();
+        Ok(())
     }
 }
 
-impl Drop for Cuda {
+impl Drop for Core {
     fn drop(&mut self) {
         if self.context.enter().is_ok() {
-            // SAFETY: everything queued has its memory still; afterwards nobody uses stream or modules. Errors could not be told.
-            unsafe {
-                let _ = result::stream::synchronize(self.stream.0);
-                let _ = result::stream::destroy(self.stream.0);
-                let _ = result::stream::destroy(self.copies.0);
-                for module in self.modules.values() {
-                    let _ = result::module::unload(module.0);
-                }
+            for module in self.modules.values() {
+                // SAFETY: all streams have ended, nobody uses it any more. An error could not be told to anybody.
+                let _ = unsafe { result::module::unload(module.0) };
             }
         }
     }

@@ -1,17 +1,19 @@
 //! A CPU that runs the kernels' own sources: they are compiled with a C++ compiler, and `cuda/host/emulator.h` runs their
 //! threads in turns. It checks what hardware does not (barriers that not all threads reach, waits that are missing) and is some
-//! thousand times slower.
+//! thousand times slower. Its streams do their work late ([`Streams`]), all but the first.
 
 use super::machine::{Kernel, Launch, Layout, Machine, Packed, Product};
 use super::sources::{EMULATOR, HEADER, SOURCES, Source, digest};
 use crate::cpu::CpuDevice;
 use crate::device::{Block, DType, Device, KernelError};
+use crate::queue::Moment;
+use crate::streams::{Pace, Streams, Task};
 use libloading::Library;
 use std::collections::HashMap;
 use std::ffi::{c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// `emulated::Entry::launch` of the emulator.
@@ -26,14 +28,46 @@ type Entry = unsafe extern "C" fn(
     room: usize,
 ) -> c_int;
 
+const NAME: &str = "emulated GPU";
+
 /// Shared memory of a block of compute capability 9.0.
 const SHARED_LIMIT: u32 = 227 * 1024;
 
-/// The emulator as a machine. A launch has ended when it returns.
+/// A stream of the emulator as a machine.
 pub struct Emulated {
+    core: Arc<Core>,
+    stream: usize,
+}
+
+/// What all streams share.
+struct Core {
+    // Work that waits is dropped before the library that it would run.
+    streams: Streams,
     library: Library,
     entries: Mutex<HashMap<Kernel, Entry>>,
     memory: CpuDevice,
+}
+
+/// Memory whose work is done before it goes.
+struct Kept {
+    block: Box<dyn Block>,
+    core: Arc<Core>,
+}
+
+impl Block for Kept {
+    fn address(&self) -> u64 {
+        self.block.address()
+    }
+
+    fn bytes(&self) -> usize {
+        self.block.bytes()
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.core.streams.finish_all();
+    }
 }
 
 fn unavailable(what: impl std::fmt::Display) -> KernelError {
@@ -41,32 +75,37 @@ fn unavailable(what: impl std::fmt::Display) -> KernelError {
 }
 
 impl Emulated {
-    pub fn open(cache: &Path) -> Result<Emulated, KernelError> {
-        Emulated::of(SOURCES, cache)
+    pub fn open(cache: &Path, pace: Pace) -> Result<Emulated, KernelError> {
+        Emulated::of(SOURCES, cache, pace)
     }
 
-    fn of(sources: &[Source], cache: &Path) -> Result<Emulated, KernelError> {
+    fn of(sources: &[Source], cache: &Path, pace: Pace) -> Result<Emulated, KernelError> {
         let path = compiled(sources, cache)?;
         // SAFETY: the library was compiled from our sources; loading it runs no code of its own.
         let library = unsafe { Library::new(&path) }.map_err(unavailable)?;
-        Ok(Emulated { library, entries: Mutex::new(HashMap::new()), memory: CpuDevice::new() })
+        let (streams, entries) = (Streams::new(pace), Mutex::new(HashMap::new()));
+        Ok(Emulated { core: Arc::new(Core { streams, library, entries, memory: CpuDevice::new() }), stream: 0 })
     }
 
     fn entry(&self, kernel: Kernel) -> Result<Entry, KernelError> {
-        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = self.core.entries.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(&entry) = entries.get(&kernel) {
             return Ok(entry);
         }
         let symbol = format!("launch_{}", kernel.symbol());
         // SAFETY: every such symbol is a function of this type (`wrapper`).
-        let entry = unsafe { self.library.get::<Entry>(symbol.as_bytes()) };
+        let entry = unsafe { self.core.library.get::<Entry>(symbol.as_bytes()) };
         let entry = *entry.map_err(|error| self.failed(format!("no kernel {}: {error}", kernel.symbol())))?;
         entries.insert(kernel, entry);
         Ok(entry)
     }
 
     fn failed(&self, what: String) -> KernelError {
-        KernelError::Machine { device: self.name(), what }
+        KernelError::Machine { device: NAME.to_owned(), what }
+    }
+
+    fn later(&self, task: Task) -> Result<(), KernelError> {
+        self.core.streams.run(self.stream, task)
     }
 }
 
@@ -187,9 +226,73 @@ fn round(x: f32) -> u16 {
     if x.is_nan() { 0x7fff } else { (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16 }
 }
 
+/// Runs a kernel to its end.
+///
+/// # Safety
+/// As for [`Machine::launch`].
+unsafe fn enter(entry: Entry, launch: &Launch) -> Result<(), KernelError> {
+    let mut arguments = Packed::new(&launch.arguments);
+    let mut pointers = arguments.pointers();
+    let sizes: Vec<u32> = launch.arguments.iter().map(|argument| argument.bytes()).collect();
+    let mut error = [0u8; 512];
+    // SAFETY: the entry checks number and sizes of the arguments; what they point to is the caller's promise.
+    let code = unsafe {
+        entry(
+            launch.grid.as_ptr(),
+            launch.block.as_ptr(),
+            launch.shared,
+            pointers.as_mut_ptr(),
+            sizes.as_ptr(),
+            sizes.len() as u32,
+            error.as_mut_ptr().cast(),
+            error.len(),
+        )
+    };
+    if code == 0 {
+        return Ok(());
+    }
+    let text = error.split(|&byte| byte == 0).next().unwrap_or_default();
+    let what = format!("{}: {}", launch.kernel.symbol(), String::from_utf8_lossy(text));
+    Err(KernelError::Machine { device: NAME.to_owned(), what })
+}
+
+/// Does a product.
+///
+/// # Safety
+/// As for [`Machine::multiply`].
+unsafe fn multiply(product: &Product) {
+    let shape = product.shape;
+    let (m, n, k) = (shape.m as usize, shape.n as usize, shape.k as usize);
+    // SAFETY: the caller's promise.
+    let (a, b) = unsafe { (gather(product.a, shape.a, m, k), gather(product.b, shape.b, k, n)) };
+    let mut sums = vec![0.0f64; n];
+    for row in 0..m {
+        sums.fill(0.0);
+        for (&x, b) in a[row * k..][..k].iter().zip(b.chunks_exact(n)) {
+            for (sum, &y) in sums.iter_mut().zip(b) {
+                *sum += f64::from(x) * f64::from(y);
+            }
+        }
+        for (col, &sum) in sums.iter().enumerate() {
+            let index = row * shape.c.stride as usize + col;
+            // SAFETY: as above; `c` is ours alone.
+            unsafe {
+                if shape.c.dtype == DType::BF16 {
+                    let c = std::ptr::with_exposed_provenance_mut::<u16>(product.c as usize).add(index);
+                    let old = if shape.accumulate { f32::from_bits(u32::from(*c) << 16) } else { 0.0 };
+                    *c = round((f64::from(old) + sum) as f32);
+                } else {
+                    let c = std::ptr::with_exposed_provenance_mut::<f32>(product.c as usize).add(index);
+                    *c = (if shape.accumulate { f64::from(*c) } else { 0.0 } + sum) as f32;
+                }
+            }
+        }
+    }
+}
+
 impl Machine for Emulated {
     fn name(&self) -> String {
-        "emulated GPU".to_owned()
+        NAME.to_owned()
     }
 
     fn shared_limit(&self) -> u32 {
@@ -197,92 +300,89 @@ impl Machine for Emulated {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Box<dyn Block>, KernelError> {
-        self.memory.allocate(bytes)
+        Ok(Box::new(Kept { block: self.core.memory.allocate(bytes)?, core: self.core.clone() }))
     }
 
     unsafe fn launch(&self, launch: &Launch) -> Result<(), KernelError> {
         let entry = self.entry(launch.kernel)?;
-        let mut arguments = Packed::new(&launch.arguments);
-        let mut pointers = arguments.pointers();
-        let sizes: Vec<u32> = launch.arguments.iter().map(|argument| argument.bytes()).collect();
-        let mut error = [0u8; 512];
-        // SAFETY: the entry checks number and sizes of the arguments; what they point to is the caller's promise.
-        let code = unsafe {
-            entry(
-                launch.grid.as_ptr(),
-                launch.block.as_ptr(),
-                launch.shared,
-                pointers.as_mut_ptr(),
-                sizes.as_ptr(),
-                sizes.len() as u32,
-                error.as_mut_ptr().cast(),
-                error.len(),
-            )
-        };
-        if code == 0 {
-            return Ok(());
-        }
-        let text = error.split(|&byte| byte == 0).next().unwrap_or_default();
-        Err(self.failed(format!("{}: {}", launch.kernel.symbol(), String::from_utf8_lossy(text))))
+        let launch = launch.clone();
+        // SAFETY: the caller's promise.
+        self.later(Box::new(move || unsafe { enter(entry, &launch) }))
     }
 
     unsafe fn multiply(&self, product: &Product) -> Result<(), KernelError> {
-        let shape = product.shape;
-        let (m, n, k) = (shape.m as usize, shape.n as usize, shape.k as usize);
-        // SAFETY: the caller's promise.
-        let (a, b) = unsafe { (gather(product.a, shape.a, m, k), gather(product.b, shape.b, k, n)) };
-        let mut sums = vec![0.0f64; n];
-        for row in 0..m {
-            sums.fill(0.0);
-            for (&x, b) in a[row * k..][..k].iter().zip(b.chunks_exact(n)) {
-                for (sum, &y) in sums.iter_mut().zip(b) {
-                    *sum += f64::from(x) * f64::from(y);
-                }
-            }
-            for (col, &sum) in sums.iter().enumerate() {
-                let index = row * shape.c.stride as usize + col;
-                // SAFETY: as above; `c` is ours alone.
-                unsafe {
-                    if shape.c.dtype == DType::BF16 {
-                        let c = std::ptr::with_exposed_provenance_mut::<u16>(product.c as usize).add(index);
-                        let old = if shape.accumulate { f32::from_bits(u32::from(*c) << 16) } else { 0.0 };
-                        *c = round((f64::from(old) + sum) as f32);
-                    } else {
-                        let c = std::ptr::with_exposed_provenance_mut::<f32>(product.c as usize).add(index);
-                        *c = (if shape.accumulate { f64::from(*c) } else { 0.0 } + sum) as f32;
-                    }
-                }
-            }
-        }
-        Ok(())
+        let product = *product;
+        self.later(Box::new(move || {
+            // SAFETY: the caller's promise.
+            unsafe { multiply(&product) };
+            Ok(())
+        }))
     }
-
     unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), KernelError> {
-        // SAFETY: the caller's promise.
-        unsafe {
-            std::ptr::copy_nonoverlapping(
-                std::ptr::with_exposed_provenance::<u8>(from as usize),
-                std::ptr::with_exposed_provenance_mut(to as usize),
-                bytes,
-            );
-        }
-        Ok(())
+        self.later(Box::new(move || {
+            // SAFETY: the caller's promise.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    std::ptr::with_exposed_provenance::<u8>(from as usize),
+                    std::ptr::with_exposed_provenance_mut(to as usize),
+                    bytes,
+                );
+            }
+            Ok(())
+        }))
     }
 
     unsafe fn clear(&self, at: u64, bytes: usize) -> Result<(), KernelError> {
-        // SAFETY: the caller's promise.
-        unsafe { std::ptr::write_bytes(std::ptr::with_exposed_provenance_mut::<u8>(at as usize), 0, bytes) }
+        self.later(Box::new(move || {
+            // SAFETY: the caller's promise.
+            unsafe { std::ptr::write_bytes(std::ptr::with_exposed_provenance_mut::<u8>(at as usize), 0, bytes) }
+            Ok(())
+        }))
+    }
+
+    fn beside(&self) -> Result<Emulated, KernelError> {
+        Ok(Emulated { core: self.core.clone(), stream: self.core.streams.open() })
+    }
+
+    fn moment(&self) -> Result<Moment, KernelError> {
+        Ok(self.core.streams.moment())
+    }
+
+    fn release(&self, moments: &[Moment]) {
+        self.core.streams.release(moments);
+    }
+
+    fn set(&self, moment: Moment) -> Result<(), KernelError> {
+        self.core.streams.set(self.stream, moment);
         Ok(())
+    }
+
+    fn follow(&self, moment: Moment) -> Result<(), KernelError> {
+        self.core.streams.follow(self.stream, moment);
+        Ok(())
+    }
+
+    fn reach(&self, moment: Moment) -> Result<(), KernelError> {
+        self.core.streams.reach(moment)
+    }
+
+    fn seconds(&self, from: Moment, to: Moment) -> Result<f64, KernelError> {
+        let never = || self.failed("a moment has not come".to_owned());
+        self.core.streams.seconds(from, to).ok_or_else(never)
     }
 
     unsafe fn upload(&self, from: &[u8], to: u64) -> Result<(), KernelError> {
-        let to = std::ptr::with_exposed_provenance_mut::<u8>(to as usize);
-        // SAFETY: the caller's promise; the host's memory is not the machine's.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
-        Ok(())
+        let from = from.to_vec();
+        self.later(Box::new(move || {
+            let to = std::ptr::with_exposed_provenance_mut::<u8>(to as usize);
+            // SAFETY: the caller's promise; the host's memory is not the machine's.
+            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
+            Ok(())
+        }))
     }
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), KernelError> {
+        self.complete()?;
         let from = std::ptr::with_exposed_provenance::<u8>(from as usize);
         // SAFETY: as above.
         unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) }
@@ -295,20 +395,23 @@ impl Machine for Emulated {
         work: &mut dyn FnMut(usize) -> Result<(), KernelError>,
         copies: &[(u64, u64, usize)],
     ) -> Result<Vec<f64>, KernelError> {
-        // What is asked for has ended when it returns, so copies cannot go on beside anything.
+        // Work is done by whoever asks for it, so copies cannot go on beside anything.
         for &(from, to, bytes) in copies {
             // SAFETY: the caller's promise.
             unsafe { self.copy(from, to, bytes) }?;
         }
+        self.complete()?;
         let timed = |n| {
             let start = Instant::now();
-            work(n).map(|()| start.elapsed().as_secs_f64())
+            work(n)?;
+            self.complete()?;
+            Ok(start.elapsed().as_secs_f64())
         };
         (0..count).map(timed).collect()
     }
 
     fn complete(&self) -> Result<(), KernelError> {
-        Ok(())
+        self.core.streams.finish(self.stream)
     }
 }
 
@@ -343,7 +446,7 @@ mod tests {
         let cache = tempfile::tempdir().unwrap();
         // Who comes while another thread compiles gets what that one has compiled.
         let machine = std::thread::scope(|scope| {
-            let open = || Emulated::of(&[FAULTY], &cache.path().join("new")).unwrap();
+            let open = || Emulated::of(&[FAULTY], &cache.path().join("new"), Pace::Late).unwrap();
             let others = [scope.spawn(open), scope.spawn(open), scope.spawn(open)];
             others.map(|thread| thread.join().unwrap()).into_iter().next_back().unwrap()
         });

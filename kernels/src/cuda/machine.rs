@@ -1,4 +1,5 @@
-//! What the calls need of a GPU: memory, launches of kernels, matrix products, one order in which all of it happens.
+//! What the calls need of a GPU: memory, launches of kernels, matrix products, one order in which all of it happens, and moments by
+//! which such orders (streams) wait for each other.
 //!
 //! Two machines implement it: the driver with its libraries ([`super::driver`]), and a CPU that runs the kernels' own sources
 //! thread for thread ([`super::emulated`]). Everything above this trait, and so every grid, every argument and every order of
@@ -6,6 +7,7 @@
 
 use crate::device::{Block, DType, KernelError};
 use crate::network::Network;
+use crate::queue::Moment;
 use smallvec::SmallVec;
 use std::ffi::c_void;
 
@@ -153,8 +155,8 @@ pub struct Product {
     pub c: u64,
 }
 
-/// A GPU. Work is done in the order in which it was asked for.
-pub trait Machine: Send + Sync {
+/// A stream of a GPU. Work is done in the order in which it was asked for.
+pub trait Machine: Send + Sync + Sized + 'static {
     /// For people and profiles.
     fn name(&self) -> String;
 
@@ -187,6 +189,32 @@ pub trait Machine: Send + Sync {
     /// # Safety
     /// The range lies in living memory of this machine.
     unsafe fn clear(&self, at: u64, bytes: usize) -> Result<(), KernelError>;
+
+    /// Another stream of the same GPU, whose work goes on beside this one's.
+    fn beside(&self) -> Result<Self, KernelError>;
+
+    /// Most bytes of its memory that a stream takes for itself once it computes.
+    fn room(&self) -> u64 {
+        0
+    }
+
+    /// A moment that was not set yet; all streams of the GPU know it.
+    fn moment(&self) -> Result<Moment, KernelError>;
+
+    /// Takes moments back that nobody uses any more.
+    fn release(&self, moments: &[Moment]);
+
+    /// The moment comes when everything that was asked for so far has ended.
+    fn set(&self, moment: Moment) -> Result<(), KernelError>;
+
+    /// What is asked for from now on begins after the moment, as it was set last.
+    fn follow(&self, moment: Moment) -> Result<(), KernelError>;
+
+    /// Lets the host wait for a moment, as it was set last.
+    fn reach(&self, moment: Moment) -> Result<(), KernelError>;
+
+    /// Seconds between two moments that have come.
+    fn seconds(&self, from: Moment, to: Moment) -> Result<f64, KernelError>;
 
     /// Copies from the host; `from` may be changed when it returns.
     ///

@@ -17,10 +17,13 @@ mod nccl;
 mod nccl_library;
 mod products;
 mod sources;
+mod staging;
 
 use crate::call::Call;
 use crate::device::{Block, Device, KernelError, View};
 use crate::network::Network;
+use crate::queue::{Moment, Queue, Queues};
+use crate::streams::Pace;
 use machine::Machine;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -33,7 +36,7 @@ pub type CudaDevice = Gpu<driver::Cuda>;
 /// The same kernels, run by the CPU: slow, and for tests.
 pub type EmulatedGpu = Gpu<emulated::Emulated>;
 
-/// A device that launches kernels. Calls are queued in one order and run behind the caller's back.
+/// A stream of a GPU as a device that launches kernels. Calls are queued in one order and run behind the caller's back.
 pub struct Gpu<M> {
     machine: M,
     /// Parts of sums; a call that uses it holds it until all of its launches are queued.
@@ -63,7 +66,15 @@ impl EmulatedGpu {
     /// # Errors
     /// [`KernelError::Unavailable`] without a compiler, or when it refuses the sources.
     pub fn open(cache: &Path) -> Result<EmulatedGpu, KernelError> {
-        Gpu::with(emulated::Emulated::open(cache)?)
+        EmulatedGpu::at_pace(cache, Pace::Late)
+    }
+
+    /// The same, with the work of queues done in an order of choice.
+    ///
+    /// # Errors
+    /// As for [`EmulatedGpu::open`].
+    pub fn at_pace(cache: &Path, pace: Pace) -> Result<EmulatedGpu, KernelError> {
+        Gpu::with(emulated::Emulated::open(cache, pace)?)
     }
 }
 
@@ -114,6 +125,10 @@ impl<M: Machine> Device for Gpu<M> {
         self.machine.memory()
     }
 
+    fn queues(&self) -> Option<&dyn Queues> {
+        Some(self)
+    }
+
     fn network(&self) -> Option<&dyn Network> {
         self.machine.network()
     }
@@ -128,6 +143,42 @@ impl<M: Machine> Device for Gpu<M> {
         check_transfer("download", to.len(), from)?;
         // SAFETY: the caller's promise.
         unsafe { self.machine.download(from.address(), to) }
+    }
+}
+
+impl<M: Machine> Queues for Gpu<M> {
+    fn open(&self) -> Result<Box<dyn Queue>, KernelError> {
+        Ok(Box::new(Gpu::with(self.machine.beside()?)?))
+    }
+
+    fn room(&self) -> u64 {
+        self.machine.room()
+    }
+
+    fn moment(&self) -> Result<Moment, KernelError> {
+        self.machine.moment()
+    }
+
+    fn release(&self, moments: &[Moment]) {
+        self.machine.release(moments);
+    }
+
+    fn reach(&self, moment: Moment) -> Result<(), KernelError> {
+        self.machine.reach(moment)
+    }
+
+    fn seconds(&self, from: Moment, to: Moment) -> Result<f64, KernelError> {
+        self.machine.seconds(from, to)
+    }
+}
+
+impl<M: Machine> Queue for Gpu<M> {
+    fn set(&self, moment: Moment) -> Result<(), KernelError> {
+        self.machine.set(moment)
+    }
+
+    fn follow(&self, moment: Moment) -> Result<(), KernelError> {
+        self.machine.follow(moment)
     }
 }
 

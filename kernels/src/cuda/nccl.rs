@@ -124,8 +124,7 @@ impl Communicator {
             netName: std::ptr::null(),
             splitShare: UNDEFINED,
         };
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
-            .map_err(|error| context.failed("creating a stream", error))?;
+        let stream = Stream::new(context)?;
         let ended = result::event::create(driver::CUevent_flags::CU_EVENT_DISABLE_TIMING)
             .map_err(|error| context.failed("creating an event", error))?;
         let mut communicator: sys::ncclComm_t = std::ptr::null_mut();
@@ -134,7 +133,7 @@ impl Communicator {
         let this = Communicator {
             nccl,
             communicator,
-            stream: Stream(stream),
+            stream,
             ended,
             device,
             context: context.clone(),
@@ -205,7 +204,7 @@ impl Communicator {
     /// As for [`Channel::run`]; between group start and end.
     unsafe fn queue(&self, joint: &Joint) -> c_int {
         let Communicator { nccl, communicator, .. } = *self;
-        let stream: sys::cudaStream_t = self.stream.0.cast();
+        let stream: sys::cudaStream_t = self.stream.handle.cast();
         let at = |view: View| view.address() as *mut c_void;
         let (sum, kind) = (sys::ncclRedOp_t::ncclSum, |view: View| data_type(view.dtype()));
         // SAFETY: the caller's promise.
@@ -268,7 +267,7 @@ impl Channel for Communicator {
         self.accepted(refused.unwrap_or(closed), doing)?;
         self.settle(doing, given_up)?;
         // SAFETY: event and stream live.
-        unsafe { result::event::record(self.ended, self.stream.0) }
+        unsafe { result::event::record(self.ended, self.stream.handle) }
             .map_err(|error| self.context.failed(format_args!("NCCL: {doing}"), error))?;
         let begin = Instant::now();
         loop {
@@ -289,11 +288,8 @@ impl Drop for Communicator {
     fn drop(&mut self) {
         self.end();
         if self.context.enter().is_ok() {
-            // SAFETY: nothing is queued any more. Errors could not be told to anybody.
-            unsafe {
-                let _ = result::event::destroy(self.ended);
-                let _ = result::stream::destroy(self.stream.0);
-            }
+            // SAFETY: nothing is queued any more. An error could not be told to anybody.
+            let _ = unsafe { result::event::destroy(self.ended) };
         }
     }
 }

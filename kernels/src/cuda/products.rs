@@ -20,7 +20,6 @@ pub(super) const WORKSPACE: usize = 32 << 20;
 /// A handle and the algorithms found so far.
 pub(super) struct Products {
     handle: sys::cublasLtHandle_t,
-    workspace: u64,
     plans: Mutex<HashMap<(ProductShape, [u32; 3]), Plan>>,
     algorithms: Mutex<Algorithms>,
 }
@@ -89,20 +88,26 @@ fn alignment(address: u64) -> u32 {
 }
 
 impl Products {
-    /// `workspace` is the address of [`WORKSPACE`] bytes of the current context; choices for `device` are kept in the folder `cache`.
-    pub fn new(workspace: u64, device: &str, cache: &Path) -> Result<Products, CublasError> {
+    /// For the current context; choices for `device` are kept in the folder `cache`.
+    pub fn new(device: &str, cache: &Path) -> Result<Products, CublasError> {
         let handle = result::create_handle()?;
         // SAFETY: the library is loaded; the function has no arguments.
         let version = unsafe { sys::cublasLtGetVersion() };
         let algorithms = Mutex::new(Algorithms::open(cache, device, &format!("cuBLASLt-{version}")));
-        Ok(Products { handle, workspace, plans: Mutex::new(HashMap::new()), algorithms })
+        Ok(Products { handle, plans: Mutex::new(HashMap::new()), algorithms })
     }
 
-    /// Queues a product on a stream of the current context.
+    /// Queues a product on a stream of the current context. `workspace` is the address of [`WORKSPACE`] bytes that the stream has for
+    /// itself.
     ///
     /// # Safety
     /// As for [`super::machine::Machine::multiply`]; the stream lives.
-    pub unsafe fn multiply(&self, product: &Product, stream: sys::cudaStream_t) -> Result<(), CublasError> {
+    pub unsafe fn multiply(
+        &self,
+        product: &Product,
+        workspace: u64,
+        stream: sys::cudaStream_t,
+    ) -> Result<(), CublasError> {
         let key = (product.shape, [product.a, product.b, product.c].map(alignment));
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         let plan = match plans.entry(key) {
@@ -126,7 +131,7 @@ impl Products {
                 product.c as *mut c_void,
                 plan.out,
                 &raw const plan.algorithm.algo,
-                self.workspace as *mut c_void,
+                workspace as *mut c_void,
                 plan.algorithm.workspaceSize,
                 stream,
             )
