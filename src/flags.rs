@@ -93,6 +93,10 @@ pub struct JobFlags {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefetch: Option<u32>,
+    /// How exchanges of states are carried out on a cluster: fused, or as deepspeed does.
+    #[arg(long, value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub runtime: Option<String>,
     /// Gathered parameters live until their last pass of the step, instead of for one pass.
     #[arg(long, value_name = "BOOL")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -138,6 +142,10 @@ pub struct JobFlags {
     #[arg(long, value_name = "KERNEL")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention: Option<String>,
+    /// Operators beside products and attention on a cluster: fused, or separate (a kernel for each step, as in Hugging Face's models).
+    #[arg(long, value_name = "KIND")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernels: Option<String>,
     /// What runs beside computation on a cluster: none, all, or some of gradients, parameters, tensor, experts.
     #[arg(long, value_name = "LIST")]
     #[serde(skip_serializing_if = "Option::is_none")]

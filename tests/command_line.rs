@@ -533,12 +533,46 @@ fn the_27_state_partitions_of_a_job() {
         ("--overlap some", "overlap = \"some\""),
         ("--gather-bucket 0", "gather_bucket = \"0\""),
         ("--states NNX", "\"NNX\" is no state partition"),
+        ("--runtime horovod", "runtime = \"horovod\"; allowed: fused, deepspeed"),
+        ("--kernels slow", "kernels = \"slow\"; allowed: fused, separate"),
+        ("--explain", "--published"),
     ] {
         let error = folder.fails(2, &format!("{job} {flags}"));
         assert!(error.contains(phrase), "{error}");
     }
     let published = folder.json("states --published --json");
     assert_eq!((published["gains"].as_array().unwrap().len(), published["gathers"].as_array().unwrap().len()), (8, 4));
+    assert!(published.get("explanations").is_none());
+    let explained = folder.json("states --published --explain --json");
+    let rows = explained["explanations"].as_array().unwrap();
+    assert!(rows.len() > 10 && rows.iter().all(|row| row["gains"].as_array().unwrap().len() == 8));
+    // Another runtime takes another time.
+    let slower = folder.json(&format!("{job} --runtime deepspeed --kernels separate"));
+    assert!(slower["states"][26]["iteration_seconds"].as_f64() > ggg["iteration_seconds"].as_f64());
+}
+
+/// PaRO's guideline is part of every plan: on a cluster and on this machine, as text with `--explain` and in JSON.
+#[test]
+fn plans_carry_the_guideline() {
+    let folder = Folder::new("guideline");
+    let cluster =
+        "plan --model llama-3-8b --cluster dgx-h100-ib --nodes 2 --seq 8192 --global-batch 64 --tp 1 --pp 1 --top 3";
+    let here = format!("plan {SMALL} --dp 2 --pp 1 --top 3");
+    for job in [cluster, &here] {
+        let document = folder.json(&format!("{job} --json"));
+        for plan in document["plans"].as_array().unwrap() {
+            let guideline = &plan["guideline"];
+            let (seconds, indicator) =
+                (guideline["seconds"].as_f64().unwrap(), guideline["indicator"].as_f64().unwrap());
+            assert!(seconds >= guideline["communication"].as_f64().unwrap() && (seconds.ln() + indicator).abs() < 1e-9);
+        }
+        let output = folder.run(&format!("{job} --explain"));
+        assert!(output.status.success());
+        says(&String::from_utf8(output.stdout).unwrap(), &["log(1/T)", "PaRO's closed form"]);
+    }
+    // Parameters that stay gathered are an axis of clusters too.
+    let kept = folder.json(&format!("{cluster} --json --states zero3 --keep-gathered true"));
+    assert!(kept["plans"].as_array().unwrap().iter().all(|plan| plan["configuration"]["keep_gathered"] == true));
 }
 
 #[test]

@@ -14,7 +14,7 @@ use paceline_planner::predict::{
     predict_cluster, sweep_clusters,
 };
 use paceline_planner::prediction::{ClassBytes, MemoryPrediction, PREDICTION_FORMAT, Prediction};
-use paceline_planner::states::{GuidelineRank, rank};
+use paceline_planner::states::GuidelineRank;
 use paceline_profiles::Shares;
 use paceline_sim::cluster::Physics;
 use paceline_sim::units::show_bytes;
@@ -200,16 +200,16 @@ fn show_differences(screen: &Screen, plans: &[ClusterPlan]) -> Result<(), Failur
         "log(1/T)",
         "place",
     ]);
-    let ranks: Vec<GuidelineRank> = plans
-        .iter()
-        .map(|plan| rank(&plan.configuration, &plan.prediction).map_err(Failure::internal))
-        .collect::<Result<_, _>>()?;
+    let ranks: Vec<GuidelineRank> = plans.iter().map(|plan| plan.guideline).collect();
     for (place, (plan, guideline)) in plans.iter().zip(&ranks).enumerate() {
         let parts = plan.prediction.time.in_order();
-        let before = ranks.iter().filter(|other| other.seconds < guideline.seconds * (1.0 - 1e-9)).count();
         let states = plan.configuration.states.clone().unwrap_or_else(|| "zero1".into());
-        let ranked =
-            [states, show_seconds(guideline.seconds), format!("{:.2}", guideline.indicator), (1 + before).to_string()];
+        let ranked = [
+            states,
+            show_seconds(guideline.seconds),
+            format!("{:.2}", guideline.indicator),
+            place_of(guideline, &ranks),
+        ];
         table.row(std::iter::once((place + 1).to_string()).chain(parts.map(show_seconds)).chain(ranked));
     }
     table.print(screen)?;
@@ -217,6 +217,11 @@ fn show_differences(screen: &Screen, plans: &[ClusterPlan]) -> Result<(), Failur
         "\n  guideline: PaRO's closed form of the state partition, the longer of communication and computation; place: by its indicator\n  \
          log(1/T) among these plans. It ranks partitions of one layout; it knows no tensor or pipeline communication and no bubble.",
     )
+}
+
+/// The place of a plan by the guideline among some.
+pub fn place_of(guideline: &GuidelineRank, among: &[GuidelineRank]) -> String {
+    (1 + among.iter().filter(|other| other.seconds < guideline.seconds * (1.0 - 1e-9)).count()).to_string()
 }
 
 fn nothing(sweep: &ClusterSweep) -> Failure {

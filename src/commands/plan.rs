@@ -10,6 +10,7 @@ use crate::table::{Table, show_percent, show_seconds};
 use paceline_planner::job::Job;
 use paceline_planner::plan::{ClusterPlanFile, Plan};
 use paceline_planner::search::{Part, Plans, Progress, Reason, SearchError, search};
+use paceline_planner::states::{GuidelineRank, rank_here};
 use paceline_sim::units::show_bytes;
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -81,7 +82,8 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     }
     let job = arguments.source.read()?;
     let local = Local::open(screen, arguments.profile.as_deref())?;
-    let plans = find(screen, &job, &local, arguments.top.max(arguments.pick) as usize)?;
+    let mut plans = find(screen, &job, &local, arguments.top.max(arguments.pick) as usize)?;
+    rank_all(&job, &local, &mut plans)?;
     if let Some(path) = &arguments.output {
         let place = arguments.pick as usize;
         let Some(chosen) = plans.plans.get(place - 1) else {
@@ -98,10 +100,51 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     }
     screen.line(format!("{}, {} tokens per step, {}", job.model.name, job.tokens_per_step(), local.origin))?;
     show(screen, &plans, if arguments.explain { 40 } else { 5 })?;
+    if arguments.explain {
+        screen.line("")?;
+        show_guideline(screen, &plans)?;
+    }
     if arguments.output.is_none() {
         screen.say("write the best with -o plan.json, then `paceline run plan.json`");
     }
     screen.document(&plans)
+}
+
+/// Bytes of a message over which ranks reach their bandwidth.
+const LARGE: u64 = 16 << 20;
+
+/// What PaRO's closed form says of each plan, with the bandwidth at which ranks of this machine copy large messages from each other.
+fn rank_all(job: &Job, local: &Local, plans: &mut Plans) -> Result<(), Failure> {
+    for plan in &mut plans.plans {
+        let busy = plan.configuration.ranks().min(local.machine.devices);
+        let inside = LARGE as f64 / local.predictor.transfer(LARGE, busy).seconds;
+        let time = &plan.prediction.time;
+        let ranked =
+            rank_here(job, &plan.configuration, time.compute + time.recompute, inside).map_err(Failure::internal)?;
+        plan.guideline = Some(ranked);
+    }
+    Ok(())
+}
+
+/// The guideline's ranking of the plans beside the predicted one.
+fn show_guideline(screen: &Screen, plans: &Plans) -> Result<(), Failure> {
+    let ranks: Vec<GuidelineRank> = plans.plans.iter().filter_map(|plan| plan.guideline).collect();
+    let mut table = Table::new(["", "predicted", "states", "guideline", "log(1/T)", "place"]);
+    for (n, (plan, guideline)) in plans.plans.iter().zip(&ranks).enumerate() {
+        table.row([
+            (n + 1).to_string(),
+            show_seconds(plan.prediction.iteration_seconds),
+            plan.configuration.states.letters(),
+            show_seconds(guideline.seconds),
+            format!("{:.2}", guideline.indicator),
+            cluster::place_of(guideline, &ranks),
+        ]);
+    }
+    table.print(screen)?;
+    screen.line(
+        "\n  guideline: PaRO's closed form of the state partition, the longer of communication and computation; place: by its indicator\n  \
+         log(1/T) among these plans. It knows no pipeline, no latency, and no work of ranks that share a core.",
+    )
 }
 
 /// Searches with progress; Ctrl-C ends the search with what it has found.

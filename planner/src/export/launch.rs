@@ -12,7 +12,7 @@ use paceline_sim::cluster::{
 };
 use paceline_sim::model::{Layer, trained_elements};
 
-use paceline_sim::partition::StatePartition;
+use paceline_sim::partition::{Level, StatePartition};
 use paceline_sim::program;
 use paceline_sim::units::show_bytes;
 
@@ -62,6 +62,8 @@ pub struct Launch {
     pub states: StatePartition,
     /// Replicas of a group.
     pub group: u64,
+    /// Parameters that are cut stay gathered over the microbatches.
+    pub keep_gathered: bool,
     /// Share of the parameters that is trained.
     pub trainable: f64,
     /// Schedule.
@@ -130,6 +132,7 @@ impl Launch {
             dp: chosen.dp.into(),
             ep: 1,
             routing: Routing::default(),
+            keep_gathered: chosen.sharing.keep_gathered && chosen.states.parameters != Level::Whole,
             states: chosen.states,
             group: chosen.sharing.group_size.unwrap_or(chosen.dp).into(),
             trainable: if job.trainable.is_full() {
@@ -184,6 +187,7 @@ impl Launch {
             dp,
             ep,
             routing,
+            keep_gathered: layout.keep_gathered && layout.sharding.parameters != Level::Whole,
             states: layout.sharding,
             group: layout.group.unwrap_or_else(|| (per_node / (tp * cp)).clamp(1, dp)),
             trainable: layout.trainable,
@@ -284,6 +288,10 @@ impl Launch {
         if self.trainable < 1.0 {
             let allowed = "it trains all parameters; leave trainable out and plan again";
             return Launch::lacks(target, "trainable", self.trainable, allowed);
+        }
+        if self.keep_gathered && target != Target::Torchtitan {
+            let allowed = "it gathers for every pass; take false, or export to torchtitan";
+            return Launch::lacks(target, "keep_gathered", true, allowed);
         }
         if self.vocabulary_spread {
             let allowed =

@@ -143,7 +143,8 @@ pub fn offered(target: Target, requests: &[ClusterRequest]) -> Vec<ClusterReques
         let sp = if target == Target::Deepspeed { request.sp.or(Some(false)) } else { request.sp };
         for states in words(&request.states, states) {
             for recompute in words(&request.recompute, recompute) {
-                list.push(ClusterRequest { states: states.clone(), recompute, sp, ..request.clone() });
+                let keep_gathered = request.keep_gathered.or(Some(false));
+                list.push(ClusterRequest { states: states.clone(), recompute, sp, keep_gathered, ..request.clone() });
             }
         }
     }

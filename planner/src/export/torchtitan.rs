@@ -133,14 +133,22 @@ fn batch(launch: &Launch) -> Vec<String> {
 
 fn states(launch: &Launch, notes: &mut Vec<String>) -> Result<Vec<String>, ExportError> {
     let name = launch.states.letters();
+    let gathered = match (launch.keep_gathered, launch.pp) {
+        (false, _) => "always",
+        (true, 1) => {
+            let allowed = "without a pipeline it gathers for every microbatch; take false, or states = NGG";
+            return Launch::lacks(TARGET, "keep_gathered", true, allowed);
+        }
+        (true, _) => "never",
+    };
     let (replicate, shard, reshard) = match name.as_str() {
         "NNN" => (launch.dp, 1, "default"),
         "NGG" => {
             notes.push("states NGG become FSDP that keeps parameters from the forward to the backward pass".into());
             (1, launch.dp, "never")
         }
-        "GGG" => (1, launch.dp, "always"),
-        "III" => (launch.dp / launch.group.max(1), launch.group, "always"),
+        "GGG" => (1, launch.dp, gathered),
+        "III" => (launch.dp / launch.group.max(1), launch.group, gathered),
         _ => return Launch::lacks(TARGET, "states", name, "it has NNN (DDP), NGG, GGG (FSDP) and III (hybrid FSDP)"),
     };
     Ok(vec![

@@ -3,6 +3,7 @@
 //! The real schedule is replayed with the real times of every stage. A long iteration is replayed for a few rounds of
 //! microbatches and continued at the pace of its steady state.
 
+mod coordinator;
 mod memory;
 mod overlap;
 mod parts;
@@ -31,7 +32,8 @@ use paceline_sim::cluster::network::Network;
 use paceline_sim::cluster::{
     Architecture, Compute, ContextExchange, Layout, LayoutError, Partition, Physics, Recompute,
 };
-use paceline_sim::partition::StatePartition;
+use paceline_sim::partition::exchange::{Exchange, Kind, Scope};
+use paceline_sim::partition::{Level, StatePartition};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -391,11 +393,18 @@ fn ends(
         forward[rank] += passes[n].forward;
         let unit = timer.unit_exchanges(&parameters[n]);
         let times = layout.microbatches as f64 * unit.units;
-        ends.alone[rank].parameter_gather += 2.0 * times * unit.gather;
-        ends.alone[rank].gradient_reduction += times * unit.reduce;
+        let (once, shown) = timer.gather_once(&parameters[n], passes[n].forward);
+        let alone = if let Some(coordinated) = timer.coordinated(&passes[n], &parameters[n]) {
+            coordinated.alone.map(|seconds| seconds * layout.microbatches as f64)
+        } else {
+            [if layout.keep_gathered { once } else { 2.0 * times * unit.gather }, times * unit.reduce]
+        };
+        ends.alone[rank].parameter_gather += alone[0];
+        ends.alone[rank].gradient_reduction += alone[1];
+        ends.data[rank] += shown;
     }
     let numerics = &layout.numerics;
-    let overlap = layout.overlap;
+    let (overlap, runtime) = (timer.overlap(), layout.runtime);
     let node = timer.groups.node;
     for rank in 0..ranks {
         let trained = [dense[rank] * layout.trainable, routed[rank] * layout.trainable];
@@ -403,14 +412,18 @@ fn ends(
             if overlap { stages::exposed(communication, behind, timer.physics) } else { communication }
         };
         let sync = layout.sharding.gradient_sync().into_iter();
+        let element = |e: Exchange| {
+            let wide = runtime.sums_in_32_bits && layout.sharding.parameters == Level::Whole;
+            if wide && e.kind == Kind::AllReduce && e.scope == Scope::Across { 4.0 } else { numerics.reduced }
+        };
         let sync =
-            sync.map(|e| timer.exchange(e, trained, numerics.reduced, layout.bucket_bytes)).fold(0.0, |sum, t| sum + t);
+            sync.map(|e| timer.exchange(e, trained, element(e), layout.bucket_bytes)).fold(0.0, |sum, t| sum + t);
         let parameter = numerics.parameter.min(numerics.activation);
         let after = layout.sharding.parameter_sync().map(|e| timer.exchange(e, trained, parameter, None));
         let after = after.unwrap_or(0.0);
         (ends.alone[rank].gradient_sync, ends.alone[rank].parameter_sync) = (sync, after);
-        ends.data[rank] =
-            hide(overlap.gradients, sync, backward[rank]) + hide(overlap.parameters, after, forward[rank]);
+        ends.data[rank] += hide(overlap.gradients, sync, backward[rank])
+            + hide(overlap.parameters && !runtime.waits_for_updates, after, forward[rank]);
         let held = |level| {
             let (dense_parts, routed_parts) = shards(layout, level, node);
             trained[0] / dense_parts + trained[1] / routed_parts

@@ -3,8 +3,8 @@
 use crate::schedules;
 use paceline_profiles::{Cluster, ClusterError, find_cluster};
 use paceline_sim::cluster::{
-    AdapterError, Architecture, AttentionKernel, Compute, ContextExchange, Layout, LayoutError, Numerics, Overlap,
-    Partition, PhysicsError, Recompute, Routing, ZooError,
+    AdapterError, Architecture, AttentionKernel, Compute, ContextExchange, Layout, LayoutError, LossKernel, Numerics,
+    Overlap, Partition, PhysicsError, Recompute, Routing, Runtime, ZooError,
 };
 use paceline_sim::model::{Trainable, TrainableError};
 use paceline_sim::partition::PartitionError;
@@ -70,6 +70,12 @@ pub struct ClusterRequest {
     /// Data-parallel ranks of a group within which states are cut; those of a node by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group_size: Option<u64>,
+    /// Gathered parameters stay until their last pass of the iteration, over all its microbatches; `false` by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_gathered: Option<bool>,
+    /// How exchanges of states are carried out: `fused` (the default), or as `deepspeed` does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub runtime: Option<String>,
     /// What is trained: `full`, a share such as `0.0625` or `1/16`, or `lora:R`: adapters of rank R beside
     /// every matrix, or (`lora:R:q,v`) beside some.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -91,6 +97,10 @@ pub struct ClusterRequest {
     /// `naive`, `fused`, `flash`; `flash` by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention: Option<String>,
+    /// `fused` (the default), or `separate`: norms, rotary embedding, gate and loss in an operator for each step, as in the models of
+    /// Hugging Face's library.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernels: Option<String>,
     /// Which communication runs beside computation: `none`, `all` (that between replicas: the default), or some of `gradients`,
     /// `parameters`, `tensor` and `experts`, with commas.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -249,6 +259,10 @@ fn word<T: Copy>(key: &'static str, value: Option<&str>, usual: &str, known: &[(
     })
 }
 
+const RUNTIMES: [(&str, Runtime); 2] = [("fused", Runtime::FUSED), ("deepspeed", Runtime::DEEPSPEED)];
+/// Whether operators are fused.
+const KERNELS: [(&str, bool); 2] = [("fused", true), ("separate", false)];
+
 const PARTITIONS: [(&str, Partition); 4] = [
     ("even", Partition::Even),
     ("by-cost", Partition::ByCost),
@@ -277,6 +291,9 @@ impl fmt::Display for ClusterRequest {
             write!(f, "{partition} ")?;
         }
         write!(f, "micro-batch {} {}", self.micro_batch.unwrap_or(1), self.states.as_deref().unwrap_or("zero1"))?;
+        if self.keep_gathered == Some(true) {
+            write!(f, " gathered once")?;
+        }
         match self.recompute.as_deref() {
             None | Some("none") => Ok(()),
             Some(kind) => write!(f, " {kind} recomputation"),
@@ -393,6 +410,7 @@ impl ClusterRequest {
                 ("flash", best_flash(cluster)),
             ],
         )?;
+        let fused = word("kernels", self.kernels.as_deref(), "fused", &KERNELS)?;
         let (recompute, recomputed_blocks) = recompute(self.recompute.as_deref().unwrap_or("none"))?;
         let layout = Layout {
             tp,
@@ -406,6 +424,8 @@ impl ClusterRequest {
             routing: Routing { skew: self.expert_skew.unwrap_or(1.0), capacity: self.expert_capacity },
             sharding: self.states.as_deref().unwrap_or("zero1").parse()?,
             group: self.group_size,
+            keep_gathered: self.keep_gathered.unwrap_or(false),
+            runtime: word("runtime", self.runtime.as_deref(), "fused", &RUNTIMES)?,
             trainable: self.trainable.as_deref().map_or(Ok(1.0), |text| trainable(text, model))?,
             schedule: if pp == 1 { "1f1b".into() } else { name.into() },
             microbatches: self.global_batch / part,
@@ -413,6 +433,9 @@ impl ClusterRequest {
             recompute,
             recomputed_blocks,
             attention,
+            fused_kernels: fused,
+            fused_norms: fused,
+            loss: if fused { LossKernel::InPlace } else { LossKernel::Eager },
             numerics: word("precision", self.precision.as_deref(), "bf16", &PRECISIONS)?,
             memory_limit: self.memory_limit.map(|bytes| bytes as f64),
             overlap: overlap(self.overlap.as_deref().unwrap_or("all"))?,
@@ -510,6 +533,8 @@ mod tests {
             (error(&|r| r.recompute = Some("full:0".into())), "full:2"),
             (error(&|r| r.recompute = Some("none:2".into())), "recompute = \"none:2\""),
             (error(&|r| r.precision = Some("int1".into())), "bf16"),
+            (error(&|r| r.runtime = Some("horovod".into())), "runtime = \"horovod\"; allowed: fused, deepspeed"),
+            (error(&|r| r.kernels = Some("fast".into())), "kernels = \"fast\"; allowed: fused, separate"),
             (error(&|r| r.partition = Some("odd".into())), "vocabulary-spread"),
             (error(&|r| r.schedule = Some("none".into())), "none"),
             (

@@ -5,9 +5,10 @@ use paceline_sim::cluster::memory::RankParameters;
 use paceline_sim::cluster::network::{Network, Span};
 use paceline_sim::cluster::work::{self, Product, Work};
 use paceline_sim::cluster::{
-    Architecture, AttentionKernel, ContextExchange, Layout, Partition, Physics, Recompute, VocabularyPasses,
+    Architecture, AttentionKernel, ContextExchange, Layout, Overlap, Partition, Physics, Recompute, VocabularyPasses,
 };
-use paceline_sim::partition::exchange::Exchange;
+use paceline_sim::partition::Level;
+use paceline_sim::partition::exchange::{Exchange, Kind, Scope};
 use std::ops::Range;
 
 /// The blocks and ends of one stage.
@@ -172,9 +173,11 @@ impl Groups {
     }
 }
 
-/// What is left of `communication` beside computation that it can hide behind.
+/// What `communication` adds to the computation that it can hide behind: what is left over, and for what runs beside the computation, the
+/// share by which both slow each other.
 pub fn exposed(communication: f64, hidden_by: f64, physics: &Physics) -> f64 {
-    (communication - hidden_by).max(physics.contention * communication)
+    let beside = communication.min(hidden_by);
+    communication - beside + physics.contention * beside
 }
 
 /// Collectives of a stage between the ranks that share its states, in every microbatch.
@@ -186,6 +189,8 @@ pub struct UnitExchanges {
     pub gather: f64,
     /// Seconds of reducing the gradients of one.
     pub reduce: f64,
+    /// Units whose gradients are reduced at a time.
+    pub together: f64,
 }
 
 /// Everything that times of passes depend on.
@@ -418,49 +423,101 @@ impl Timer<'_> {
     /// A collective over the ranks that share the states of these dense and routed parameters, with `element` bytes each, in
     /// launches of at most `most` bytes.
     pub fn exchange(&self, exchange: Exchange, [dense, routed]: [f64; 2], element: f64, most: Option<f64>) -> f64 {
+        let rooted = self.rooted(exchange);
         let of = |span: Span, group: u64, parameters: f64| {
             let bytes = parameters * element;
-            let launches = most.map_or(1.0, |most| (bytes / most).ceil().max(1.0));
+            if bytes <= 0.0 {
+                return 0.0;
+            }
+            let span = span.scope(exchange.scope, group);
+            let buckets = most.map_or(1.0, |most| (bytes / most).ceil().max(1.0));
+            // Every border between owners inside a bucket cuts it once more.
+            let launches = if rooted { buckets + (span.ranks - 1) as f64 } else { buckets };
             let each = exchange.buffer(bytes / launches, group as f64);
-            launches * self.network.collective(exchange.kind, span.scope(exchange.scope, group), each)
+            launches
+                * if rooted {
+                    self.network.reduce(span, each)
+                } else {
+                    self.network.collective(exchange.kind, span, each)
+                }
         };
         let [group, expert_group] = self.groups.state_group;
         of(self.groups.data, group, dense) + of(self.groups.expert_data, expert_group, routed)
     }
 
+    /// Whether the runtime makes an exchange out of rooted reductions.
+    fn rooted(&self, exchange: Exchange) -> bool {
+        let whole = self.layout.sharding.parameters == Level::Whole && exchange.scope != Scope::Across;
+        self.layout.runtime.rooted_reductions && whole && exchange.kind == Kind::ReduceScatter
+    }
+
+    /// What runs beside computation under the runtime.
+    pub fn overlap(&self) -> Overlap {
+        let Layout { overlap, runtime, sharding, .. } = self.layout;
+        let waits = runtime.waits_for_reductions && sharding.parameters == Level::Whole;
+        Overlap { gradients: overlap.gradients && !waits, ..*overlap }
+    }
+
     /// The collectives of every microbatch.
     pub fn unit_exchanges(&self, parameters: &RankParameters) -> UnitExchanges {
         let layout = self.layout;
-        let units = parameters.total() / parameters.largest_unit.max(1.0);
-        let unit = [parameters.dense / units.max(1.0), parameters.routed / units.max(1.0)];
-        let trained = unit.map(|parameters| parameters * layout.trainable);
+        let units = (parameters.total() / parameters.largest_unit.max(1.0)).max(1.0);
         let wire = layout.numerics.parameter.min(layout.numerics.activation);
-        let gather = layout.sharding.parameter_gather().map(|e| self.exchange(e, unit, wire, layout.gather_bytes));
-        let reduce = layout
-            .sharding
-            .gradient_reduction()
-            .map(|e| self.exchange(e, trained, layout.numerics.reduced, layout.bucket_bytes));
-        UnitExchanges { units, gather: gather.unwrap_or(0.0), reduce: reduce.unwrap_or(0.0) }
+        let unit = [parameters.dense / units, parameters.routed / units];
+        let gather = layout.sharding.parameter_gather();
+        let gather = gather.map_or(0.0, |e| self.exchange(e, unit, wire, layout.gather_bytes));
+        let element = layout.numerics.reduced;
+        // A bucket that is larger than a unit waits for as many as it holds.
+        let bytes = parameters.total() * layout.trainable * element;
+        let together = layout.bucket_bytes.map_or(1.0, |most| (most * units / bytes).floor()).clamp(1.0, units);
+        let reduce = layout.sharding.gradient_reduction().map_or(0.0, |e| {
+            let together = if self.rooted(e) { units } else { together };
+            let share = layout.trainable * together / units;
+            let trained = [parameters.dense * share, parameters.routed * share];
+            self.exchange(e, trained, element, layout.bucket_bytes) / together
+        });
+        UnitExchanges { units, gather, reduce, together }
     }
 
     /// Gathering the parameters before each pass and reducing the gradients after it, unit by unit beside the passes.
     fn add_exchanges(&self, times: &mut PassTimes, parameters: &RankParameters) {
         let layout = self.layout;
-        let UnitExchanges { units, gather, reduce } = self.unit_exchanges(parameters);
-        // The first unit's parameters and the last unit's gradients have nothing to hide behind.
+        if let Some(replayed) = self.coordinated(times, parameters) {
+            times.sharded = replayed.exposed;
+            return;
+        }
+        let UnitExchanges { units, gather, reduce, together } = self.unit_exchanges(parameters);
+        // Parameters that stay are gathered once, see `gather_once`.
+        let gather = if layout.keep_gathered { 0.0 } else { gather };
+        // The first unit's parameters and the last bucket of gradients have nothing to hide behind.
         let others = (units - 1.0).max(0.0);
-        let hidden = |overlap: bool, first: f64, other: f64, behind: f64| {
-            if overlap { first + exposed(other, behind, self.physics) } else { first + other }
-        };
-        times.sharded[0] = hidden(layout.overlap.parameters, gather, others * gather, times.forward);
+        let (last, before) = (together * reduce, (units - together).max(0.0) * reduce);
+        let overlap = self.overlap();
+        times.sharded[0] = self.beside(overlap.parameters, gather, others * gather, times.forward);
         let backward = times.backward + times.weights + times.recompute;
-        times.sharded[1] = match (layout.overlap.parameters, layout.overlap.gradients) {
-            (true, true) => hidden(true, reduce, units * gather + others * reduce, backward),
+        times.sharded[1] = match (overlap.parameters, overlap.gradients) {
+            (true, true) => self.beside(true, last, units * gather + before, backward),
             (parameters, gradients) => {
-                hidden(parameters, gather, others * gather, backward)
-                    + hidden(gradients, reduce, others * reduce, backward)
+                self.beside(parameters, gather, others * gather, backward)
+                    + self.beside(gradients, last, before, backward)
             }
         };
+    }
+
+    /// Communication of which `alone` has nothing beside it.
+    fn beside(&self, overlap: bool, alone: f64, other: f64, behind: f64) -> f64 {
+        alone + if overlap { exposed(other, behind, self.physics) } else { other }
+    }
+
+    /// Gathering parameters that stay until the last pass of the iteration, beside the first microbatch: what it takes alone, and what of it
+    /// shows.
+    pub fn gather_once(&self, parameters: &RankParameters, forward: f64) -> (f64, f64) {
+        if !self.layout.keep_gathered {
+            return (0.0, 0.0);
+        }
+        let UnitExchanges { units, gather, .. } = self.unit_exchanges(parameters);
+        let others = (units - 1.0).max(0.0) * gather;
+        (units * gather, self.beside(self.layout.overlap.parameters, gather, others, forward))
     }
 }
 
@@ -510,7 +567,7 @@ mod tests {
     fn what_hides_is_paid_by_its_contention() {
         let physics = Physics { contention: 0.25, ..Physics::default() };
         assert_eq!(exposed(4.0, 10.0, &physics), 1.0);
-        assert_eq!(exposed(4.0, 1.0, &physics), 3.0);
+        assert_eq!(exposed(4.0, 1.0, &physics), 3.25);
         assert_eq!(exposed(0.0, 1.0, &physics), 0.0);
     }
 }

@@ -2,7 +2,9 @@
 
 use super::request::{ClusterRequest, RequestError};
 use super::{ClusterPrediction, predict_cluster};
+use crate::states::{GuidelineRank, rank_layout};
 use paceline_sim::cluster::{Architecture, Physics};
+use paceline_sim::partition::{Level, StatePartition};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::sync::Mutex;
@@ -15,6 +17,8 @@ pub struct ClusterPlan {
     pub configuration: ClusterRequest,
     /// What it is predicted to take.
     pub prediction: ClusterPrediction,
+    /// What PaRO's closed form says of its state partition.
+    pub guideline: GuidelineRank,
 }
 
 /// Why candidates were not predicted or not kept.
@@ -175,7 +179,8 @@ pub fn sweep_clusters_while(
         let layout = candidate.layout(&model, &cluster).ok()?;
         let prediction = predict_cluster(&model, &layout, &cluster, physics).ok()?;
         let configuration = ClusterRequest { dp: Some(layout.dp), chunks: Some(layout.chunks), ..candidate.clone() };
-        Some(ClusterPlan { configuration, prediction })
+        let guideline = rank_layout(&model, &layout, &cluster, &prediction);
+        Some(ClusterPlan { configuration, prediction, guideline })
     };
     let results: Vec<Option<ClusterPlan>> = candidates
         .par_iter()
@@ -222,6 +227,18 @@ pub fn sweep_clusters_while(
     })
 }
 
+/// Whether gathered parameters stay over the microbatches, where the request leaves it open and there are several: both, or in a
+/// pipeline whose states are open too only that, since its ranks would gather for every pass.
+fn kept(request: &ClusterRequest, states: &str, pp: u64, repeated: bool) -> Vec<Option<bool>> {
+    let cut = states.parse::<StatePartition>().is_ok_and(|states| states.parameters != Level::Whole);
+    match request.keep_gathered {
+        Some(asked) => vec![Some(asked)],
+        None if !cut || !repeated => vec![None],
+        None if pp > 1 && request.states.is_none() => vec![Some(true)],
+        None => vec![None, Some(true)],
+    }
+}
+
 fn candidates(request: &ClusterRequest, model: &Architecture, gpus: u64, node: u64) -> Vec<ClusterRequest> {
     let mut list = Vec::new();
     let mut tps = doublings(node.min(model.attention.heads()));
@@ -244,9 +261,13 @@ fn candidates(request: &ClusterRequest, model: &Architecture, gpus: u64, node: u
                     let states = match (pp, tp * replicas > node) {
                         (1, false) => words(&["zero1", "zero3"]),
                         (1, true) => words(&["zero1", "NNI", "NII", "NIG", "mics", "IIG", "IGG", "zero3"]),
-                        _ => words(&["zero1"]),
+                        _ => words(&["zero1", "zero3"]),
                     };
-                    for states in axis(&request.states, states) {
+                    let repeated = micro_batch.saturating_mul(replicas) < request.global_batch;
+                    let choices = axis(&request.states, states).into_iter().flat_map(|states| {
+                        kept(request, &states, pp, repeated).into_iter().map(move |kept| (states.clone(), kept))
+                    });
+                    for (states, kept) in choices {
                         for recompute in axis(&request.recompute, words(&["none", "selective", "full"])) {
                             let names = if pp > 1 {
                                 words(&["1f1b", "interleaved", "zb-h1", "v-min", "v-half", "v-zb"])
@@ -267,6 +288,7 @@ fn candidates(request: &ClusterRequest, model: &Architecture, gpus: u64, node: u
                                     micro_batch: Some(micro_batch),
                                     ep: Some(ep),
                                     states: Some(states.clone()),
+                                    keep_gathered: kept,
                                     recompute: Some(recompute.clone()),
                                     schedule: Some(schedule),
                                     partition: Some(cut),
@@ -285,6 +307,7 @@ fn candidates(request: &ClusterRequest, model: &Architecture, gpus: u64, node: u
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::states::rank;
 
     fn request(model: &str, nodes: u64) -> ClusterRequest {
         ClusterRequest {
@@ -338,6 +361,23 @@ mod tests {
         let stopped = sweep_clusters_while(&[request("llama-3-8b", 1)], &Physics::default(), 3, &|at| at.decided < 5);
         let stopped = stopped.unwrap();
         assert!(stopped.simulated + stopped.pruned.invalid < sweep.candidates, "{stopped:?}");
+    }
+
+    /// In a pipeline, parameters that are cut are gathered once an iteration or not cut at all; each plan carries what the guideline says.
+    #[test]
+    fn parameters_may_stay_gathered() {
+        let asked = ClusterRequest { states: Some("zero3".into()), ..request("llama-3-70b", 8) };
+        let kept = sweep_cluster(&asked, &Physics::default(), 1000).unwrap();
+        assert!([None, Some(true)].iter().all(|k| kept.plans.iter().any(|p| p.configuration.keep_gathered == *k)));
+        for plan in &kept.plans {
+            assert_eq!(rank(&plan.configuration, &plan.prediction).unwrap(), plan.guideline);
+        }
+        let open = candidates(&request("llama-3-70b", 8), &Architecture::load("llama-3-70b").unwrap(), 64, 8);
+        let piped = |c: &&ClusterRequest| c.pp != Some(1) && c.states.as_deref() == Some("zero3");
+        assert!(open.iter().filter(piped).any(|c| c.keep_gathered == Some(true)));
+        let fixed = ClusterRequest { keep_gathered: Some(false), ..asked };
+        let fixed = sweep_cluster(&fixed, &Physics::default(), 1000).unwrap();
+        assert!(fixed.plans.iter().all(|p| p.configuration.keep_gathered == Some(false)));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 use super::*;
 use paceline_profiles::find_cluster;
-use paceline_sim::cluster::{Attention, MessageBuffers, Numerics, Overlap, PositionTable, VocabularyPasses};
+use paceline_sim::cluster::network::Span;
+use paceline_sim::cluster::{Attention, MessageBuffers, Numerics, Overlap, PositionTable, Runtime, VocabularyPasses};
 use paceline_sim::partition::StatePartition;
 
 fn gpt() -> Architecture {
@@ -242,4 +243,62 @@ fn some_blocks_are_recomputed() {
     assert!((kept(&two) / mixed - 1.0).abs() < 1e-9, "{} {mixed}", kept(&two));
     assert!(none.hfu < two.hfu / two.mfu * none.mfu && two.hfu / two.mfu < all.hfu / all.mfu);
     assert_eq!(of(Recompute::Full, Some(99)), all);
+}
+
+/// Parameters that stay gathered over the microbatches of a step: one gather instead of two for each microbatch, and all of them held.
+#[test]
+fn parameters_that_stay_gathered_cost_memory_and_save_time() {
+    let layout = Layout {
+        sharding: StatePartition::ZERO3,
+        overlap: Overlap { parameters: true, gradients: true, ..layout().overlap },
+        pp: 4,
+        dp: 4,
+        ..layout()
+    };
+    let (each, once) = (predict(&layout), predict(&Layout { keep_gathered: true, ..layout.clone() }));
+    let times = each.exchanges.parameter_gather / once.exchanges.parameter_gather;
+    assert!((times - 2.0 * layout.microbatches as f64).abs() < 1e-6, "{times}");
+    assert_eq!(each.exchanges.gradient_reduction, once.exchanges.gradient_reduction);
+    assert!(once.iteration_seconds < each.iteration_seconds);
+    assert!((once.time.total() / once.iteration_seconds - 1.0).abs() < 1e-12);
+    let (a, b) = (&each.memory.by_class[1], &once.memory.by_class[1]);
+    assert_eq!(
+        (a.parameters, a.gradients, a.optimizer, a.activations),
+        (b.parameters, b.gradients, b.optimizer, b.activations)
+    );
+    // An inner stage has 24 blocks: all of them instead of two.
+    let block = gpt().block_parameters(1) as f64 / 8.0 * layout.numerics.parameter.min(layout.numerics.activation);
+    assert!(((b.communication - a.communication) / (22.0 * block) - 1.0).abs() < 0.01);
+    // Where nothing is gathered, nothing changes.
+    let zero1 = Layout { sharding: StatePartition::ZERO1, ..layout };
+    assert_eq!(predict(&zero1), predict(&Layout { keep_gathered: true, ..zero1 }));
+}
+
+/// Stage 2 of DeepSpeed: each of the 31 borders between owners and each bucket makes a launch of a reduction, and none of them hides.
+#[test]
+fn rooted_reductions_by_hand() {
+    let cluster = find_cluster("paro-a100-roce").unwrap();
+    let model = Architecture::load("llama-7b").unwrap();
+    let physics = Physics::default();
+    let layout = Layout {
+        dp: 32,
+        microbatches: 10,
+        sharding: StatePartition::ZERO2,
+        numerics: Numerics::MIXED,
+        bucket_bytes: Some(1e9),
+        runtime: Runtime::DEEPSPEED,
+        overlap: Overlap { parameters: true, gradients: true, ..layout().overlap },
+        ..Layout::single(512, 4)
+    };
+    let network = Network::of(cluster, &physics);
+    let bytes = 2.0 * model.parameters() as f64;
+    let launches = (bytes / 1e9).ceil() + 31.0;
+    let each = launches * network.reduce(Span::strided(32, 1, 8), bytes / launches);
+    let p = predict_cluster(&model, &layout, cluster, &physics).unwrap();
+    assert!((p.exchanges.gradient_reduction / (10.0 * each) - 1.0).abs() < 1e-9);
+    // All of it shows, and the gather of what was updated too.
+    let all = p.exchanges.gradient_reduction + p.exchanges.parameter_sync;
+    assert!((p.time.exposed_dp / all - 1.0).abs() < 1e-9, "{} {all}", p.time.exposed_dp);
+    let fused = predict_cluster(&model, &Layout { runtime: Runtime::FUSED, ..layout }, cluster, &physics).unwrap();
+    assert!(fused.time.exposed_dp < 0.6 * p.time.exposed_dp);
 }

@@ -13,6 +13,7 @@ pub mod score;
 use crate::configuration::{Configuration, Machine};
 use crate::job::{Job, LOCAL};
 use crate::prediction::{Costs, Prediction};
+use crate::states::GuidelineRank;
 use bound::LayerBound;
 use paceline_sim::units::show_bytes;
 use rayon::prelude::*;
@@ -64,6 +65,9 @@ pub struct Scored {
     pub configuration: Configuration,
     /// What it takes.
     pub prediction: Prediction,
+    /// What PaRO's closed form says of its state partition, where the bandwidth between ranks is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guideline: Option<GuidelineRank>,
 }
 
 /// What a search is asked for.

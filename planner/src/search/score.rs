@@ -46,6 +46,6 @@ impl Score for Simulation<'_> {
         let (configuration, program) = self.lowered(candidate)?;
         let (prediction, _) =
             predict(&program, self.costs, self.machine, self.job.memory_limit).map_err(|error| error.to_string())?;
-        Ok(Scored { configuration, prediction })
+        Ok(Scored { configuration, prediction, guideline: None })
     }
 }

@@ -2,9 +2,13 @@
 //! and by simulation.
 
 pub mod guideline;
+mod here;
 mod published;
 mod table;
 
 pub use guideline::{Guideline, GuidelineParts};
-pub use published::{GainComparison, GatherComparison, compare_gathers, compare_published, published_of};
-pub use table::{GuidelineRank, StateParts, StateRow, StatesError, rank, tabulate};
+pub use here::rank_here;
+pub use published::{
+    Explanation, GainComparison, GatherComparison, compare_gathers, compare_published, explain_published, published_of,
+};
+pub use table::{GuidelineRank, StateParts, StateRow, StatesError, rank, rank_layout, tabulate};

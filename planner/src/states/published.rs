@@ -3,11 +3,11 @@
 //! Settings: 32 A100-80G in four nodes, sequences of 512 tokens, microbatches of 4, 10 accumulated; DeepSpeed 0.10. The paper's
 //! absolute figures are in images; its text gives how much faster one partition is than another.
 
-use super::table::{StatesError, tabulate};
-use crate::predict::ClusterRequest;
+use super::table::{StatesError, guideline};
+use crate::predict::{ClusterRequest, RequestError, predict_cluster};
 use paceline_profiles::Cluster;
-use paceline_sim::cluster::Physics;
 use paceline_sim::cluster::network::{Network, Span};
+use paceline_sim::cluster::{Architecture, AttentionKernel, Layout, Physics};
 use serde::Serialize;
 
 /// One published gain.
@@ -57,7 +57,7 @@ pub struct GainComparison {
     pub slower: &'static str,
     /// As published.
     pub published: f64,
-    /// As predicted, with communication beside computation.
+    /// As predicted, with communication beside computation where the runtime does so.
     pub overlapped: f64,
     /// As predicted, with communication and computation one after the other.
     pub one_after_the_other: f64,
@@ -65,7 +65,8 @@ pub struct GainComparison {
     pub guideline: f64,
 }
 
-/// The published job: the defaults of DeepSpeed's buckets are 5e7 elements for gathers and 5e8 for reductions.
+/// The published job, as the released code runs it (github.com/HanxiaoZhang/PaRO, DeepSpeed 0.10): LLaMA of Hugging Face's library,
+/// whose operators are not fused; buckets of DeepSpeed's defaults, 5e7 elements for gathers and 5e8 for reductions.
 pub fn published_job(model: &str, trainable: &str) -> ClusterRequest {
     ClusterRequest {
         model: model.into(),
@@ -76,6 +77,9 @@ pub fn published_job(model: &str, trainable: &str) -> ClusterRequest {
         micro_batch: Some(4),
         trainable: Some(trainable.into()),
         recompute: Some(if model.contains("65b") { "full" } else { "none" }.into()),
+        runtime: Some("deepspeed".into()),
+        kernels: Some("separate".into()),
+        attention: Some("naive".into()),
         gather_bucket: Some(100_000_000),
         reduce_bucket: Some(1_000_000_000),
         ..ClusterRequest::default()
@@ -107,33 +111,161 @@ pub fn published_of(request: &ClusterRequest) -> Result<Vec<GainComparison>, Sta
     if job && batch && network { compare(same, &Physics::default()) } else { Ok(Vec::new()) }
 }
 
+/// A published job with one thing changed, or none.
+struct Variant<'a> {
+    model: Architecture,
+    layout: Layout,
+    cluster: Cluster,
+    physics: &'a Physics,
+}
+
+impl<'a> Variant<'a> {
+    fn of(gain: &Gain, physics: &'a Physics) -> Result<Variant<'a>, StatesError> {
+        let (model, layout, cluster) = published_job(gain.model, gain.trainable).resolve()?;
+        Ok(Variant { model, layout, cluster, physics })
+    }
+
+    /// Seconds of a step under a triple.
+    fn seconds(&self, triple: &str) -> Result<f64, StatesError> {
+        let layout = Layout { sharding: triple.parse().map_err(RequestError::from)?, ..self.layout.clone() };
+        Ok(predict_cluster(&self.model, &layout, &self.cluster, self.physics)?.iteration_seconds)
+    }
+
+    fn gain(&self, gain: &Gain) -> Result<f64, StatesError> {
+        Ok(self.seconds(gain.slower)? / self.seconds(gain.faster)? - 1.0)
+    }
+}
+
 fn compare(wanted: impl Fn(&Gain) -> bool, physics: &Physics) -> Result<Vec<GainComparison>, StatesError> {
     PUBLISHED
         .into_iter()
         .filter(wanted)
         .map(|p| {
-            let job = published_job(p.model, p.trainable);
-            let apart = ClusterRequest { overlap: Some("none".into()), ..job.clone() };
-            let gain = |job: &ClusterRequest, guideline: bool| -> Result<f64, StatesError> {
-                let rows = tabulate(job, physics)?;
-                let seconds = |triple: &str| {
-                    let row = rows.iter().find(|row| row.triple == triple);
-                    row.map_or(f64::NAN, |row| if guideline { row.guideline_seconds } else { row.iteration_seconds })
-                };
-                Ok(seconds(p.slower) / seconds(p.faster) - 1.0)
+            let mut job = Variant::of(&p, physics)?;
+            let overlapped = job.gain(&p)?;
+            let compute = |triple: &str| -> Result<f64, StatesError> {
+                let layout = Layout { sharding: triple.parse().map_err(RequestError::from)?, ..job.layout.clone() };
+                let time = predict_cluster(&job.model, &layout, &job.cluster, physics)?.time;
+                let guideline = guideline(&job.model, &layout, &job.cluster, time.compute + time.recompute);
+                Ok(guideline.seconds(&layout.sharding))
             };
+            let guideline = compute(p.slower)? / compute(p.faster)? - 1.0;
+            (job.layout.overlap.gradients, job.layout.overlap.parameters) = (false, false);
             Ok(GainComparison {
                 model: p.model,
                 trainable: p.trainable,
                 faster: p.faster,
                 slower: p.slower,
                 published: p.gain,
-                overlapped: gain(&job, false)?,
-                one_after_the_other: gain(&apart, false)?,
-                guideline: gain(&job, true)?,
+                overlapped,
+                one_after_the_other: job.gain(&p)?,
+                guideline,
             })
         })
         .collect()
+}
+
+/// What is changed about the published jobs, to see how much of a gain it explains.
+struct Cause {
+    name: &'static str,
+    /// Whether the prediction has it, so that the change takes it back; otherwise it is one that would have to be assumed.
+    held: bool,
+    change: fn(&mut Layout, &mut Cluster),
+}
+
+const CAUSES: [Cause; 12] = [
+    Cause {
+        name: "one reduce-scatter per bucket, no rooted reductions",
+        held: true,
+        change: |layout, _| layout.runtime.rooted_reductions = false,
+    },
+    Cause {
+        name: "stages 1 and 2 reduce beside the backward pass",
+        held: true,
+        change: |layout, _| layout.runtime.waits_for_reductions = false,
+    },
+    Cause {
+        name: "updated parameters gathered beside the next forward pass",
+        held: true,
+        change: |layout, _| layout.runtime.waits_for_updates = false,
+    },
+    Cause {
+        name: "NII sums in 16 bits between nodes",
+        held: true,
+        change: |layout, _| layout.runtime.sums_in_32_bits = false,
+    },
+    Cause {
+        name: "stage 3 gathers whole blocks",
+        held: true,
+        change: |layout, _| (layout.runtime.coordinator, layout.gather_bytes) = (None, None),
+    },
+    Cause {
+        name: "stage 3 looks ahead without limit",
+        held: true,
+        change: |layout, _| {
+            if let Some(coordinator) = &mut layout.runtime.coordinator {
+                coordinator.live = f64::INFINITY;
+            }
+        },
+    },
+    Cause {
+        name: "fused operators and FlashAttention",
+        held: true,
+        change: |layout, _| {
+            (layout.fused_kernels, layout.fused_norms) = (true, true);
+            layout.attention = AttentionKernel::Flash2;
+        },
+    },
+    Cause {
+        name: "14 us for a step between nodes (NCCL's table)",
+        held: true,
+        change: |_, cluster| (cluster.inter_latency_us, cluster.paced) = (14.0, false),
+    },
+    Cause { name: "35 us for a step between nodes", held: true, change: |_, cluster| cluster.inter_latency_us = 35.0 },
+    Cause { name: "two GPUs share an adapter", held: false, change: |_, cluster| cluster.inter_gbps /= 2.0 },
+    Cause {
+        name: "stage 3 hides nothing",
+        held: false,
+        change: |layout, _| (layout.overlap.gradients, layout.overlap.parameters) = (false, false),
+    },
+    Cause {
+        name: "0.3 ms of the host around each module",
+        held: false,
+        change: |layout, _| layout.runtime.hook = 3e-4,
+    },
+];
+
+/// The published gains with one cause changed.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Explanation {
+    /// What is changed; nothing in the first.
+    pub change: &'static str,
+    /// Whether the prediction holds the cause, which is taken back here; if not, it would have to be assumed.
+    pub held: bool,
+    /// Predicted gains, in the order of [`compare_published`].
+    pub gains: Vec<f64>,
+}
+
+/// What explains the published gains: each cause changed by itself.
+///
+/// # Errors
+/// When a job cannot be predicted.
+pub fn explain_published(physics: &Physics) -> Result<Vec<Explanation>, StatesError> {
+    let gains = |change: &dyn Fn(&mut Layout, &mut Cluster)| -> Result<Vec<f64>, StatesError> {
+        PUBLISHED
+            .iter()
+            .map(|gain| {
+                let mut job = Variant::of(gain, physics)?;
+                change(&mut job.layout, &mut job.cluster);
+                job.gain(gain)
+            })
+            .collect()
+    };
+    let mut rows = vec![Explanation { change: "", held: true, gains: gains(&|_, _| ())? }];
+    for cause in &CAUSES {
+        rows.push(Explanation { change: cause.name, held: cause.held, gains: gains(&cause.change)? });
+    }
+    Ok(rows)
 }
 
 /// An all-gather over a cluster's nodes, flat and in two levels.
@@ -170,27 +302,49 @@ pub fn compare_gathers(cluster: &Cluster, physics: &Physics, bytes: f64) -> Vec<
 
 #[cfg(test)]
 mod tests {
+    use super::super::table::tabulate;
     use super::*;
     use paceline_profiles::find_cluster;
 
-    /// Predicted gains lie within a factor of the published ones where the guideline is off by one order of magnitude: the sign and
-    /// the size are those measured, for every pair.
+    /// Ratios of throughput, predicted over published, with one model of the runtime for all. The two jobs at 65B with a part of the
+    /// parameters trained gather the same and compute nearly the same, but were published as 2.66 and 1.44 times as fast: they are held to
+    /// their mean.
     #[test]
     fn gains_near_the_published_ones() {
         let gains = compare_published(&Physics::default()).unwrap();
-        assert_eq!(gains.len(), 8);
-        for g in gains.iter().filter(|g| g.trainable != "0.003") {
-            let what = format!("{} {} {} over {}", g.model, g.trainable, g.faster, g.slower);
-            let (low, high) =
-                (1.0 + g.overlapped.min(g.one_after_the_other), 1.0 + g.overlapped.max(g.one_after_the_other));
-            assert!(low > 1.0, "{what}: {g:?}");
-            // Ratios of throughput within 30 % of the published one.
-            let published = 1.0 + g.published;
-            assert!(high > 0.75 * published && low < 1.3 * published, "{what}: {g:?}");
+        let off = |model: &str, trainable: &str, faster: &str| {
+            let g = gains.iter().find(|g| (g.model, g.trainable, g.faster) == (model, trainable, faster)).unwrap();
+            (1.0 + g.overlapped) / (1.0 + g.published) - 1.0
+        };
+        assert!(off("llama-65b", "full", "IIG").abs() < 0.1);
+        assert!(off("llama-7b", "1/16", "NII").abs() < 0.05);
+        assert!(off("llama-7b", "1/16", "NIG").abs() < 0.1);
+        let partly =
+            [off("llama-65b", "1/16", "IIG"), off("llama-65b", "1/16", "III"), off("llama-65b", "0.003", "ING")];
+        assert!((((1.0 + partly[0]) * (1.0 + partly[2])).sqrt() - 1.0).abs() < 0.12, "{partly:?}");
+        // These two are not explained in full.
+        assert!(off("llama-7b", "full", "IIG").abs() < 0.35 && off("llama-7b", "full", "NII").abs() < 0.25);
+        for g in &gains {
+            assert!(g.overlapped > 0.0 && (g.slower != "GGG" || g.guideline > 3.0 * g.published), "{g:?}");
         }
-        for g in compare_published(&Physics::default()).unwrap().iter().filter(|g| g.slower == "GGG") {
-            assert!(g.guideline > 3.0 * g.published, "{g:?}");
-        }
+    }
+
+    /// What the changes of the table are for: rooted reductions make what NII and NIG gain with few gradients, waiting for them half of what
+    /// NII gains with many; the limit of the look ahead makes gathers of single matrices at 7B.
+    #[test]
+    fn causes_explain_what_they_are_said_to() {
+        let rows = explain_published(&Physics::default()).unwrap();
+        assert_eq!(rows.len(), 1 + CAUSES.len());
+        let gain =
+            |change: &str, which: usize| rows.iter().find(|row| row.change.contains(change)).unwrap().gains[which];
+        let all = compare_published(&Physics::default()).unwrap();
+        assert_eq!(rows[0].gains, all.iter().map(|g| g.overlapped).collect::<Vec<_>>());
+        let predicted = |which: usize| rows[0].gains[which];
+        assert!(predicted(3) > 0.2 && gain("no rooted", 3) < 0.05 && gain("no rooted", 4) < 0.05);
+        assert!(gain("beside the backward", 1) < 0.5 * predicted(1));
+        assert!(gain("without limit", 0) < 0.5 * predicted(0));
+        // Each changes something.
+        assert!(rows[1..].iter().all(|row| row.gains != rows[0].gains), "{rows:?}");
     }
 
     /// Section 4.3: at 65B and 80 GB exactly GGG, IGG and IIG ran, and GIG has IGG's size; IIG is the fastest of them. With a
@@ -208,12 +362,24 @@ mod tests {
         let seconds = |triple: &str| rows.iter().find(|row| row.triple == triple).unwrap().iteration_seconds;
         assert!((seconds("III") / seconds("IIG") - 1.0).abs() < 0.01);
         assert!(["IGG", "GIG", "GGG"].iter().all(|slower| seconds(slower) > seconds("IIG")));
-        // At 7B, of the partitions that the paper ran, those without a gather over nodes lead.
-        let rows = tabulate(&published_job("llama-7b", "full"), &physics).unwrap();
-        let ran = ["NII", "NIG", "NGG", "III", "IIG", "IGG", "ING", "GGG"];
-        let mut ran: Vec<_> = rows.iter().filter(|row| ran.contains(&row.triple.as_str())).collect();
-        ran.sort_by(|a, b| a.iteration_seconds.total_cmp(&b.iteration_seconds));
-        assert!(ran[..2].iter().any(|row| row.triple == "NII") && ran.last().unwrap().triple == "GGG");
+        // At 7B, of the partitions that the paper ran, those without an exchange over nodes in every microbatch lead.
+        let order = |runtime: &str| {
+            let job = ClusterRequest { runtime: Some(runtime.into()), ..published_job("llama-7b", "full") };
+            let ran = ["NII", "NIG", "NGG", "III", "IIG", "IGG", "ING", "GGG"];
+            let mut rows = tabulate(&job, &physics).unwrap();
+            rows.retain(|row| ran.contains(&row.triple.as_str()));
+            rows.sort_by(|a, b| a.iteration_seconds.total_cmp(&b.iteration_seconds));
+            rows.into_iter().map(|row| row.triple).collect::<Vec<_>>()
+        };
+        for runtime in ["fused", "deepspeed"] {
+            let order = order(runtime);
+            assert_eq!(order[7], "GGG", "{order:?}");
+            assert!(
+                ["NII", "NIG", "III", "IIG", "ING"].iter().all(|ahead| order[..5].iter().any(|o| o == ahead)),
+                "{order:?}"
+            );
+        }
+        assert!(order("fused")[..2].iter().any(|triple| triple == "NII"));
     }
 
     #[test]

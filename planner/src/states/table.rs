@@ -5,7 +5,7 @@ use crate::predict::{ClusterPrediction, ClusterRequest, PredictError, RequestErr
 use paceline_profiles::Cluster;
 use paceline_sim::cluster::{Architecture, Layout, Physics};
 use paceline_sim::partition::{StatePartition, dominance};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// A job under one state partition.
@@ -85,7 +85,7 @@ pub fn tabulate(request: &ClusterRequest, physics: &Physics) -> Result<Vec<State
 }
 
 /// What the closed-form guideline says of a job whose time is predicted.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct GuidelineRank {
     /// The published indicator, log(1/T): the higher, the better.
     pub indicator: f64,
@@ -101,17 +101,32 @@ pub struct GuidelineRank {
 /// When the job is no job.
 pub fn rank(request: &ClusterRequest, prediction: &ClusterPrediction) -> Result<GuidelineRank, RequestError> {
     let (model, layout, cluster) = request.resolve()?;
-    let guideline = guideline(&model, &layout, &cluster, prediction.time.compute + prediction.time.recompute);
-    let triple = layout.sharding;
-    Ok(GuidelineRank {
-        indicator: guideline.indicator(&triple),
-        seconds: guideline.seconds(&triple),
-        communication: guideline.parts(&triple).communication,
-    })
+    Ok(rank_layout(&model, &layout, &cluster, prediction))
+}
+
+/// The same for a layout at hand.
+pub fn rank_layout(
+    model: &Architecture,
+    layout: &Layout,
+    cluster: &Cluster,
+    prediction: &ClusterPrediction,
+) -> GuidelineRank {
+    guideline(model, layout, cluster, prediction.time.compute + prediction.time.recompute).rank(&layout.sharding)
+}
+
+impl Guideline {
+    /// What it says of a triple.
+    pub(super) fn rank(&self, triple: &StatePartition) -> GuidelineRank {
+        GuidelineRank {
+            indicator: self.indicator(triple),
+            seconds: self.seconds(triple),
+            communication: self.parts(triple).communication,
+        }
+    }
 }
 
 /// The guideline's inputs for a layout: one pipeline rank's share of the model, and computation as predicted.
-fn guideline(model: &Architecture, layout: &Layout, cluster: &Cluster, compute: f64) -> Guideline {
+pub(super) fn guideline(model: &Architecture, layout: &Layout, cluster: &Cluster, compute: f64) -> Guideline {
     let group = layout.group_ranks(u64::from(cluster.gpus_per_node));
     let inside = cluster.intra_gbps * 1e9;
     let one_node = layout.gpus() <= u64::from(cluster.gpus_per_node);

@@ -15,6 +15,12 @@ pub struct AdapterError {
 }
 
 impl Architecture {
+    /// Parameters of each matrix of a block that every rank of an expert group holds, in the order of a pass.
+    pub fn dense_matrices(&self, layer: u64) -> Vec<u64> {
+        let single = self.adaptable(layer).into_iter().filter(|(.., count)| *count == 1);
+        single.map(|(_, inputs, outputs, _)| inputs * outputs).collect()
+    }
+
     /// The matrices of a block that adapters can stand beside: name, inputs, outputs, and how many there are of it.
     fn adaptable(&self, layer: u64) -> Vec<(&'static str, u64, u64, u64)> {
         let mut list = match self.attention {

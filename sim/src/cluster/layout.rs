@@ -1,5 +1,6 @@
 //! How a model is cut over ranks, and the numerics and kernels that it runs with.
 
+use super::Runtime;
 use crate::partition::StatePartition;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -32,6 +33,12 @@ pub struct Layout {
     /// Data-parallel ranks of a group, where states are cut within groups; those of a node without.
     #[serde(default)]
     pub group: Option<u64>,
+    /// Gathered parameters stay until their last pass of the iteration: they are gathered once, and held whole until then.
+    #[serde(default)]
+    pub keep_gathered: bool,
+    /// How the exchanges of states are carried out.
+    #[serde(default)]
+    pub runtime: Runtime,
     /// Share of the parameters that are trained; the others have neither gradients nor optimizer states.
     #[serde(default = "all")]
     pub trainable: f64,
@@ -398,6 +405,8 @@ impl Layout {
             routing: Routing::default(),
             sharding: StatePartition::NONE,
             group: None,
+            keep_gathered: false,
+            runtime: Runtime::FUSED,
             trainable: 1.0,
             partition: Partition::Even,
             schedule: "1f1b".into(),

@@ -110,9 +110,10 @@ pub fn states(layout: &Layout, rank: &RankParameters, node: u64) -> States {
     };
     let cut = |level: Level| parts(layout, level, node).0 > 1.0;
     if cut(triple.parameters) {
-        // Two units gathered, one of them ahead.
+        // Two units gathered, one of them ahead; or all, where they stay.
         let wire = numerics.parameter.min(numerics.activation);
-        states.communication += rank.largest_unit * 2.0 * wire;
+        let gathered = if layout.keep_gathered { rank.total() } else { 2.0 * rank.largest_unit };
+        states.communication += gathered * wire;
     }
     if cut(triple.gradients) {
         // A unit's gradients before they are reduced.

@@ -9,6 +9,7 @@
 //! - [`work`]: matrix products, attention, traffic and kernel launches of a layer.
 //! - [`network`]: times of collectives over two levels of a network.
 //! - [`device`]: time of that work on a GPU.
+//! - [`Runtime`]: how exchanges of states are carried out, where runtimes differ.
 //! - [`Physics`]: the few fitted parameters, each with its meaning.
 
 pub mod activations;
@@ -20,6 +21,7 @@ mod layout;
 pub mod memory;
 pub mod network;
 mod physics;
+mod runtime;
 pub mod work;
 mod zoo;
 
@@ -31,4 +33,5 @@ pub use layout::{
     Overlap, Partition, Recompute, Routing, VocabularyPasses,
 };
 pub use physics::{PARAMETERS, Parameter, Physics, PhysicsError};
+pub use runtime::{Coordinator, Runtime};
 pub use zoo::ZooError;

@@ -60,6 +60,9 @@ const PCIE_STEP: f64 = 5.7e-6;
 /// Start of any collective: launch of its kernel and the first handshake (NCCL's base latency of a ring, `Simple`).
 const START: f64 = 8.4e-6;
 
+/// Posting of a message to a further peer. Assumed.
+const POST: f64 = 1e-6;
+
 /// Share of its link that a single message inside a node reaches.
 const MESSAGE_SHARE: f64 = 0.8;
 
@@ -119,6 +122,15 @@ impl Network {
         START + others * self.steps_weight(span, step) + bytes * others / span.ranks as f64 / bandwidth
     }
 
+    /// Reduction of a buffer of `bytes` to one of the ranks: down a chain, each link of which carries the whole buffer in chunks.
+    pub fn reduce(&self, span: Span, bytes: f64) -> f64 {
+        if span.ranks <= 1 || bytes <= 0.0 {
+            return 0.0;
+        }
+        let (bandwidth, step) = self.ring(span, self.gathers);
+        START + (span.ranks - 1) as f64 * self.steps_weight(span, step) + bytes / bandwidth
+    }
+
     /// A step's time, averaged over the ring: hops inside a node are pipelined behind those between nodes.
     fn steps_weight(&self, span: Span, step: f64) -> f64 {
         if span.nodes() > 1 && !self.paced {
@@ -164,8 +176,14 @@ impl Network {
         START + inside + (nodes - 1.0) * between.max(inside)
     }
 
-    /// All-to-all in which every rank sends `bytes` in all.
+    /// All-to-all in which every rank sends `bytes` in all: in the faster of both ways.
     pub fn all_to_all(&self, span: Span, bytes: f64) -> f64 {
+        self.all_to_all_direct(span, bytes).min(self.all_to_all_in_two_levels(span, bytes))
+    }
+
+    /// All-to-all in which every rank sends each other one its part by itself. All pairs exchange at once; each further peer adds
+    /// the posting of a message.
+    pub fn all_to_all_direct(&self, span: Span, bytes: f64) -> f64 {
         if span.ranks <= 1 || bytes <= 0.0 {
             return 0.0;
         }
@@ -173,8 +191,21 @@ impl Network {
         let inside = bytes * (span.per_node as f64 - 1.0) / k / self.intra;
         let outside = bytes * (k - span.per_node as f64) / k / self.inter;
         let step = if span.nodes() > 1 { self.inter_step } else { self.intra_step };
-        // All pairs exchange at once; each further peer adds the posting of a message.
-        START + step + (k - 1.0) * 1e-6 + inside.max(outside)
+        START + step + (k - 1.0) * POST + inside.max(outside)
+    }
+
+    /// The same in two levels: in the node, each rank hands the parts for all members with a place to the one with that place; these
+    /// exchange between nodes, one message per node instead of one per rank. Fewer messages, and the links inside a node carry almost all
+    /// bytes once before those between nodes do.
+    pub fn all_to_all_in_two_levels(&self, span: Span, bytes: f64) -> f64 {
+        let (nodes, members) = (span.nodes() as f64, span.per_node as f64);
+        if nodes <= 1.0 || members <= 1.0 || bytes <= 0.0 {
+            return self.all_to_all_direct(span, bytes);
+        }
+        let k = span.ranks as f64;
+        let inside = self.intra_step + (members - 1.0) * POST + bytes * (members - 1.0) / members / self.intra;
+        let outside = self.inter_step + (nodes - 1.0) * POST + bytes * (k - members) / k / self.inter;
+        2.0 * START + inside + outside
     }
 
     /// A message between two ranks.
@@ -228,6 +259,36 @@ mod tests {
         let far = Span { ranks: 512, per_node: 8 };
         let n = network("p5");
         assert!(n.all_reduce(far, 1e3) < 0.1 * 2.0 * n.gather(far, 1e3));
+    }
+
+    /// Small all-to-alls over many nodes are made of few messages, large ones go over the network at once; in a node, or with one
+    /// member per node, there is one way.
+    #[test]
+    fn all_to_alls_go_in_two_levels_where_messages_are_small() {
+        let n = network("dgx-h100-ib");
+        let wide = Span::strided(512, 1, 8);
+        let faster = |bytes| n.all_to_all_in_two_levels(wide, bytes) < n.all_to_all_direct(wide, bytes);
+        assert!(faster(1e5) && !faster(1e9));
+        // By hand: 511 posts against 7 and 63, with one launch and one step inside a node more.
+        let saved = 511e-6 - 7e-6 - 63e-6 - START - n.intra_step;
+        let found = n.all_to_all_direct(wide, 1e-3) - n.all_to_all_in_two_levels(wide, 1e-3);
+        assert!((found - saved).abs() < 1e-9, "{found} {saved}");
+        for one in [Span::strided(8, 1, 8), Span::strided(64, 8, 8)] {
+            assert_eq!(n.all_to_all_in_two_levels(one, 1e6), n.all_to_all_direct(one, 1e6));
+        }
+        let times: Vec<f64> = [1e4, 1e5, 1e6, 1e7, 1e8, 1e9].map(|b| n.all_to_all(wide, b)).into();
+        assert!(times.windows(2).all(|w| w[0] < w[1]), "{times:?}");
+    }
+
+    /// A chain carries the whole buffer over every link: as long as a ring's half of an all-reduce for large buffers, and with as many
+    /// steps for small ones.
+    #[test]
+    fn rooted_reductions_take_a_chain() {
+        let n = network("paro-a100-roce");
+        let wide = Span::strided(32, 1, 8);
+        assert!((n.reduce(wide, 8e12) / (8e12 / 80e9) - 1.0).abs() < 1e-3);
+        assert!((n.reduce(wide, 1e-3) - (START + 31.0 * 75e-6)).abs() < 1e-9);
+        assert_eq!(n.reduce(Span::strided(1, 1, 8), 1e9), 0.0);
     }
 
     /// Bus bandwidths of all-gathers over 16 to 512 GPUs that runs of the Ultra-Scale Playbook measured over EFA, if
