@@ -9,7 +9,7 @@ use paceline_planner::configuration::Machine;
 use paceline_planner::job::Job;
 use paceline_planner::lower::Form;
 use paceline_planner::search::candidates;
-use paceline_profiles::{KernelKey, KernelOp, Predictor, Profile, Source, Subject, Work};
+use paceline_profiles::{Family, KernelKey, KernelOp, Predictor, Profile, Source, Subject, Work};
 use paceline_sim::cost::kernels_of;
 use paceline_tui::question::LocalMachine;
 use std::collections::BTreeSet;
@@ -83,7 +83,7 @@ pub fn product_rate(profile: &Profile) -> Option<f64> {
 }
 
 fn is_product(op: KernelOp) -> bool {
-    matches!(op, KernelOp::MatmulNn | KernelOp::MatmulNt | KernelOp::MatmulTn)
+    op.family() == Family::Matmul
 }
 
 /// Every kernel of every configuration that a job allows on this machine, at its shape there.

@@ -108,7 +108,9 @@ fn number_format(call: &Call) -> DType {
         // The weights are 32-bit always; a narrow copy may come with them.
         Call::AdamW { gradients, rounded: Some(rounded), .. } => (rounded, Some(gradients)),
         Call::AdamW { gradients, .. } | Call::AdamWAhead { gradients, .. } => (gradients, None),
-        Call::AddBias { x, .. }
+        Call::ProjectBackGelu { dy, .. } => (dy, None),
+        Call::Project { x, .. }
+        | Call::AddBias { x, .. }
         | Call::Norm { x, .. }
         | Call::NormBackwardInput { x, .. }
         | Call::HeadLoss { x, .. }
@@ -143,6 +145,17 @@ fn shape_key(call: &Call) -> KernelKey {
             };
             key(op, &[m, n, k])
         }
+        Call::Project { bias, base, input, m, n, k, .. } => {
+            let op = match (bias, base, input) {
+                (Some(_), None, None) => Op::ProjectBias,
+                (Some(_), Some(_), _) => Op::ProjectBiasAdd,
+                (_, None, Some(_)) => Op::ProjectBiasGelu,
+                (None, Some(_), _) => Op::ProjectAdd,
+                (None, None, None) => Op::MatmulNt,
+            };
+            key(op, &[m, n, k])
+        }
+        Call::ProjectBackGelu { m, n, k, .. } => key(Op::ProjectBackGelu, &[m, n, k]),
         Call::AddBias { rows, cols, .. } => key(Op::AddBias, &[rows, cols]),
         Call::BiasGradient { rows, cols, .. } => key(Op::BiasGradient, &[rows, cols]),
         Call::Norm { beta, rows, cols, .. } => {

@@ -101,10 +101,11 @@ DEVICE void attention_forward(const bf16* qkv, bf16* out, float* lse, u32 seq, u
     copies_commit();
     for (u32 tile = 0; tile < tiles; ++tile) {
         const u32 start = tile * K;
+        copies_wait<0>();
+        // This tile is there, and everybody has left the one whose place the next tile takes.
+        __syncthreads();
         if (tile + 1 < tiles) fetch_keys<D, K>(keys, values, of, tile + 1, seq);
         copies_commit();
-        copies_wait<1>();
-        __syncthreads();
         // Some query of this warp sees the tile.
         if (start < first + own + M * 16) {
             const bf16* k = keys + tile % 2 * K * (D + 8);
@@ -188,7 +189,6 @@ DEVICE void attention_forward(const bf16* qkv, bf16* out, float* lse, u32 seq, u
                 }
             }
         }
-        __syncthreads();
     }
 #pragma unroll
     for (int m = 0; m < M; ++m) {
@@ -318,10 +318,10 @@ DEVICE void attention_backward_keys(const bf16* qkv, const bf16* d_out, const fl
     fetch_queries(0);
     copies_commit();
     for (u32 step = 0; step < group * tiles; ++step) {
+        copies_wait<0>();
+        __syncthreads();
         if (step + 1 < group * tiles) fetch_queries(step + 1);
         copies_commit();
-        copies_wait<1>();
-        __syncthreads();
         const u32 start = (skipped + step % tiles) * Q, stage = step % 2;
         // Some query of the tile sees a key of this warp.
         if (start + Q > own) {
@@ -347,7 +347,6 @@ DEVICE void attention_backward_keys(const bf16* qkv, const bf16* d_out, const fl
             accumulate<D, M, Q>(d_value, p, d);
             accumulate<D, M, Q>(d_key, ds, q);
         }
-        __syncthreads();
     }
 #pragma unroll
     for (int m = 0; m < M; ++m) {
@@ -393,10 +392,11 @@ DEVICE void attention_backward_queries(const bf16* qkv, const bf16* d_out, const
     copies_commit();
     for (u32 tile = 0; tile < tiles; ++tile) {
         const u32 start = tile * K;
+        copies_wait<0>();
+        // This tile is there, and everybody has left the one whose place the next tile takes.
+        __syncthreads();
         if (tile + 1 < tiles) fetch_keys<D, K>(keys, values, of, tile + 1, seq);
         copies_commit();
-        copies_wait<1>();
-        __syncthreads();
         // Some query of this warp sees the tile.
         if (start < own + M * 16) {
             const bf16* k = keys + tile % 2 * K * (D + 8);
@@ -418,7 +418,6 @@ DEVICE void attention_backward_queries(const bf16* qkv, const bf16* d_out, const
             }
             accumulate<D, M, K>(d_query, ds, k);
         }
-        __syncthreads();
     }
 #pragma unroll
     for (int m = 0; m < M; ++m) {

@@ -109,6 +109,22 @@ pub enum Call {
     /// `c[m,n] (+)= op(a) * op(b)`; `a` is `[m,k]` (`[k,m]` if transposed), `b` is `[k,n]` (`[n,k]` if transposed). `c` may be
     /// `F32` where `a` and `b` are `BF16`.
     MatMul { a: View, b: View, c: View, m: u32, n: u32, k: u32, transpose_a: bool, transpose_b: bool, accumulate: bool },
+    /// `out[m,n] = x[m,k] weight[n,k]^T (+ bias[n]) (+ base[m,n])`; where `input` is given, it receives the sum and `out` its
+    /// [`Call::Gelu`] (then there is no `base`).
+    Project {
+        x: View,
+        weight: View,
+        bias: Option<View>,
+        base: Option<View>,
+        input: Option<View>,
+        out: View,
+        m: u32,
+        n: u32,
+        k: u32,
+    },
+    /// Overwrites `d_input[m,n]` with the gradient of the input of a GELU whose output goes through a projection:
+    /// `gelu'(input) * (dy[m,k] weight[k,n])`.
+    ProjectBackGelu { dy: View, weight: View, input: View, d_input: View, m: u32, n: u32, k: u32 },
     /// `x[rows,cols] += bias[cols]`.
     AddBias { x: View, bias: View, rows: u32, cols: u32 },
     /// `d_bias[cols] += sum over rows of dy`.
@@ -219,6 +235,14 @@ impl Call {
     pub(crate) fn views_mut(&mut self) -> SmallVec<[&mut View; 7]> {
         match self {
             Call::MatMul { a, b, c, .. } | Call::Sum { a, b, out: c } => smallvec![a, b, c],
+            Call::Project { x, weight, bias, base, input, out, .. } => {
+                let mut all: SmallVec<[&mut View; 7]> = smallvec![x, weight, out];
+                all.extend(bias);
+                all.extend(base);
+                all.extend(input);
+                all
+            }
+            Call::ProjectBackGelu { dy, weight, input, d_input, .. } => smallvec![dy, weight, input, d_input],
             Call::AddBias { x, bias, .. } => smallvec![x, bias],
             Call::BiasGradient { dy, d_bias, .. } => smallvec![dy, d_bias],
             Call::Norm { x, gamma, beta, out, stats, .. } => {

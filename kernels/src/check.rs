@@ -81,6 +81,8 @@ impl Call {
     pub fn name(&self) -> &'static str {
         match self {
             Call::MatMul { .. } => "MatMul",
+            Call::Project { .. } => "Project",
+            Call::ProjectBackGelu { .. } => "ProjectBackGelu",
             Call::AddBias { .. } => "AddBias",
             Call::BiasGradient { .. } => "BiasGradient",
             Call::Norm { .. } => "Norm",
@@ -128,6 +130,23 @@ impl Call {
                     Extent::Exactly(product(&[m, n])),
                     if accumulate { Update } else { Write },
                 ),
+            ],
+            Call::Project { x, weight, bias, base, input, out, m, n, k } => {
+                let mut all: Operands = smallvec![
+                    of(x, "x", x, product(&[m, k]), Read),
+                    of(x, "weight", weight, product(&[n, k]), Read),
+                    of(x, "out", out, product(&[m, n]), Write),
+                ];
+                all.extend(bias.map(|bias| of(x, "bias", bias, n as usize, Read)));
+                all.extend(base.map(|base| of(x, "base", base, product(&[m, n]), Read)));
+                all.extend(input.map(|input| of(x, "input", input, product(&[m, n]), Write)));
+                all
+            }
+            Call::ProjectBackGelu { dy, weight, input, d_input, m, n, k } => smallvec![
+                of(dy, "dy", dy, product(&[m, k]), Read),
+                of(dy, "weight", weight, product(&[k, n]), Read),
+                of(dy, "input", input, product(&[m, n]), Read),
+                of(dy, "d_input", d_input, product(&[m, n]), Write),
             ],
             Call::AddBias { x, bias, rows, cols } => smallvec![
                 of(x, "x", x, product(&[rows, cols]), Update),
@@ -358,7 +377,12 @@ impl Call {
             None => Ok(()),
         };
         match *self {
-            Call::MatMul { m, n, k, .. } => positive(&[("m", m), ("n", n), ("k", k)]),
+            Call::Project { base: Some(_), input: Some(_), .. } => {
+                Err(self.refuse("it has both a base and an input: nothing is added after a GELU".into()))
+            }
+            Call::MatMul { m, n, k, .. } | Call::Project { m, n, k, .. } | Call::ProjectBackGelu { m, n, k, .. } => {
+                positive(&[("m", m), ("n", n), ("k", k)])
+            }
             Call::AddBias { rows, cols, .. }
             | Call::BiasGradient { rows, cols, .. }
             | Call::Norm { rows, cols, .. }

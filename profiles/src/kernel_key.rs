@@ -16,6 +16,16 @@ pub enum KernelOp {
     MatmulNt,
     /// `m, n, k`, first operand transposed (W of a projection, accumulating).
     MatmulTn,
+    /// `m, n, k`: F of a projection with a bias.
+    ProjectBias,
+    /// `m, n, k`: with a bias and the GELU after it, the input of which is kept.
+    ProjectBiasGelu,
+    /// `m, n, k`: with a bias, added to another matrix (the residual stream).
+    ProjectBiasAdd,
+    /// `m, n, k`: added to another matrix.
+    ProjectAdd,
+    /// `m, n, k`: B of a projection with the gradient of the GELU before it.
+    ProjectBackGelu,
     /// `rows, cols`.
     AddBias,
     /// `rows, cols`.
@@ -147,10 +157,15 @@ pub enum Family {
 
 impl KernelOp {
     /// Every operator.
-    pub const ALL: [KernelOp; 32] = [
+    pub const ALL: [KernelOp; 37] = [
         KernelOp::MatmulNn,
         KernelOp::MatmulNt,
         KernelOp::MatmulTn,
+        KernelOp::ProjectBias,
+        KernelOp::ProjectBiasGelu,
+        KernelOp::ProjectBiasAdd,
+        KernelOp::ProjectAdd,
+        KernelOp::ProjectBackGelu,
         KernelOp::AddBias,
         KernelOp::BiasGradient,
         KernelOp::RmsNorm,
@@ -188,6 +203,11 @@ impl KernelOp {
             KernelOp::MatmulNn => "matmul-nn",
             KernelOp::MatmulNt => "matmul-nt",
             KernelOp::MatmulTn => "matmul-tn",
+            KernelOp::ProjectBias => "project-bias",
+            KernelOp::ProjectBiasGelu => "project-bias-gelu",
+            KernelOp::ProjectBiasAdd => "project-bias-add",
+            KernelOp::ProjectAdd => "project-add",
+            KernelOp::ProjectBackGelu => "project-back-gelu",
             KernelOp::AddBias => "add-bias",
             KernelOp::BiasGradient => "bias-gradient",
             KernelOp::RmsNorm => "rms-norm",
@@ -223,7 +243,14 @@ impl KernelOp {
     /// Names of its dimensions, in the order of [`KernelKey::dims`].
     pub fn dimensions(self) -> &'static [&'static str] {
         match self {
-            KernelOp::MatmulNn | KernelOp::MatmulNt | KernelOp::MatmulTn => &["m", "n", "k"],
+            KernelOp::MatmulNn
+            | KernelOp::MatmulNt
+            | KernelOp::MatmulTn
+            | KernelOp::ProjectBias
+            | KernelOp::ProjectBiasGelu
+            | KernelOp::ProjectBiasAdd
+            | KernelOp::ProjectAdd
+            | KernelOp::ProjectBackGelu => &["m", "n", "k"],
             KernelOp::Attention | KernelOp::AttentionBackward => &["batch", "seq", "heads", "kv_heads", "head_dim"],
             KernelOp::HeadLoss
             | KernelOp::HeadBackwardInput
@@ -246,7 +273,14 @@ impl KernelOp {
     /// What it costs like.
     pub fn family(self) -> Family {
         match self {
-            KernelOp::MatmulNn | KernelOp::MatmulNt | KernelOp::MatmulTn => Family::Matmul,
+            KernelOp::MatmulNn
+            | KernelOp::MatmulNt
+            | KernelOp::MatmulTn
+            | KernelOp::ProjectBias
+            | KernelOp::ProjectBiasGelu
+            | KernelOp::ProjectBiasAdd
+            | KernelOp::ProjectAdd
+            | KernelOp::ProjectBackGelu => Family::Matmul,
             KernelOp::Attention | KernelOp::AttentionBackward => Family::Attention,
             KernelOp::HeadLoss
             | KernelOp::HeadBackwardInput
@@ -299,6 +333,27 @@ impl KernelKey {
     /// The same call on operands of another type.
     pub fn with(self, dtype: DType) -> KernelKey {
         KernelKey { dtype, ..self }
+    }
+
+    /// The kernels that do the same one after the other, of a product with something fused into it; nothing for other kernels.
+    pub fn parts(&self) -> SmallVec<[KernelKey; 3]> {
+        let after: &[KernelOp] = match self.op {
+            KernelOp::ProjectBias => &[KernelOp::AddBias],
+            KernelOp::ProjectBiasGelu => &[KernelOp::AddBias, KernelOp::Gelu],
+            KernelOp::ProjectBiasAdd => &[KernelOp::AddBias, KernelOp::Add],
+            KernelOp::ProjectAdd => &[KernelOp::Add],
+            KernelOp::ProjectBackGelu => &[KernelOp::GeluBackward],
+            _ => return SmallVec::new(),
+        };
+        let &[m, n, _] = &self.dims[..] else { return SmallVec::new() };
+        let back = self.op == KernelOp::ProjectBackGelu;
+        let product = KernelKey { op: if back { KernelOp::MatmulNn } else { KernelOp::MatmulNt }, ..self.clone() };
+        let of = |&op: &KernelOp| {
+            let rows = op.dimensions().len() == 2;
+            let dims = if rows { SmallVec::from_slice(&[m, n]) } else { SmallVec::from_slice(&[m.saturating_mul(n)]) };
+            KernelKey { op, dims, dtype: self.dtype }
+        };
+        std::iter::once(product).chain(after.iter().map(of)).collect()
     }
 
     /// Its dimensions by name, for example `m=512;n=768;k=256`.
@@ -364,6 +419,19 @@ mod tests {
         let narrow = key.with(DType::Bf16);
         assert_eq!(narrow.to_string(), "add elements=8 bf16");
         assert_eq!(serde_json::from_str::<KernelKey>(&serde_json::to_string(&narrow).unwrap()).unwrap(), narrow);
+    }
+
+    #[test]
+    fn what_is_fused_has_parts() {
+        let key = |op, dims: &[u32]| KernelKey::new(op, dims).unwrap().with(DType::Bf16);
+        let parts = |op| key(op, &[2, 3, 5]).parts().to_vec();
+        let (product, bias) = (key(KernelOp::MatmulNt, &[2, 3, 5]), key(KernelOp::AddBias, &[2, 3]));
+        assert_eq!(parts(KernelOp::ProjectBiasAdd), [product.clone(), bias.clone(), key(KernelOp::Add, &[6])]);
+        assert_eq!(parts(KernelOp::ProjectBiasGelu), [product, bias, key(KernelOp::Gelu, &[6])]);
+        let back = [key(KernelOp::MatmulNn, &[2, 3, 5]), key(KernelOp::GeluBackward, &[6])];
+        assert_eq!(parts(KernelOp::ProjectBackGelu), back);
+        let whole = KernelOp::ALL.into_iter().filter(|op| key(*op, &vec![2; op.dimensions().len()]).parts().is_empty());
+        assert_eq!(whole.count(), KernelOp::ALL.len() - 5);
     }
 
     #[test]

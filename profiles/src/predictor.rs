@@ -384,10 +384,15 @@ impl Predictor {
     }
 
     /// Time of a kernel. Where nothing of its number format was measured, the time of the same call on 32-bit operands stands
-    /// for it.
+    /// for it; of a product with something fused into it, the sum of its parts.
     pub fn kernel(&self, key: &KernelKey, under: impl Into<Conditions>) -> Estimate {
         let under = under.into();
-        let found = self.seconds(&Subject::Kernel(key.clone()), under).or_else(|| {
+        let found = self.seconds(&Subject::Kernel(key.clone()), under);
+        if found.is_none() && !key.parts().is_empty() {
+            let parts = key.parts().into_iter().map(|part| self.kernel(&part, under).seconds);
+            return Estimate { seconds: parts.sum(), provenance: Provenance::Assumed };
+        }
+        let found = found.or_else(|| {
             let wide = (key.dtype != DType::F32).then(|| key.clone().with(DType::F32))?;
             let found = self.seconds(&Subject::Kernel(wide), under)?;
             Some(Estimate { provenance: Provenance::Assumed, ..found })

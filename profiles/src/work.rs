@@ -23,8 +23,13 @@ impl Work {
         // (flops, values moved)
         let (flops, values) = match key.op {
             // c is written (W: read too).
-            KernelOp::MatmulNn | KernelOp::MatmulNt => product(dim(0), dim(1), dim(2), 1.0),
-            KernelOp::MatmulTn => product(dim(0), dim(1), dim(2), 2.0),
+            KernelOp::MatmulNn | KernelOp::MatmulNt | KernelOp::ProjectBias => product(dim(0), dim(1), dim(2), 1.0),
+            // Or another matrix of that size: the residual stream, the input of the GELU.
+            KernelOp::MatmulTn
+            | KernelOp::ProjectBiasGelu
+            | KernelOp::ProjectBiasAdd
+            | KernelOp::ProjectAdd
+            | KernelOp::ProjectBackGelu => product(dim(0), dim(1), dim(2), 2.0),
             KernelOp::Attention => attention(dim(0), dim(1), dim(2), dim(3), dim(4), 2.0, 1.0),
             // Scores again, and the gradients of values, probabilities, queries and keys.
             KernelOp::AttentionBackward => attention(dim(0), dim(1), dim(2), dim(3), dim(4), 5.0, 2.0),

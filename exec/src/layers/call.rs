@@ -40,6 +40,23 @@ fn of_views(step: &Step, views: &[View], scale: f32) -> Option<Call> {
             // Weight gradients add up over microbatches.
             accumulate: op == Op::MatmulTn || step.detail == Detail::Accumulate,
         },
+        (
+            op @ (Op::ProjectBias | Op::ProjectBiasGelu | Op::ProjectBiasAdd | Op::ProjectAdd),
+            _,
+            &[x, weight, ref rest @ .., out],
+        ) => {
+            let (bias, base, input) = match (op, rest) {
+                (Op::ProjectBias, &[bias]) => (Some(bias), None, None),
+                (Op::ProjectBiasGelu, &[bias, input]) => (Some(bias), None, Some(input)),
+                (Op::ProjectBiasAdd, &[bias, base]) => (Some(bias), Some(base), None),
+                (Op::ProjectAdd, &[base]) => (None, Some(base), None),
+                _ => return None,
+            };
+            Call::Project { x, weight, bias, base, input, out, m: first, n: second, k: dim(2)? }
+        }
+        (Op::ProjectBackGelu, _, &[dy, weight, input, d_input]) => {
+            Call::ProjectBackGelu { dy, weight, input, d_input, m: first, n: second, k: dim(2)? }
+        }
         (Op::AddBias, _, &[x, bias]) => Call::AddBias { x, bias, rows: first, cols: second },
         (Op::BiasGradient, _, &[dy, d_bias]) => Call::BiasGradient { dy, d_bias, rows: first, cols: second },
         (Op::RmsNorm, Detail::Epsilon(epsilon), &[x, gamma, out, stats]) => {

@@ -91,6 +91,33 @@ pub(super) fn call(key: &KernelKey, context: &Context, place: &mut dyn FnMut(Rol
                 accumulate: weights,
             }
         }
+        KernelOp::ProjectBias | KernelOp::ProjectBiasGelu | KernelOp::ProjectBiasAdd | KernelOp::ProjectAdd => {
+            let (m, n, k) = (dim(0), dim(1), dim(2));
+            let added = matches!(key.op, KernelOp::ProjectBiasAdd | KernelOp::ProjectAdd);
+            Call::Project {
+                x: put(Fresh, values, &[m, k]),
+                weight: put(Read, values, &[n, k]),
+                bias: (key.op != KernelOp::ProjectAdd).then(|| put(Read, values, &[n])),
+                base: added.then(|| put(Read, values, &[m, n])),
+                input: (key.op == KernelOp::ProjectBiasGelu).then(|| put(Written, values, &[m, n])),
+                out: put(Written, values, &[m, n]),
+                m,
+                n,
+                k,
+            }
+        }
+        KernelOp::ProjectBackGelu => {
+            let (m, n, k) = (dim(0), dim(1), dim(2));
+            Call::ProjectBackGelu {
+                dy: put(Fresh, values, &[m, k]),
+                weight: put(Read, values, &[k, n]),
+                input: put(Read, values, &[m, n]),
+                d_input: put(Written, values, &[m, n]),
+                m,
+                n,
+                k,
+            }
+        }
         KernelOp::AddBias => {
             let (rows, cols) = (dim(0), dim(1));
             Call::AddBias { x: put(Fresh, values, &[rows, cols]), bias: put(Read, values, &[cols]), rows, cols }

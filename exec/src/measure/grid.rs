@@ -117,6 +117,9 @@ fn kernels(model: ModelConfig, seq: u32, precision: Precision) -> BTreeSet<Kerne
     for op in [KernelOp::SumSquares, KernelOp::AdamW, KernelOp::AdamWAhead, KernelOp::Zero] {
         all.extend(KernelKey::new(op, &[block]));
     }
+    // Beside adapters, nothing is fused into a product.
+    let parts: Vec<KernelKey> = all.iter().flat_map(KernelKey::parts).collect();
+    all.extend(parts);
     all
 }
 

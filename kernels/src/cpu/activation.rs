@@ -14,6 +14,14 @@ fn gate(x: f32) -> f32 {
     sigmoid(2.0 * ROOT * x * (CUBIC * x).mul_add(x, 1.0))
 }
 
+/// `d_out` times `gelu'(x) = s + x s (1 - s) 2 u'` with `s` = [`gate`] and `u' = ROOT * (1 + 3 CUBIC x^2)`.
+#[inline(always)]
+fn slope(x: f32, d_out: f32) -> f32 {
+    let s = gate(x);
+    let twice_slope = 2.0 * ROOT * (3.0 * CUBIC * x).mul_add(x, 1.0);
+    d_out * s * (x * (1.0 - s)).mul_add(twice_slope, 1.0)
+}
+
 vectorised! {
     /// `out = silu(gate) * up`; rows of `gate_up` hold `cols` gates, then `cols` ups.
     pub(super) fn swiglu(gate_up: &[f32], out: &mut [f32], cols: usize) {
@@ -47,12 +55,17 @@ vectorised! {
         }
     }
 
-    /// `gelu'(x) = s + x s (1 - s) 2 u'` with `s` = [`gate`] and `u' = ROOT * (1 + 3 CUBIC x^2)`.
+    /// `d_x = gelu'(x) d_out`.
     pub(super) fn gelu_backward(x: &[f32], d_out: &[f32], d_x: &mut [f32]) {
         for ((d_x, &x), &d_out) in d_x.iter_mut().zip(x).zip(d_out) {
-            let s = gate(x);
-            let twice_slope = 2.0 * ROOT * (3.0 * CUBIC * x).mul_add(x, 1.0);
-            *d_x = d_out * s * (x * (1.0 - s)).mul_add(twice_slope, 1.0);
+            *d_x = slope(x, d_out);
+        }
+    }
+
+    /// The same in place: `d` becomes the gradient of the input.
+    pub(super) fn gelu_slope(x: &[f32], d: &mut [f32]) {
+        for (d, &x) in d.iter_mut().zip(x) {
+            *d = slope(x, *d);
         }
     }
 }

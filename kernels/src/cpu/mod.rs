@@ -100,6 +100,28 @@ impl CpuDevice {
                     let b = if transpose_b { Matrix::dense(b, n, k).transposed() } else { Matrix::dense(b, k, n) };
                     multiply(a, b, MatrixMut::dense(write(c), m, n), accumulate);
                 }
+                Call::Project { x, weight, bias, base, input, out, m, n, k } => {
+                    let (m, n, k) = (m as usize, n as usize, k as usize);
+                    let (x, weight) = (Matrix::dense(read(x), m, k), Matrix::dense(read(weight), n, k).transposed());
+                    let sum: &mut [f32] = write(input.unwrap_or(out));
+                    multiply(x, weight, MatrixMut::dense(sum, m, n), false);
+                    if let Some(bias) = bias {
+                        pointwise::add_bias(sum, read(bias));
+                    }
+                    if let Some(base) = base {
+                        pointwise::add(read(base), sum);
+                    }
+                    if input.is_some() {
+                        activation::gelu(sum, write(out));
+                    }
+                }
+                Call::ProjectBackGelu { dy, weight, input, d_input, m, n, k } => {
+                    let (m, n, k) = (m as usize, n as usize, k as usize);
+                    let (dy, weight) = (Matrix::dense(read(dy), m, k), Matrix::dense(read(weight), k, n));
+                    let slopes: &mut [f32] = write(d_input);
+                    multiply(dy, weight, MatrixMut::dense(slopes, m, n), false);
+                    activation::gelu_slope(read(input), slopes);
+                }
                 Call::AddBias { x, bias, .. } => pointwise::add_bias(write(x), read(bias)),
                 Call::BiasGradient { dy, d_bias, .. } => pointwise::bias_gradient(read(dy), write(d_bias)),
                 Call::Norm { x, gamma, beta, out, stats, epsilon, .. } => {

@@ -5,7 +5,7 @@
 //! for it, and a checksum; lines that are damaged, and files of another device or version, are as if they were not there.
 
 use super::compile::keep;
-use super::machine::{Layout, ProductShape};
+use super::machine::{Epilogue, Layout, ProductShape};
 use super::sources::digest;
 use crate::device::DType;
 use std::collections::HashMap;
@@ -109,11 +109,17 @@ pub(super) fn key(shape: &ProductShape, alignments: [u32; 3], workspace: usize) 
         let dtype = if layout.dtype == DType::BF16 { "bf16" } else { "f32" };
         format!("{dtype}/{}{}", layout.stride, if layout.transposed { "t" } else { "" })
     };
-    let ProductShape { m, n, k, a, b, c, accumulate } = shape;
+    let ProductShape { m, n, k, a, b, c, accumulate, epilogue } = shape;
     let [a, b, c] = [a, b, c].map(layout);
     let [for_a, for_b, for_c] = alignments;
     let sign = if *accumulate { "+=" } else { "=" };
-    format!("{m}x{n}x{k} {c}@{for_c} {sign} {a}@{for_a} {b}@{for_b} within {workspace}")
+    let then = match epilogue {
+        Epilogue::None => "",
+        Epilogue::Bias => " bias",
+        Epilogue::BiasGelu => " bias gelu",
+        Epilogue::GeluSlope => " gelu-slope",
+    };
+    format!("{m}x{n}x{k} {c}@{for_c} {sign} {a}@{for_a} {b}@{for_b}{then} within {workspace}")
 }
 
 #[cfg(test)]
@@ -168,7 +174,16 @@ mod tests {
     #[test]
     fn keys_tell_apart_all_that_matters() {
         let layout = Layout { dtype: DType::BF16, stride: 8, transposed: false };
-        let shape = ProductShape { m: 2, n: 3, k: 4, a: layout, b: layout, c: layout, accumulate: false };
+        let shape = ProductShape {
+            m: 2,
+            n: 3,
+            k: 4,
+            a: layout,
+            b: layout,
+            c: layout,
+            accumulate: false,
+            epilogue: Epilogue::None,
+        };
         let transposed = Layout { transposed: true, ..layout };
         let wide = Layout { dtype: DType::F32, ..layout };
         let others = [
@@ -179,6 +194,9 @@ mod tests {
             ProductShape { c: wide, ..shape },
             ProductShape { b: Layout { stride: 9, ..layout }, ..shape },
             ProductShape { accumulate: true, ..shape },
+            ProductShape { epilogue: Epilogue::Bias, ..shape },
+            ProductShape { epilogue: Epilogue::BiasGelu, ..shape },
+            ProductShape { epilogue: Epilogue::GeluSlope, ..shape },
         ];
         let mut keys: Vec<String> = others.iter().map(|other| key(other, [16; 3], 1024)).collect();
         keys.extend([key(&shape, [16; 3], 1024), key(&shape, [16, 8, 16], 1024), key(&shape, [16; 3], 2048)]);

@@ -354,6 +354,11 @@ impl Machine for Cuda {
         })
     }
 
+    fn fuses(&self, product: &Product) -> Result<bool, KernelError> {
+        self.core.context.enter()?;
+        Ok(product.can_fuse() && self.core.products.can(product))
+    }
+
     unsafe fn multiply(&self, product: &Product) -> Result<(), KernelError> {
         let workspace = self.workspace()?;
         self.context().enter()?;

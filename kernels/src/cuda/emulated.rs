@@ -2,7 +2,7 @@
 //! threads in turns. It checks what hardware does not (barriers that not all threads reach, waits that are missing) and is some
 //! thousand times slower. Its streams do their work late ([`Streams`]), all but the first.
 
-use super::machine::{Kernel, Launch, Layout, Machine, Packed, Product};
+use super::machine::{Epilogue, Kernel, Launch, Layout, Machine, Packed, Product};
 use super::sources::{EMULATOR, HEADER, SOURCES, Source, digest};
 use crate::cpu::CpuDevice;
 use crate::device::{Block, DType, Device, KernelError};
@@ -198,6 +198,53 @@ fn succeeded(result: std::io::Result<Output>) -> Result<String, KernelError> {
     Err(unavailable(format_args!("the C++ compiler says:\n{}", String::from_utf8_lossy(&output.stderr))))
 }
 
+/// An element of an array.
+///
+/// # Safety
+/// It lies in living memory.
+unsafe fn element(address: u64, dtype: DType, index: usize) -> f32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match dtype {
+            DType::BF16 => {
+                let bits = *std::ptr::with_exposed_provenance::<u16>(address as usize).add(index);
+                f32::from_bits(u32::from(bits) << 16)
+            }
+            _ => *std::ptr::with_exposed_provenance::<f32>(address as usize).add(index),
+        }
+    }
+}
+
+/// Writes an element of an array, rounded to its type.
+///
+/// # Safety
+/// It lies in living memory that nobody else uses.
+unsafe fn put(address: u64, dtype: DType, index: usize, x: f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match dtype {
+            DType::BF16 => *std::ptr::with_exposed_provenance_mut::<u16>(address as usize).add(index) = round(x),
+            _ => *std::ptr::with_exposed_provenance_mut::<f32>(address as usize).add(index) = x,
+        }
+    }
+}
+
+/// GELU in its tanh form, which is that of cuBLASLt: `x (1 + tanh(u)) / 2` with `u = sqrt(2 / pi) (x + 0.044715 x^3)`.
+fn gelu(x: f64) -> f64 {
+    x / (1.0 + (-2.0 * gelu_argument(x)).exp())
+}
+
+fn gelu_argument(x: f64) -> f64 {
+    (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))
+}
+
+/// Its derivative.
+fn gelu_slope(x: f64) -> f64 {
+    let s = 1.0 / (1.0 + (-2.0 * gelu_argument(x)).exp());
+    let inner = (2.0 / std::f64::consts::PI).sqrt() * (1.0 + 3.0 * 0.044_715 * x * x);
+    s + 2.0 * x * s * (1.0 - s) * inner
+}
+
 /// The elements of a matrix, row by row of how it is used.
 ///
 /// # Safety
@@ -207,15 +254,7 @@ unsafe fn gather(address: u64, layout: Layout, rows: usize, cols: usize) -> Vec<
         let (row, col) = if layout.transposed { (col, row) } else { (row, col) };
         let index = row * layout.stride as usize + col;
         // SAFETY: the caller's promise.
-        unsafe {
-            match layout.dtype {
-                DType::BF16 => {
-                    let bits = *std::ptr::with_exposed_provenance::<u16>(address as usize).add(index);
-                    f32::from_bits(u32::from(bits) << 16)
-                }
-                _ => *std::ptr::with_exposed_provenance::<f32>(address as usize).add(index),
-            }
-        }
+        unsafe { element(address, layout.dtype, index) }
     };
     (0..rows * cols).map(|i| at(i / cols, i % cols)).collect()
 }
@@ -274,17 +313,23 @@ unsafe fn multiply(product: &Product) {
             }
         }
         for (col, &sum) in sums.iter().enumerate() {
-            let index = row * shape.c.stride as usize + col;
-            // SAFETY: as above; `c` is ours alone.
+            let (index, beside) = (row * shape.c.stride as usize + col, row * n + col);
+            let dtype = shape.c.dtype;
+            // SAFETY: as above; what is written is ours alone.
             unsafe {
-                if shape.c.dtype == DType::BF16 {
-                    let c = std::ptr::with_exposed_provenance_mut::<u16>(product.c as usize).add(index);
-                    let old = if shape.accumulate { f32::from_bits(u32::from(*c) << 16) } else { 0.0 };
-                    *c = round((f64::from(old) + sum) as f32);
-                } else {
-                    let c = std::ptr::with_exposed_provenance_mut::<f32>(product.c as usize).add(index);
-                    *c = (if shape.accumulate { f64::from(*c) } else { 0.0 } + sum) as f32;
-                }
+                let base = if shape.accumulate { element(product.base, dtype, index) } else { 0.0 };
+                let sum = sum + f64::from(base);
+                let result = match shape.epilogue {
+                    Epilogue::None => sum,
+                    Epilogue::Bias => sum + f64::from(element(product.bias, dtype, col)),
+                    Epilogue::BiasGelu => {
+                        let input = sum + f64::from(element(product.bias, dtype, col));
+                        put(product.beside, dtype, beside, input as f32);
+                        gelu(input)
+                    }
+                    Epilogue::GeluSlope => sum * gelu_slope(f64::from(element(product.beside, dtype, beside))),
+                };
+                put(product.c, dtype, index, result as f32);
             }
         }
     }
@@ -308,6 +353,11 @@ impl Machine for Emulated {
         let launch = launch.clone();
         // SAFETY: the caller's promise.
         self.later(Box::new(move || unsafe { enter(entry, &launch) }))
+    }
+
+    /// As cuBLASLt: matrices beside a product begin, and their rows too, at multiples of 16 bytes.
+    fn fuses(&self, product: &Product) -> Result<bool, KernelError> {
+        Ok(product.can_fuse())
     }
 
     unsafe fn multiply(&self, product: &Product) -> Result<(), KernelError> {

@@ -5,7 +5,7 @@
 //! and written once. (Logits need no whole rows there, as their log-sum-exp is known.)
 
 use super::launches::{address, by_row, cast, dense};
-use super::machine::{Argument, Kernel, Layout, Machine, Product, ProductShape};
+use super::machine::{Argument, Epilogue, Kernel, Layout, Machine, Product, ProductShape};
 use crate::call::{Call, HEAD_ALIGNMENT};
 use crate::device::{DType, KernelError, View};
 use smallvec::smallvec;
@@ -131,16 +131,18 @@ impl<M: Machine> Backward<'_, M> {
         if let Some((dx, accumulate)) = dx {
             let tokens = part.of(weight, cols);
             let (a, b, c) = (gradient(false), plain(tokens), plain(dx));
-            let shape = ProductShape { m: rows.rows, n: cols, k: part.tokens, a, b, c, accumulate };
-            let product = Product { shape, a: part.logits.address(), b: tokens.address(), c: dx.address() };
+            let epilogue = Epilogue::None;
+            let shape = ProductShape { m: rows.rows, n: cols, k: part.tokens, a, b, c, accumulate, epilogue };
+            let product = Product::new(shape, part.logits.address(), tokens.address(), dx.address());
             // SAFETY: as above.
             unsafe { machine.multiply(&product) }?;
         }
         if let Some(d_weight) = d_weight {
             let tokens = part.of(d_weight, cols);
             let (a, b, c) = (gradient(true), plain(x), plain(tokens));
-            let shape = ProductShape { m: part.tokens, n: cols, k: rows.rows, a, b, c, accumulate: true };
-            let product = Product { shape, a: part.logits.address(), b: x.address(), c: tokens.address() };
+            let (accumulate, epilogue) = (true, Epilogue::None);
+            let shape = ProductShape { m: part.tokens, n: cols, k: rows.rows, a, b, c, accumulate, epilogue };
+            let product = Product::new(shape, part.logits.address(), x.address(), tokens.address());
             // SAFETY: as above.
             unsafe { machine.multiply(&product) }?;
         }

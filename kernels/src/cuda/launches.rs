@@ -1,6 +1,6 @@
 //! Calls as launches: which kernel, how many blocks, which arguments in which order.
 
-use super::machine::{Argument, Kernel, Launch, Layout, Machine, Product, ProductShape, WORDS};
+use super::machine::{Argument, Epilogue, Kernel, Launch, Layout, Machine, Product, ProductShape, WORDS};
 use super::{attention, head};
 use crate::call::{AdamW, Call, Decays};
 use crate::device::{DType, KernelError, View};
@@ -12,8 +12,9 @@ pub(super) const PARTS: u32 = 1024;
 const THREADS: u32 = 256;
 /// Columns and rows of a block of `column_sums`.
 const COLUMN_BLOCK: [u32; 3] = [32, 16, 1];
-/// Rows that a block of `column_sums` adds up, where there is room for the sums of all.
+/// Rows that a block of `column_sums` adds up, where there is room for the sums of all and they are not too many to be added one by one.
 const SLAB_ROWS: u32 = 256;
+const MOST_SLABS: u64 = 128;
 /// Bytes for parts of sums: [`PARTS`] doubles, or the sums of slabs of rows.
 pub(super) const PARTS_BYTES: usize = 4 << 20;
 
@@ -81,20 +82,17 @@ pub(super) fn dense(
 ) -> Product {
     let layout =
         |view: View, stride: u32, transposed| Layout { dtype: view.dtype(), stride: u64::from(stride), transposed };
-    Product {
-        shape: ProductShape {
-            m,
-            n,
-            k,
-            a: layout(a, if transpose_a { m } else { k }, transpose_a),
-            b: layout(b, if transpose_b { k } else { n }, transpose_b),
-            c: layout(c, n, false),
-            accumulate,
-        },
-        a: a.address(),
-        b: b.address(),
-        c: c.address(),
-    }
+    let shape = ProductShape {
+        m,
+        n,
+        k,
+        a: layout(a, if transpose_a { m } else { k }, transpose_a),
+        b: layout(b, if transpose_b { k } else { n }, transpose_b),
+        c: layout(c, n, false),
+        accumulate,
+        epilogue: Epilogue::None,
+    };
+    Product::new(shape, a.address(), b.address(), c.address())
 }
 
 /// Queues a call. `parts` is the address of [`PARTS_BYTES`] bytes that calls of this machine alone use, one after the other.
@@ -109,6 +107,48 @@ pub(super) unsafe fn run(machine: &impl Machine, call: &Call, parts: u64) -> Res
         Call::MatMul { a, b, c, m, n, k, transpose_a, transpose_b, accumulate } => {
             // SAFETY: as above.
             unsafe { machine.multiply(&dense([a, b, c], [m, n, k], [transpose_a, transpose_b], accumulate)) }
+        }
+        Call::Project { x, weight, bias, base, input, out, m, n, k } => {
+            let dims = ([m, n, k], [false, true]);
+            let mut product = dense([x, weight, out], dims.0, dims.1, base.is_some());
+            product.base = base.unwrap_or(out).address();
+            let mut fused = product;
+            fused.shape.epilogue = match (bias, input) {
+                (Some(_), Some(_)) => Epilogue::BiasGelu,
+                (Some(_), None) => Epilogue::Bias,
+                (None, _) => Epilogue::None,
+            };
+            (fused.bias, fused.beside) =
+                (bias.map_or(0, |view| view.address()), input.map_or(0, |view| view.address()));
+            if (bias.is_some() || input.is_none()) && machine.fuses(&fused)? {
+                // SAFETY: as above.
+                return unsafe { machine.multiply(&fused) };
+            }
+            let sum = input.unwrap_or(out);
+            if input.is_some() {
+                product = dense([x, weight, sum], dims.0, dims.1, false);
+            }
+            // SAFETY: as above, for the parts of the call one after the other.
+            unsafe {
+                machine.multiply(&product)?;
+                if let Some(bias) = bias {
+                    run(machine, &Call::AddBias { x: sum, bias, rows: m, cols: n }, parts)?;
+                }
+                if input.is_some() { run(machine, &Call::Gelu { x: sum, out }, parts) } else { Ok(()) }
+            }
+        }
+        Call::ProjectBackGelu { dy, weight, input, d_input, m, n, k } => {
+            let product = dense([dy, weight, d_input], [m, n, k], [false; 2], false);
+            let shape = ProductShape { epilogue: Epilogue::GeluSlope, ..product.shape };
+            let fused = Product { shape, beside: input.address(), ..product };
+            // SAFETY: as above; the kernel of the slope reads each element before it writes it.
+            unsafe {
+                if machine.fuses(&fused)? {
+                    return machine.multiply(&fused);
+                }
+                machine.multiply(&product)?;
+                run(machine, &Call::GeluBackward { x: input, d_out: d_input, d_x: d_input }, parts)
+            }
         }
         Call::AddBias { x, bias, cols, .. } => {
             let arguments = smallvec![address(x), address(bias), U32(cols), U64(x.len() as u64)];
@@ -320,7 +360,7 @@ fn column_sums(
 ) -> [Launch; 2] {
     use Argument::U32;
     let room = PARTS_BYTES as u64 / (8 * u64::from(cols));
-    let slabs = (u64::from(rows.div_ceil(SLAB_ROWS))).min(room).max(1) as u32;
+    let slabs = u64::from(rows.div_ceil(SLAB_ROWS)).min(room).clamp(1, MOST_SLABS) as u32;
     let sums = Argument::Address(parts);
     let layer_norm = norm.is_some() && d_beta.is_some();
     let (x, stats) = norm.unzip();

@@ -132,6 +132,19 @@ pub struct Layout {
     pub transposed: bool,
 }
 
+/// What happens to a product before it is written, beside what it is added to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Epilogue {
+    #[default]
+    None,
+    /// Each row is added to [`Product::bias`].
+    Bias,
+    /// As `Bias`; the sum goes to [`Product::beside`] and its GELU to `c`.
+    BiasGelu,
+    /// It is multiplied by the slope of GELU at [`Product::beside`].
+    GeluSlope,
+}
+
 /// Everything about a product but the addresses: what an algorithm is chosen by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ProductShape {
@@ -142,17 +155,37 @@ pub struct ProductShape {
     pub b: Layout,
     /// Never transposed.
     pub c: Layout,
-    /// Adds to `c` instead of replacing it.
+    /// Adds what lies at [`Product::base`], with the layout of `c`.
     pub accumulate: bool,
+    pub epilogue: Epilogue,
 }
 
-/// `c[m,n] (+)= op(a)[m,k] * op(b)[k,n]`, row-major, with sums in `F32`.
+/// `c[m,n] = epilogue(op(a)[m,k] * op(b)[k,n] (+ base[m,n]))`, row-major, with sums in `F32`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Product {
     pub shape: ProductShape,
     pub a: u64,
     pub b: u64,
     pub c: u64,
+    /// `c` itself, or another matrix.
+    pub base: u64,
+    /// `n` elements of the type of `c`, where the epilogue has them.
+    pub bias: u64,
+    /// A matrix of the type of `c` without gaps between rows, where the epilogue has it.
+    pub beside: u64,
+}
+
+impl Product {
+    /// Added to `c`, or replacing it.
+    pub fn new(shape: ProductShape, a: u64, b: u64, c: u64) -> Product {
+        Product { shape, a, b, c, base: c, bias: 0, beside: 0 }
+    }
+
+    /// What libraries ask of the operands of an epilogue: they begin at multiples of 16 bytes, and rows have a multiple of 8 elements.
+    pub fn can_fuse(&self) -> bool {
+        let aligned = self.bias.is_multiple_of(16) && self.beside.is_multiple_of(16);
+        self.shape.epilogue == Epilogue::None || aligned && self.shape.n.is_multiple_of(8)
+    }
 }
 
 /// A stream of a GPU. Work is done in the order in which it was asked for.
@@ -172,10 +205,13 @@ pub trait Machine: Send + Sync + Sized + 'static {
     /// The arguments are those of the kernel, and everything that it touches is memory of this machine that lives until it has ended.
     unsafe fn launch(&self, launch: &Launch) -> Result<(), KernelError>;
 
+    /// Whether [`Machine::multiply`] can do the epilogue of a product; without one it can do every product.
+    fn fuses(&self, product: &Product) -> Result<bool, KernelError>;
+
     /// Starts a product.
     ///
     /// # Safety
-    /// The matrices lie in living memory of this machine, and `c` does not overlap the others.
+    /// The matrices lie in living memory of this machine, and what is written does not overlap the others, but for `base` being `c`.
     unsafe fn multiply(&self, product: &Product) -> Result<(), KernelError>;
 
     /// Starts a copy of `bytes` bytes.

@@ -4,11 +4,12 @@
 //! `c^T = b^T a^T`: operands change places, strides and transpositions stay as they are.
 
 use super::algorithms::{Algorithms, Chosen, key};
-use super::machine::{Layout, Product, ProductShape};
+use super::machine::{Epilogue, Layout, Product, ProductShape};
 use crate::device::DType;
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::path::Path;
@@ -17,10 +18,13 @@ use std::sync::{Mutex, PoisonError};
 /// Bytes of workspace: what cuBLAS itself takes on the largest GPUs.
 pub(super) const WORKSPACE: usize = 32 << 20;
 
+/// By shape and alignment; nothing for a product with an epilogue that the library cannot do.
+type Plans = HashMap<(ProductShape, [u32; 3]), Option<Plan>>;
+
 /// A handle and the algorithms found so far.
 pub(super) struct Products {
     handle: sys::cublasLtHandle_t,
-    plans: Mutex<HashMap<(ProductShape, [u32; 3]), Plan>>,
+    plans: Mutex<Plans>,
     algorithms: Mutex<Algorithms>,
 }
 
@@ -108,12 +112,11 @@ impl Products {
         workspace: u64,
         stream: sys::cudaStream_t,
     ) -> Result<(), CublasError> {
-        let key = (product.shape, [product.a, product.b, product.c].map(alignment));
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        let plan = match plans.entry(key) {
-            std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
-            std::collections::hash_map::Entry::Vacant(place) => place.insert(self.plan(&product.shape, key.1)?),
+        let Some(plan) = self.planned(&mut plans, product)? else {
+            return Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED));
         };
+        point(plan.product, product)?;
         let (one, beta) = (1.0f32, if product.shape.accumulate { 1.0f32 } else { 0.0 });
         // SAFETY: descriptors live as long as the plan; addresses are the caller's promise.
         unsafe {
@@ -126,7 +129,7 @@ impl Products {
                 plan.left,
                 product.a as *const c_void,
                 plan.right,
-                product.c as *const c_void,
+                product.base as *const c_void,
                 plan.out,
                 product.c as *mut c_void,
                 plan.out,
@@ -138,9 +141,33 @@ impl Products {
         }
     }
 
+    /// Whether the library can do the epilogue of a product.
+    pub fn can(&self, product: &Product) -> bool {
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        product.shape.epilogue == Epilogue::None || self.planned(&mut plans, product).is_ok_and(|plan| plan.is_some())
+    }
+
+    /// The plan of a product, made when it is first asked for.
+    fn planned<'p>(&self, plans: &'p mut Plans, product: &Product) -> Result<Option<&'p Plan>, CublasError> {
+        let written = product.c | if product.shape.accumulate { product.base } else { 0 };
+        let key = (product.shape, [product.a, product.b, written].map(alignment));
+        let plan = match plans.entry(key) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => {
+                let plan = match self.plan(product, key.1) {
+                    Err(_) if product.shape.epilogue != Epilogue::None => None,
+                    plan => Some(plan?),
+                };
+                place.insert(plan)
+            }
+        };
+        Ok(plan.as_ref())
+    }
+
     /// Takes what an earlier run has chosen, or asks the heuristics. What is created before an error is lost, which happens once per shape
     /// that cannot be done.
-    fn plan(&self, shape: &ProductShape, [a, b, c]: [u32; 3]) -> Result<Plan, CublasError> {
+    fn plan(&self, of: &Product, [a, b, c]: [u32; 3]) -> Result<Plan, CublasError> {
+        let shape = &of.shape;
         let asked = ColumnMajor::of(shape);
         let layout = |stored: &Stored, dtype| {
             result::create_matrix_layout(data_type(dtype), stored.rows, stored.cols, stored.stride)
@@ -157,6 +184,21 @@ impl Products {
         ] {
             // SAFETY: the attribute is a 32-bit enumeration (CUBLAS_OP_N is 0, CUBLAS_OP_T is 1).
             unsafe { result::set_matmul_desc_attribute(product, attribute, (&raw const value).cast(), 4) }?;
+        }
+        if shape.epilogue != Epilogue::None {
+            let epilogue = epilogue(shape.epilogue);
+            // Elements from one row of the matrix beside to the next.
+            let stride = i64::from(shape.n);
+            // SAFETY: the first attribute is a 32-bit enumeration, the second has 64 bits.
+            unsafe {
+                let (one, other) =
+                    (Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD);
+                result::set_matmul_desc_attribute(product, one, (&raw const epilogue).cast(), 4)?;
+                if of.beside != 0 {
+                    result::set_matmul_desc_attribute(product, other, (&raw const stride).cast(), 8)?;
+                }
+            }
+            point(product, of)?;
         }
         let key = key(shape, [a, b, c], WORKSPACE);
         let mut algorithms = self.algorithms.lock().unwrap_or_else(PoisonError::into_inner);
@@ -217,10 +259,36 @@ impl Products {
     }
 }
 
+/// Our left operand is the library's right one, so its rows are our columns: its bias, one element per row of the result, is one
+/// element per column of ours.
+fn epilogue(epilogue: Epilogue) -> sys::cublasLtEpilogue_t {
+    match epilogue {
+        Epilogue::None => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DEFAULT,
+        Epilogue::Bias => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
+        Epilogue::BiasGelu => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+        Epilogue::GeluSlope => sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DGELU,
+    }
+}
+
+/// Tells a descriptor where the operands of the epilogue lie.
+fn point(descriptor: sys::cublasLtMatmulDesc_t, product: &Product) -> Result<(), CublasError> {
+    use sys::cublasLtMatmulDescAttributes_t as Attribute;
+    for (attribute, address) in [
+        (Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, product.bias),
+        (Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, product.beside),
+    ] {
+        if address != 0 {
+            // SAFETY: both attributes are pointers.
+            unsafe { result::set_matmul_desc_attribute(descriptor, attribute, (&raw const address).cast(), 8) }?;
+        }
+    }
+    Ok(())
+}
+
 impl Drop for Products {
     fn drop(&mut self) {
         let plans = self.plans.get_mut().unwrap_or_else(PoisonError::into_inner);
-        for plan in plans.values() {
+        for plan in plans.values().flatten() {
             // SAFETY: each was created once and is not used any more. Errors could not be told to anybody.
             unsafe {
                 let _ = result::destroy_matmul_desc(plan.product);
@@ -267,6 +335,7 @@ mod tests {
                 b: layout(if transpose_b { k } else { n }, transpose_b),
                 c: layout(n, false),
                 accumulate: false,
+                epilogue: Epilogue::None,
             };
             let a: Vec<f64> = (0..40).map(|i| f64::from(i * i % 17)).collect();
             let b: Vec<f64> = (0..40).map(|i| f64::from(i * 7 % 13) - 5.0).collect();

@@ -204,6 +204,29 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(10))]
+
+    #[test]
+    fn projections(m in 1u32..20, eights in 1u32..5, odd in 0u32..2, k in 1u32..40, seed: u64) {
+        let n = 8 * eights + odd;
+        let mut random = Random(seed);
+        let [x, weight, bias, base] = [m * k, n * k, n, m * n].map(|len| random.halves(len as usize, 1.0));
+        // What follows a product reads it rounded, where it is not fused.
+        compare(2.0, |types| {
+            let [x, weight, bias, base] = [&x, &weight, &bias, &base].map(|values| types.of(values));
+            let [sum, input, activated, d_input] = [(); 4].map(|()| types.poisoned((m * n) as usize));
+            let [x, weight, bias_view, base_view] = [&x, &weight, &bias, &base].map(Array::view);
+            let bias = Some(bias_view);
+            run(Call::Project { x, weight, bias, base: Some(base_view), input: None, out: sum.view(), m, n, k });
+            let [given, out] = [&input, &activated].map(Array::view);
+            run(Call::Project { x, weight, bias, base: None, input: Some(given), out, m, n, k });
+            run(Call::ProjectBackGelu { dy: x, weight, input: base_view, d_input: d_input.view(), m, n, k });
+            vec![sum, input, activated, d_input]
+        });
+    }
+}
+
 /// Gradients that many rows add to are rounded once, at the end: more rows than a block of columns takes at a time, tokens that occur
 /// hundreds of times, rows wider than a block of the embedding holds.
 #[test]

@@ -140,6 +140,18 @@ fn transfers_of_other_sizes() {
 }
 
 #[test]
+fn a_residual_after_an_activation() {
+    let pool = Pool::new();
+    let [x, weight, base, input, out] =
+        [(0, 8), (100, 12), (200, 6), (300, 6), (400, 6)].map(|(at, len)| pool.at(at, len));
+    let (base, input) = (Some(base), Some(input));
+    let call = Call::Project { x, weight, bias: None, base, input, out, m: 2, n: 3, k: 4 };
+    refused(call, &["both a base and an input"]);
+    let short = Call::Project { x, weight, bias: Some(pool.at(500, 2)), base, input: None, out, m: 2, n: 3, k: 4 };
+    refused(short, &["bias has 2", "exactly 3"]);
+}
+
+#[test]
 fn runs_of_decaying_parameters_that_are_none() {
     assert_eq!(Decays::new(true, &[3, 3]), None, "empty runs");
     assert_eq!(Decays::new(true, &[5, 4]), None, "borders fall");

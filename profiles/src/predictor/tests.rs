@@ -263,3 +263,18 @@ fn times_inside_runs_are_told_apart_by_context() {
     assert!(is(ratio(1 << 16, context(Recomputed::Some, false)), 1.2, Provenance::Fitted));
     assert!(is(ratio(1 << 16, None), 1.2, Provenance::Fitted));
 }
+
+#[test]
+fn what_is_fused_into_a_product_costs_its_parts_until_it_is_measured() {
+    let fused = key(KernelOp::ProjectAdd, &[128, 256, 256]);
+    let before = Predictor::new(&profile(measured(1))).unwrap();
+    let parts = [key(KernelOp::MatmulNt, &[128, 256, 256]), add(128 * 256)].map(|part| before.kernel(&part, 1).seconds);
+    let estimate = before.kernel(&fused, 1);
+    assert!((estimate.seconds - parts[0] - parts[1]).abs() < 1e-12, "{} and {parts:?}", estimate.seconds);
+    assert_eq!(estimate.provenance, Provenance::Assumed);
+    let mut rows = measured(1);
+    rows.push(row(Subject::Kernel(fused.clone()), 1, Source::Measured, 0.75 * estimate.seconds));
+    let after = Predictor::new(&profile(rows)).unwrap().kernel(&fused, 1);
+    assert!((after.seconds / (0.75 * estimate.seconds) - 1.0).abs() < 1e-9);
+    assert_eq!(after.provenance, Provenance::Measured);
+}

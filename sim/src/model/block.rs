@@ -3,7 +3,7 @@
 use super::Positions;
 use super::activations::Piece;
 use super::parameters::Role;
-use super::passes::Builder;
+use super::passes::{After, Builder};
 use super::places::Spot;
 use super::steps::{Detail, Slice};
 use crate::program::{Element, Recompute};
@@ -39,17 +39,11 @@ fn run_forward(b: &mut Builder, spot: &Spot, transient: bool, output: Option<Sli
     let normed = b.piece(spot, Piece::Normed, transient);
     let stats = b.piece(spot, Piece::Stats, transient);
     b.norm(spot, ATTENTION_NORM, &x, &normed, &stats);
-    let weight = b.weight(spot, Role::QkvWeight);
-    b.project(&normed, weight, &qkv, s.qkv, s.hidden);
-    b.adapt(spot, Role::QkvWeight, &normed, &qkv, (s.qkv, s.hidden));
-    b.bias(spot, Role::QkvBias, &qkv, s.qkv);
+    b.projection(spot, (Role::QkvWeight, Role::QkvBias), &normed, &qkv, (s.qkv, s.hidden), After::Nothing);
     rotate(b, &qkv, false);
     attention(b, KernelOp::Attention, [&qkv, &attended, &lse]);
-    let weight = b.weight(spot, Role::OutputWeight);
-    b.project(&attended, weight, &y, s.hidden, s.query);
-    b.adapt(spot, Role::OutputWeight, &attended, &y, (s.hidden, s.query));
-    b.bias(spot, Role::OutputBias, &y, s.hidden);
-    b.elements(KernelOp::Add, s.rows * s.hidden, [&x, &y]);
+    let (roles, sizes) = ((Role::OutputWeight, Role::OutputBias), (s.hidden, s.query));
+    b.projection(spot, roles, &attended, &y, sizes, After::Add(&x));
     b.workspace.release(after_y);
 
     let activated = b.piece(spot, Piece::Activated, transient);
@@ -57,17 +51,14 @@ fn run_forward(b: &mut Builder, spot: &Spot, transient: bool, output: Option<Sli
     let normed = b.piece(spot, Piece::MlpNormed, transient);
     let stats = b.piece(spot, Piece::MlpStats, transient);
     b.norm(spot, MLP_NORM, &y, &normed, &stats);
-    let weight = b.weight(spot, Role::UpWeight);
-    b.project(&normed, weight, &up, s.up, s.hidden);
-    b.adapt(spot, Role::UpWeight, &normed, &up, (s.up, s.hidden));
-    b.bias(spot, Role::UpBias, &up, s.up);
-    activate(b, &up, &activated);
+    let after = if s.gated { After::Nothing } else { After::Gelu(&activated) };
+    b.projection(spot, (Role::UpWeight, Role::UpBias), &normed, &up, (s.up, s.hidden), after);
+    if s.gated {
+        activate(b, &up, &activated);
+    }
     if let Some(z) = output {
-        let weight = b.weight(spot, Role::DownWeight);
-        b.project(&activated, weight, &z, s.hidden, s.intermediate);
-        b.adapt(spot, Role::DownWeight, &activated, &z, (s.hidden, s.intermediate));
-        b.bias(spot, Role::DownBias, &z, s.hidden);
-        b.elements(KernelOp::Add, s.rows * s.hidden, [&y, &z]);
+        let (roles, sizes) = ((Role::DownWeight, Role::DownBias), (s.hidden, s.intermediate));
+        b.projection(spot, roles, &activated, &z, sizes, After::Add(&y));
     }
     b.workspace.release(start);
 }
@@ -128,12 +119,17 @@ pub(crate) fn backward(b: &mut Builder, spot: &Spot) {
 fn mlp_input(b: &mut Builder, spot: &Spot, dz: &Slice, up_delta: &Slice, residual: impl FnOnce(&mut Builder) -> Slice) {
     let s = b.shape;
     let start = b.workspace.mark();
-    let d_activated = b.scratch(s.rows * s.intermediate);
     let weight = b.weight(spot, Role::DownWeight);
-    b.project_back(dz, weight, &d_activated, s.intermediate, s.hidden);
-    b.adapt_back(spot, Role::DownWeight, dz, &d_activated, (s.hidden, s.intermediate));
     let up = b.piece(spot, Piece::Up, false);
-    activate_backward(b, &up, &d_activated, up_delta);
+    if s.gated || b.adapted(spot, Role::DownWeight) {
+        let d_activated = b.scratch(s.rows * s.intermediate);
+        b.project_back(dz, weight, &d_activated, s.intermediate, s.hidden);
+        b.adapt_back(spot, Role::DownWeight, dz, &d_activated, (s.hidden, s.intermediate));
+        activate_backward(b, &up, &d_activated, up_delta);
+    } else {
+        let operands = [dz.clone(), weight, up, up_delta.clone()];
+        b.push(KernelOp::ProjectBackGelu, &[s.rows, s.intermediate, s.hidden], operands, Detail::None);
+    }
     b.workspace.release(start);
     let d_normed = b.scratch(s.rows * s.hidden);
     let weight = b.weight(spot, Role::UpWeight);

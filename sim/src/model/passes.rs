@@ -133,6 +133,16 @@ impl Workspace {
     }
 }
 
+/// What follows a projection and its bias.
+#[derive(Clone, Copy)]
+pub(crate) enum After<'s> {
+    Nothing,
+    /// The residual stream is added.
+    Add(&'s Slice),
+    /// Its GELU goes here.
+    Gelu(&'s Slice),
+}
+
 /// An adapter of a block with its gradients.
 struct Adapter {
     matrix: Matrix,
@@ -301,9 +311,14 @@ impl Builder<'_> {
             .collect()
     }
 
+    /// Whether adapters stand beside a matrix of a block.
+    pub fn adapted(&self, spot: &Spot, matrix: Role) -> bool {
+        !self.adapters(spot, matrix).is_empty()
+    }
+
     /// Whether anything of a matrix of a block has a gradient: itself, or an adapter beside it.
     pub fn learns(&self, spot: &Spot, matrix: Role) -> bool {
-        self.gradient(spot, matrix).is_some() || !self.adapters(spot, matrix).is_empty()
+        self.gradient(spot, matrix).is_some() || self.adapted(spot, matrix)
     }
 
     /// The `B` of an adapter with zeros in the rows of the fused matrix that are not its own.
@@ -411,6 +426,46 @@ impl Builder<'_> {
     pub fn accumulate(&mut self, a: &Slice, b: &Slice, c: Slice, m: usize, n: usize) {
         let rows = self.shape.rows;
         self.push(KernelOp::MatmulTn, &[m, n, rows], [a.clone(), b.clone(), c], Detail::None);
+    }
+
+    /// A projection with its bias, if the layer has it, and what follows: one kernel, unless adapters add to the product in between.
+    pub fn projection(
+        &mut self,
+        spot: &Spot,
+        (weight, bias): (Role, Role),
+        x: &Slice,
+        out: &Slice,
+        (n, k): (usize, usize),
+        after: After,
+    ) {
+        let matrix = self.weight(spot, weight);
+        let shift = self.parameter(spot, bias, false);
+        let fused = match (&shift, after) {
+            _ if self.adapted(spot, weight) => None,
+            (Some(_), After::Nothing) => Some(KernelOp::ProjectBias),
+            (Some(_), After::Add(_)) => Some(KernelOp::ProjectBiasAdd),
+            (Some(_), After::Gelu(_)) => Some(KernelOp::ProjectBiasGelu),
+            (None, After::Add(_)) => Some(KernelOp::ProjectAdd),
+            (None, After::Nothing | After::Gelu(_)) => None,
+        };
+        if let Some(op) = fused {
+            let rest = match after {
+                After::Nothing => [None, Some(out)],
+                After::Add(residual) => [Some(residual), Some(out)],
+                After::Gelu(activated) => [Some(out), Some(activated)],
+            };
+            let operands = [x.clone(), matrix].into_iter().chain(shift).chain(rest.into_iter().flatten().cloned());
+            self.push(op, &[self.shape.rows, n, k], operands.collect::<SmallVec<[Slice; 7]>>(), Detail::None);
+            return;
+        }
+        self.project(x, matrix, out, n, k);
+        self.adapt(spot, weight, x, out, (n, k));
+        self.bias(spot, bias, out, n);
+        match after {
+            After::Nothing => {}
+            After::Add(residual) => self.elements(KernelOp::Add, self.shape.rows * n, [residual, out]),
+            After::Gelu(activated) => self.elements(KernelOp::Gelu, self.shape.rows * n, [out, activated]),
+        }
     }
 
     /// Adds a bias, if the layer has it.

@@ -269,3 +269,30 @@ fn one_optimizer_call_has_many_parameters() {
     let sizes: Vec<usize> = decay_groups([(0..many, true)], 1..many).iter().map(|group| group.range.len()).collect();
     assert_eq!(sizes, [u32::MAX as usize, u32::MAX as usize, u32::MAX as usize - 1]);
 }
+
+/// Biases, activations and the residual stream go with their product; adapters stand in between.
+#[test]
+fn products_take_along_what_follows_them() {
+    let counts = |model: &str, trainable: &str, which: Pass| {
+        let workload =
+            TransformerWorkload { trainable: trainable.parse().unwrap(), ..workload(model, Recompute::None) };
+        let stages = stages(&workload.model, &[workload.model.layers]);
+        let steps = pass(&workload, &stages, which, 0).steps;
+        let count = |op: KernelOp| steps.iter().filter(|step| step.key.op == op).count() as u32 / workload.model.layers;
+        use KernelOp::{Add, AddBias, Gelu, GeluBackward, MatmulNn, MatmulNt};
+        use KernelOp::{ProjectAdd, ProjectBackGelu, ProjectBias, ProjectBiasAdd, ProjectBiasGelu};
+        match which {
+            Pass::F => [ProjectBias, ProjectBiasGelu, ProjectBiasAdd, ProjectAdd, MatmulNt, AddBias, Gelu, Add]
+                .map(count)
+                .to_vec(),
+            _ => [ProjectBackGelu, MatmulNn, GeluBackward].map(count).to_vec(),
+        }
+    };
+    assert_eq!(counts("gpt2", "full", Pass::F), [1, 1, 2, 0, 0, 0, 0, 0]);
+    assert_eq!(counts("llama-3-8b", "full", Pass::F), [0, 0, 0, 2, 2, 0, 0, 0]);
+    assert_eq!(counts("gpt2", "full", Pass::B), [1, 3, 0]);
+    assert_eq!(counts("llama-3-8b", "full", Pass::B), [0, 4, 0]);
+    // Beside the first matrix of the MLP: the product, two of the adapter, bias and GELU.
+    assert_eq!(counts("gpt2", "lora:4:up", Pass::F), [1, 0, 2, 0, 3, 1, 1, 0]);
+    assert_eq!(counts("gpt2", "lora:4:down", Pass::B), [0, 6, 1]);
+}

@@ -12,13 +12,17 @@ fn access(op: Op, count: usize) -> (Vec<usize>, Range<usize>) {
     let (read, written) = match op {
         Op::MatmulNt
         | Op::MatmulNn
+        | Op::ProjectBias
+        | Op::ProjectBiasAdd
+        | Op::ProjectAdd
+        | Op::ProjectBackGelu
         | Op::SwiGlu
         | Op::Gelu
         | Op::SwiGluBackward
         | Op::GeluBackward
         | Op::Embedding
         | Op::Copy => (0..last, last..count),
-        Op::RmsNorm | Op::LayerNorm => (0..count - 2, count - 2..count),
+        Op::RmsNorm | Op::LayerNorm | Op::ProjectBiasGelu => (0..count - 2, count - 2..count),
         Op::Attention => (0..1, 1..3),
         Op::AttentionBackward => (0..4, 4..6),
         Op::HeadLoss => (0..3, 3..6),
