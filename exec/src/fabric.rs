@@ -25,6 +25,7 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
+use work::Watch;
 
 /// Communication work for a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,6 +162,8 @@ pub(crate) struct Fabric<'p, E> {
     /// What is under way between fast groups: when it has passed.
     wire: Mutex<BinaryHeap<Reverse<(u64, Passing)>>>,
     wire_changed: Condvar,
+    /// When the next of it has passed; the end of time where nothing is under way.
+    due: AtomicU64,
     /// Exchanges with other processes, and whether there are any.
     carriage: Carriage,
     alone: bool,
@@ -201,6 +204,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
             error: Mutex::new(None),
             wire: Mutex::new(BinaryHeap::new()),
             wire_changed: Condvar::new(),
+            due: AtomicU64::new(u64::MAX),
             alone: (0..bound.program.ranks.len() as u32).all(|rank| effects.hosts(rank)),
             carriage: Carriage::new(bound.streams.iter().copied().max().unwrap_or(0)),
             progress: AtomicU64::new(0),
@@ -306,10 +310,18 @@ impl<'p, E: Effects> Fabric<'p, E> {
             if left < self.spins && left > 0 {
                 continue;
             }
+            let nap = match self.meet_passage(|| alone() && !done() && !self.aborted()) {
+                Watch::Met => continue,
+                Watch::Later(nap) => Some(nap),
+                Watch::Nothing => None,
+            };
             let asleep = &self.ranks[rank as usize].asleep;
             asleep.store(true, Ordering::Relaxed);
             awake.fetch_sub(1, Ordering::Relaxed);
-            std::thread::park();
+            match nap {
+                Some(nap) => std::thread::park_timeout(nap),
+                None => std::thread::park(),
+            }
             // Who wakes a thread counts it awake at once, though it may run only later.
             if asleep.swap(false, Ordering::Relaxed) {
                 awake.fetch_add(1, Ordering::Relaxed);

@@ -5,9 +5,25 @@ use super::{AtomicRange, Consequence, Consequences, Fabric, Passing, Work};
 use crate::effects::{Effects, HostRange, Passage};
 use smallvec::SmallVec;
 use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+
+/// What a rank found on the links.
+pub(super) enum Watch {
+    /// Something was due, or the rank has to look after something else.
+    Met,
+    /// Something is due, but not soon: it may sleep that long.
+    Later(Duration),
+    /// Nothing is due, or others look.
+    Nothing,
+}
+
+/// Nanoseconds before something has passed its links from which on a waiting rank looks instead of sleeping: more than a sleep is late.
+const SOON: u64 = 200_000;
+/// Nanoseconds after which the watcher takes that no rank has looked.
+const LATE: u64 = 20_000;
 
 impl<E: Effects> Fabric<'_, E> {
     /// Hands work to the device of a rank, or does it at once if it takes no device.
@@ -39,22 +55,61 @@ impl<E: Effects> Fabric<'_, E> {
         self.work_on_round(meeting, consequences);
     }
 
-    /// Watches the link: lets rounds begin their work when they have passed it. Runs until the run ends.
+    /// Watches the link for times at which every rank computes: lets what has passed it begin its work. Runs until the run ends. A thread
+    /// that sleeps until a time wakes up some tens of microseconds later, so ranks that wait look by themselves, see
+    /// [`Fabric::meet_passage`], and the watcher leaves them that long.
     pub fn watch_link(&self, now: impl Fn() -> u64) {
         let mut wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
         while !self.aborted() {
-            let Some(&Reverse((at, passing))) = wire.peek() else {
+            let Some(&Reverse((at, _))) = wire.peek() else {
                 wire = self.wire_changed.wait(wire).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
-            let left = at.saturating_sub(now());
+            let left = (at + LATE).saturating_sub(now());
             if left > 0 {
                 let time = Duration::from_nanos(left);
                 wire = self.wire_changed.wait_timeout(wire, time).unwrap_or_else(PoisonError::into_inner).0;
                 continue;
             }
-            wire.pop();
             drop(wire);
+            self.pass(now());
+            wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// A rank with nothing to do looks for what passes a link soon, while it is `waiting`.
+    pub(super) fn meet_passage(&self, waiting: impl Fn() -> bool) -> Watch {
+        let at = self.due.load(Ordering::Relaxed);
+        // Where cores are short, another rank computes on this one.
+        if at == u64::MAX || self.spins == 0 || !waiting() {
+            return Watch::Nothing;
+        }
+        // Where the clock is a plan's, nothing is awaited.
+        let left = at.saturating_sub(self.effects.at(0));
+        if left > SOON {
+            return Watch::Later(Duration::from_nanos(left - SOON / 2));
+        }
+        while waiting() {
+            let now = self.effects.at(0);
+            if now >= at {
+                self.pass(now);
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        Watch::Met
+    }
+
+    /// Lets everything begin its work that has passed its links.
+    fn pass(&self, now: u64) {
+        loop {
+            let (at, passing) = {
+                let mut wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
+                let Some(&Reverse((at, passing))) = wire.peek().filter(|next| next.0.0 <= now) else { return };
+                wire.pop();
+                self.note_due(&wire);
+                (at, passing)
+            };
             let mut consequences = Consequences::new();
             match passing {
                 Passing::Transfer(transfer) => {
@@ -67,13 +122,19 @@ impl<E: Effects> Fabric<'_, E> {
                 }
             }
             self.settle(consequences);
-            wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Lets the watcher wake up when something has passed the links on its way.
+    fn note_due(&self, wire: &BinaryHeap<Reverse<(u64, Passing)>>) {
+        self.due.store(wire.peek().map_or(u64::MAX, |next| next.0.0), Ordering::Relaxed);
+    }
+
+    /// Lets ranks that wait, or the watcher, begin work that has passed the links on its way.
     pub(super) fn await_passage(&self, at: u64, passing: Passing) {
-        self.wire.lock().unwrap_or_else(PoisonError::into_inner).push(Reverse((at, passing)));
+        let mut wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
+        wire.push(Reverse((at, passing)));
+        self.note_due(&wire);
+        drop(wire);
         self.wire_changed.notify_one();
     }
 
