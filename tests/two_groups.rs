@@ -133,6 +133,12 @@ fn predictor() -> Predictor {
     Predictor::new(&recalibrate(&profile, &rows.concat()).unwrap().profile).unwrap()
 }
 
+/// What a rank copies from another one's memory in a second, while all devices copy.
+fn within(predictor: &Predictor) -> f64 {
+    let under = Conditions { busy: 2, context: None };
+    (1 << 20) as f64 / predictor.transfer(1 << 20, under).seconds
+}
+
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
@@ -142,18 +148,18 @@ fn median(mut values: Vec<f64>) -> f64 {
 fn state_partitions_over_a_slow_link() {
     let predictor = predictor();
     let mut errors = Vec::new();
-    // What a rank copies from another one's memory in a second, while all devices copy.
-    let under = Conditions { busy: 2, context: None };
-    let within = (1 << 20) as f64 / predictor.transfer(1 << 20, under).seconds;
+    let within = within(&predictor);
     println!("within a group {:.1} GB/s", within / 1e9);
     for part in [1.0, 4.0, 16.0] {
         let bytes_per_second = (within / part) as u64;
         let link = Some(Link { latency: Nanos(20_000), bytes_per_second });
+        let mut found = Vec::new();
         for states in ["NNN", "NNI", "NNG", "NII", "NIG", "III", "IIG", "NGG", "GGG"] {
             let program = program(states, Algorithm::TwoLevel, link);
             let least = busy(&program);
             let (predicted, measured) = times(&program, &predictor);
             errors.push((predicted / measured - 1.0).abs());
+            found.push((states, predicted, measured));
             println!(
                 "{states} at {:>4} MiB/s: predicted {:6.1} ms, measured {:6.1} ms ({:+.1} %), link busy {:6.1} ms",
                 bytes_per_second >> 20,
@@ -164,6 +170,18 @@ fn state_partitions_over_a_slow_link() {
             );
             assert!(measured >= least && predicted >= least, "{states}: {measured} and {predicted}, link {least}");
         }
+        let order = |seconds: fn(&(&'static str, f64, f64)) -> f64| {
+            let mut found = found.clone();
+            found.sort_by(|a, b| seconds(a).total_cmp(&seconds(b)));
+            found.into_iter().map(|(states, ..)| states).collect::<Vec<_>>()
+        };
+        let (predicted, measured) = (order(|f| f.1), order(|f| f.2));
+        let place = |order: &[&str], states: &str| order.iter().position(|o| *o == states).unwrap_or(0) as f64;
+        let apart: f64 = predicted.iter().map(|s| (place(&predicted, s) - place(&measured, s)).powi(2)).sum();
+        let n = predicted.len() as f64;
+        println!("  fastest first, predicted: {}", predicted.join(" "));
+        println!("  fastest first, measured:  {}", measured.join(" "));
+        println!("  correlation of ranks {:.2}", 1.0 - 6.0 * apart / (n * (n * n - 1.0)));
     }
     println!("median error {:.1} %", median(errors) * 100.0);
 }
@@ -188,7 +206,9 @@ fn late_gathers_hide_behind_the_next_forward() {
 #[test]
 fn two_levels_against_the_flat_ring_over_a_slow_link() {
     let predictor = predictor();
-    let link = Some(Link { latency: Nanos(100_000), bytes_per_second: 1 << 27 });
+    // A link ten times as slow as copies inside a group.
+    let bytes_per_second = (within(&predictor) / 10.0) as u64;
+    let link = Some(Link { latency: Nanos(20_000), bytes_per_second });
     let [ring, two_level] = [Algorithm::Ring, Algorithm::TwoLevel].map(|algorithm| {
         let program = program("GGG", algorithm, link);
         let least = busy(&program);
@@ -198,9 +218,10 @@ fn two_levels_against_the_flat_ring_over_a_slow_link() {
         (predicted, measured, least)
     });
     println!(
-        "two levels save {:.1} % predicted, {:.1} % measured",
-        (1.0 - two_level.0 / ring.0) * 100.0,
-        (1.0 - two_level.1 / ring.1) * 100.0
+        "two levels at {} MiB/s are {:.3} times as fast predicted, {:.3} times measured",
+        bytes_per_second >> 20,
+        ring.0 / two_level.0,
+        ring.1 / two_level.1
     );
     // Three parts cross per gather on the ring, two with two levels.
     assert!((two_level.2 / ring.2 - 2.0 / 3.0).abs() < 0.01, "{} {}", two_level.2, ring.2);
