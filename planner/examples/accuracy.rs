@@ -1,7 +1,7 @@
 //! Prints the accuracy of predictions on a file of measured runs: `accuracy RUNS.csv [--set NAME=VALUE] [--fit N | --cross N] [--csv OUT]
 //! [--svg OUT]`.
 
-use paceline_planner::validate::{cross_validate, fit, load, scatter, validate};
+use paceline_planner::validate::{Split, cross_validate, fit, load, scatter, validate};
 use paceline_sim::cluster::{PARAMETERS, Physics};
 use std::error::Error;
 
@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     }
     if let Some(evaluations) = option("--cross") {
-        for left in cross_validate(&cases.cases, &Physics::EXPECTED, evaluations.parse()?)? {
+        for left in cross_validate(&cases.cases, Split::Source, &Physics::EXPECTED, evaluations.parse()?)? {
             println!(
                 "{}: time {:?} memory {:?} oom {:?}",
                 left.source, left.time_median_error, left.memory_median_error, left.oom_right

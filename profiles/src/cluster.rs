@@ -320,7 +320,7 @@ impl Cluster {
             all_reduce_gbps,
             name: format!("usual nodes of {}", gpu.name),
             gpu: gpu.clone(),
-            gpus_per_node: gpu.nvlink_domain.max(8),
+            gpus_per_node: if gpu.nvlink_domain > 2 { gpu.nvlink_domain } else { 8 },
             intra_gbps,
             fabric: Fabric::Infiniband,
             inter_gbps,

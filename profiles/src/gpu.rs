@@ -121,7 +121,8 @@ pub fn gpus() -> &'static [Gpu] {
     &SHIPPED
 }
 
-/// A shipped GPU by name or alias; case, spaces and underscores do not matter, nor does a leading `NVIDIA`.
+/// A shipped GPU by name or alias; case, spaces and underscores do not matter, nor does a leading `NVIDIA`, `Tesla`, `DGX` or
+/// `HGX`.
 ///
 /// # Errors
 /// When there is none; the message lists the known ones.
@@ -141,8 +142,12 @@ pub fn find_gpu(name: &str) -> Result<&'static Gpu, GpuError> {
 
 fn plain(name: &str) -> String {
     let kept: String = name.to_ascii_lowercase().chars().filter(char::is_ascii_alphanumeric).collect();
-    let kept = kept.replace("0gb", "0g").replace("1gb", "1g").replace("6gb", "6g").replace("2gb", "2g");
-    kept.strip_prefix("nvidia").unwrap_or(&kept).to_owned()
+    let kept = "0123456789".chars().fold(kept, |name, digit| name.replace(&format!("{digit}gb"), &format!("{digit}g")));
+    let mut name = kept.as_str();
+    for brand in ["nvidia", "tesla", "dgx", "hgx"] {
+        name = name.strip_prefix(brand).unwrap_or(name);
+    }
+    name.to_owned()
 }
 
 impl Gpu {
@@ -211,6 +216,19 @@ mod tests {
             ("A100-SXM4-40GB", "A100-40G-SXM"),
             ("A100-SXM-40GB", "A100-40G-SXM"),
             ("A800-80G-SXM", "A800-80G-SXM"),
+            ("A800 PCIe 80GB", "A800-80G-PCIe"),
+            ("H100 PCIe 80GB", "H100-PCIe"),
+            ("NVIDIA H100 NVL 94GB", "H100-NVL"),
+            ("B200 192GB", "B200"),
+            ("NVIDIA DGX B200", "B200"),
+            ("GB300 288GB", "GB300"),
+            ("GH200 120GB", "GH200-96G"),
+            ("NVIDIA GH200 480GB", "GH200-96G"),
+            ("Tesla V100-SXM2-16GB", "V100-16G"),
+            ("NVIDIA A10G", "A10G"),
+            ("A10", "A10"),
+            ("L40S", "L40S"),
+            ("L4", "L4"),
         ] {
             assert_eq!(find_gpu(name).unwrap().name, found);
         }

@@ -5,14 +5,14 @@ use crate::failure::Failure;
 use crate::screen::{Screen, Style};
 use crate::table::{Table, show_percent};
 use crate::trace_file::write_whole;
-use paceline_planner::validate::{SourceScore, Validation, cross_validate, fit, load, scatter, validate};
+use paceline_planner::validate::{SourceScore, Split, Validation, cross_validate, fit, load, scatter, validate};
 use paceline_sim::cluster::{PARAMETERS, Physics};
 use std::path::PathBuf;
 
 /// Predicts every measured run of a CSV file and scores the predictions: time, peak memory, out-of-memory verdicts, ranking.
 #[derive(Debug, Clone, clap::Args)]
 #[command(
-    after_help = "Examples:\n  paceline validate runs.csv\n  paceline validate runs.csv --csv predicted.csv --svg scatter.svg\n  paceline validate runs.csv --cluster fitted.toml\n  paceline validate runs.csv --rows --json"
+    after_help = "Examples:\n  paceline validate runs.csv\n  paceline validate runs.csv --csv predicted.csv --svg scatter.svg\n  paceline validate runs.csv --cluster fitted.toml\n  paceline validate runs.csv --rows --json\n  paceline validate runs.csv --cross --by gpu"
 )]
 pub struct Arguments {
     /// Measured runs: one row each, with at least the columns that an error would name.
@@ -45,6 +45,10 @@ pub struct Arguments {
     #[arg(long)]
     cross: bool,
 
+    /// What --cross leaves out at a time: a source, all runs on one GPU, all of one framework, or all of one family of models.
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = By::Source, requires = "cross")]
+    by: By,
+
     /// Fit the parameters to the file first, beginning where one would guess, and use them. Takes a minute.
     #[arg(long, conflicts_with = "cluster")]
     fit: bool,
@@ -52,6 +56,26 @@ pub struct Arguments {
     /// Print the fitted parameters in use.
     #[arg(long)]
     parameters: bool,
+}
+
+/// Values of `--by`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum By {
+    Source,
+    Gpu,
+    Launcher,
+    Family,
+}
+
+impl From<By> for Split {
+    fn from(by: By) -> Split {
+        match by {
+            By::Source => Split::Source,
+            By::Gpu => Split::Gpu,
+            By::Launcher => Split::Launcher,
+            By::Family => Split::Family,
+        }
+    }
 }
 
 /// Predictions of all chosen runs that one fit of a cross-validation may make.
@@ -80,8 +104,9 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
         physics = fitted.physics;
     }
     let crossed = if arguments.cross {
-        screen.step("cross-validation: fitting to all sources but one, for each in turn");
-        cross_validate(&cases.cases, &Physics::EXPECTED, EVALUATIONS).map_err(|error| refuse(&error))?
+        screen.step("cross-validation: fitting to all groups but one, for each in turn");
+        cross_validate(&cases.cases, arguments.by.into(), &Physics::EXPECTED, EVALUATIONS)
+            .map_err(|error| refuse(&error))?
     } else {
         Vec::new()
     };
@@ -108,8 +133,7 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     }
     if !crossed.is_empty() {
         screen.line("")?;
-        let mut table =
-            Table::new(["source left out of the fit", "time median error", "memory median error", "OOM right"]);
+        let mut table = Table::new(["left out of the fit", "time median error", "memory median error", "OOM right"]);
         for left in &crossed {
             let shares = [left.time_median_error, left.memory_median_error, left.oom_right];
             table.row(std::iter::once(left.source.clone()).chain(shares.map(share)));

@@ -372,6 +372,19 @@ impl Ends {
     }
 }
 
+/// Copying the parts of every parameter, one small kernel each, into the buffers of a reduction and out of those of a gathering.
+fn slices(timer: &Timer<'_>, blocks: u64) -> f64 {
+    let layout = timer.layout;
+    let replicas = layout.data_ranks();
+    if !layout.slices || replicas == 1 || layout.sharding.optimizer == Level::Whole {
+        return 0.0;
+    }
+    let model = timer.model;
+    // The matrices of attention and MLP, and two norms.
+    let tensors = model.attention.matrices(model.hidden).len() + model.mlp_matrices(model.ffn).len() + 2;
+    2.0 * (blocks * tensors as u64 * replicas) as f64 * timer.device.small_kernel()
+}
+
 fn ends(
     timer: &Timer<'_>,
     stages: &[Stage],
@@ -385,12 +398,14 @@ fn ends(
         Ends { data: vec![0.0; ranks], optimizer: vec![0.0; ranks], alone: vec![Exchanges::default(); ranks] };
     let (mut dense, mut routed, mut backward, mut forward) =
         (vec![0.0; ranks], vec![0.0; ranks], vec![0.0; ranks], vec![0.0; ranks]);
+    let mut blocks = vec![0; ranks];
     for n in 0..stages.len() {
         let rank = device_of[n] as usize;
         dense[rank] += parameters[n].dense;
         routed[rank] += parameters[n].routed;
         backward[rank] += passes[n].backward + passes[n].weights + passes[n].recompute;
         forward[rank] += passes[n].forward;
+        blocks[rank] += stages[n].blocks.end - stages[n].blocks.start;
         let unit = timer.unit_exchanges(&parameters[n]);
         let times = layout.microbatches as f64 * unit.units;
         let (once, shown) = timer.gather_once(&parameters[n], passes[n].forward);
@@ -431,7 +446,8 @@ fn ends(
         // Gradients held beyond the own part of the optimizer's are zeroed and measured all the same.
         let (own, gradients) = (held(layout.sharding.optimizer), held(layout.sharding.gradients));
         let beyond = if gradients > own { gradients * 4.0 } else { 0.0 };
-        ends.optimizer[rank] = timer.device.traffic(own * optimizer_bytes(layout) + beyond);
+        ends.optimizer[rank] =
+            timer.device.traffic(own * optimizer_bytes(layout) + beyond) + slices(timer, blocks[rank]);
     }
     ends
 }

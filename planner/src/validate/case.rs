@@ -3,14 +3,14 @@
 
 use super::recipe::{Recipe, recipe};
 use super::row::Row;
+use super::words::{self, any, letters};
 use crate::predict::{ClusterPrediction, PredictError, predict_cluster};
 use crate::schedules;
-use paceline_profiles::{Cluster, Fabric, find_cluster, find_gpu};
+use paceline_profiles::{Cluster, Fabric, Generation, find_cluster, find_gpu};
 use paceline_sim::cluster::{
     Architecture, Attention, AttentionKernel, Compute, Experts, Layout, Numerics, Partition, Physics, PositionTable,
     Recompute,
 };
-use paceline_sim::partition::StatePartition;
 
 /// A run to be predicted, and what was measured.
 #[derive(Debug, Clone)]
@@ -19,6 +19,8 @@ pub struct Case {
     pub id: String,
     /// Where it was published.
     pub source: String,
+    /// What trained it, as far as it is known.
+    pub framework: String,
     /// The model.
     pub model: Architecture,
     /// The layout.
@@ -48,7 +50,14 @@ impl Case {
     /// # Errors
     /// When the layout or its schedule is impossible.
     pub fn predict(&self, physics: &Physics) -> Result<ClusterPrediction, PredictError> {
-        let predicted = predict_cluster(&self.model, &self.layout, &self.cluster, physics)?;
+        let predicted = match predict_cluster(&self.model, &self.layout, &self.cluster, physics) {
+            // A schedule that cannot be had with these sizes was not the one that ran.
+            Err(PredictError::Schedule(_) | PredictError::Order(_)) if self.layout.schedule != "1f1b" => {
+                let plain = Layout { schedule: "1f1b".into(), chunks: 1, ..self.layout.clone() };
+                return Case { layout: plain, ..self.clone() }.predict(physics);
+            }
+            other => other?,
+        };
         if !self.recompute_open || predicted.memory.fits {
             return Ok(predicted);
         }
@@ -88,6 +97,7 @@ pub fn case(row: &Row) -> Result<Case, String> {
             s => s.to_owned(),
         },
         id,
+        framework: row.text("framework").to_owned(),
         seconds,
         time_skipped,
         peak_gib: if oom { None } else { row.number("peak_mem_gib") },
@@ -122,11 +132,6 @@ fn plausible(model: &Architecture, row: &Row) -> Result<(), String> {
 
 fn need(row: &Row, column: &str) -> Result<u64, String> {
     row.count(column).filter(|n| *n > 0).ok_or_else(|| format!("{column} not known"))
-}
-
-/// Whether a text holds any of some words.
-fn any(text: &str, words: &[&str]) -> bool {
-    words.iter().any(|w| text.contains(w))
 }
 
 /// The largest width or number of blocks that notes may name.
@@ -211,11 +216,6 @@ fn architecture(row: &Row, recipe: &Recipe) -> Result<Architecture, String> {
     })
 }
 
-/// A name without its separators, in lower case.
-fn letters(name: &str) -> String {
-    name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
-}
-
 /// Width of a head in families where it is not the hidden width over the heads (their `config.json`).
 fn head_width(name: &str) -> Option<u64> {
     let known =
@@ -281,28 +281,19 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
     let (tp, cp, pp, ep) = (or_one("tp"), or_one("cp"), or_one("pp"), or_one("ep"));
     let dp = row.count("dp").filter(|n| *n > 0).unwrap_or((gpus / (tp * cp * pp)).max(1));
     if tp * cp * pp * dp != gpus {
-        return Err("gpus is not tp x cp x pp x dp".into());
+        return Err("gpus is not tp x cp x pp x dp; leave dp empty to have it computed".into());
     }
     // Where nothing is said the models are large, and large models run one sequence at a time.
     let mbs = or_one("mbs");
-    let gbs = row.count("gbs").filter(|n| *n > 0).ok_or("gbs not known")?;
+    let gbs =
+        row.count("gbs").filter(|n| *n > 0).ok_or("gbs not known: sequences of an iteration over all replicas")?;
     let microbatches = gbs / (mbs * dp);
     if microbatches == 0 || microbatches * mbs * dp != gbs {
-        return Err("gbs is not a multiple of mbs x dp".into());
+        return Err("gbs is not a multiple of mbs x dp; leave mbs empty where it is not known".into());
     }
     let chunks = or_one("vpp");
-    let stated = row.text("schedule").to_ascii_lowercase().replace([' ', '_'], "-");
-    let schedule = match stated.as_str() {
-        "zb-1p" if schedules::find("zb-1p").is_err() => "zb-h1",
-        "zb-2p" if schedules::find("zb-2p").is_err() => "zb-h2",
-        "afab" => "gpipe",
-        other if !other.is_empty() && other != "1f1b" && schedules::find(other).is_ok() => other,
-        // Variants of names, and schedules that are not known, by what they share.
-        other if chunks > 1 && !other.contains("zb") => "interleaved",
-        other if any(other, &["zbv", "zb-v", "zero-bubble-v"]) => "zb-v",
-        other if any(other, &["zb", "zero-bubble"]) => "zb-h1",
-        _ => "1f1b",
-    };
+    let schedule = words::schedule(row.text("schedule"), chunks);
+    let schedule = schedule.as_str();
     let found = schedules::find(schedule).map_err(|_| format!("schedule {schedule:?} not known"))?;
     let chunks = found.chunks_for((chunks > 1).then_some(chunks as u32)).map_err(|e| e.to_string())?;
     let chunks = if pp == 1 { 1 } else { u64::from(chunks) };
@@ -313,56 +304,20 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         schedule
     };
     let chunks = if schedule == "1f1b" { 1 } else { chunks };
-    let recompute = match row.text("recompute").to_ascii_lowercase().as_str() {
-        t if t.starts_with("full") => Recompute::Full,
-        t if any(t, &["uniform", "block", "layer"]) && !t.contains("norm") => Recompute::Full,
-        // torchtitan's selection is by operator, Megatron's the attention core.
-        t if any(t, &["operator", "op-", "sac"]) || (t.starts_with("sel") && recipe.by_operator) => {
-            Recompute::Operators
-        }
-        t if t.starts_with("sel") || any(t, &["attn", "core", "partial"]) => Recompute::Selective,
-        _ => Recompute::None,
-    };
-    let flash = match row.text("flash_attn").to_ascii_lowercase().as_str() {
-        "true" | "1" | "yes" => true,
-        "false" | "0" | "no" => false,
-        _ => recipe.flash,
-    };
+    let recompute = words::recompute(row.text("recompute"), recipe.by_operator);
+    let flash = words::fused_attention(row.text("flash_attn")).unwrap_or(recipe.flash);
     let attention = match (flash, recipe.attention) {
         (true, AttentionKernel::Naive | AttentionKernel::FusedSoftmax) => AttentionKernel::Flash2,
         (true, kernel) => kernel,
         (false, AttentionKernel::Naive) => AttentionKernel::Naive,
         (false, _) => AttentionKernel::FusedSoftmax,
     };
-    let stated = row.text("zero_stage_or_fsdp").to_ascii_lowercase();
-    let sharding = match stated.as_str() {
-        "" => recipe.sharding,
-        "zero0" | "zero-0" | "0" | "none" | "ddp" | "dp" => StatePartition::NONE,
-        "zero2" | "zero-2" | "2" | "fsdp-grad-op" => StatePartition::ZERO2,
-        t if t.starts_with("zero1") || t.starts_with("zero-1") || t == "1" || t.contains("opt") => {
-            StatePartition::ZERO1
-        }
-        t if any(t, &["hsdp", "hybrid"]) => StatePartition::MICS,
-        t if any(t, &["fsdp", "zero3", "zero-3"]) || t == "3" => StatePartition::ZERO3,
-        t if any(t, &["ddp", "zero-0"]) => StatePartition::NONE,
-        // A triple, or words that say nothing known.
-        t => t.parse().unwrap_or(recipe.sharding),
-    };
-    let sp = match row.text("sp").to_ascii_lowercase().as_str() {
-        "true" | "1" | "yes" => true,
+    let sharding = words::sharding(row.text("zero_stage_or_fsdp"), recipe.sharding);
+    let sp = match row.text("sp") {
         "" => recipe.sequence_parallel,
-        _ => false,
+        text => words::yes_or_no(text).unwrap_or(false),
     };
-    let precision = row.text("precision").to_ascii_lowercase();
-    let compute = if any(&precision, &["fp4", "nvfp4"]) {
-        Compute::Fp4
-    } else if any(&precision, &["fp8", "mxfp8", "e4m3"]) {
-        Compute::Fp8
-    } else if precision == "fp32" || precision == "tf32" {
-        Compute::Fp32
-    } else {
-        Compute::Bf16
-    };
+    let compute = words::compute(row.text("precision"));
     let numerics = if compute == Compute::Fp32 { Numerics::FP32 } else { Numerics { compute, ..recipe.numerics } };
     let layout = Layout {
         tp,
@@ -380,6 +335,7 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         micro_batch: mbs,
         microbatches,
         recompute,
+        trainable: trainable(row, model),
         attention,
         loss: recipe.loss,
         launches: recipe.launches,
@@ -387,6 +343,7 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         vocabulary: recipe.vocabulary,
         fused_kernels: recipe.fused_kernels,
         fused_norms: recipe.fused_norms,
+        slices: recipe.slices,
         scatters: recipe.scatters,
         numerics,
         overlap: recipe.overlap,
@@ -394,10 +351,24 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         ..Layout::single(1, 1)
     };
     layout.check().map_err(|e| e.to_string())?;
-    if pp * chunks > model.layers + 2 {
-        return Err("more stages than blocks".into());
+    if pp * layout.chunks > model.layers + 2 {
+        return Err(format!("more stages than blocks: pp x vpp = {} of {}", pp * layout.chunks, model.layers));
     }
     Ok(layout)
+}
+
+/// Rank of adapters, where none is stated (the default of NeMo's and PEFT's recipes lies between 8 and 32).
+const ADAPTER_RANK: u64 = 16;
+
+/// Share of the parameters that is trained: all, or low-rank adapters beside every matrix.
+fn trainable(row: &Row, model: &Architecture) -> f64 {
+    let cells = ["model", "framework", "zero_stage_or_fsdp", "precision", "notes"];
+    if !cells.iter().any(|cell| letters(row.text(cell)).contains("lora")) {
+        return 1.0;
+    }
+    let rank = number_in(row, &["lora_rank", "lora rank", "rank"]).filter(|r| *r > 0).unwrap_or(ADAPTER_RANK);
+    let adapters = model.adapter_parameters(rank, None).map_or(0.0, |n| n as f64);
+    (adapters / model.parameters() as f64).clamp(1e-6, 1.0)
 }
 
 /// The cluster: its GPU by name, its network from the words of `interconnect`, otherwise the usual one of its generation.
@@ -411,7 +382,8 @@ fn cluster(row: &Row) -> Result<Cluster, String> {
         cluster.gpus_per_node = if gpu.nvlink_domain > 8 { gpu.nvlink_domain } else { node as u32 };
     }
     if lower.contains("efa") {
-        let name = if gpu.memory_gib > 60.0 && gpu.name.starts_with('H') { "p5" } else { "p4d" };
+        let recent = matches!(gpu.generation, Generation::Hopper | Generation::Blackwell);
+        let name = if recent { "p5" } else { "p4d" };
         if let Ok(known) = find_cluster(name) {
             cluster.fabric = Fabric::Efa;
             cluster.paced = known.paced;
@@ -481,7 +453,8 @@ fn seconds(row: &Row, model: &Architecture, layout: &Layout, cluster: &Cluster) 
     if let Some(rate) = row.number("tokens_per_sec_per_gpu").filter(|r| *r > 0.0) {
         return (Some(tokens / rate / gpus), None);
     }
-    let mut flops = model.flops_per_token(layout.seq, false) * tokens;
+    // Frozen weights have no gradients of their own: two of three parts.
+    let mut flops = (2.0 + layout.trainable) / 3.0 * model.flops_per_token(layout.seq, false) * tokens;
     if let Some(rate) = row.number("tflops_per_gpu").filter(|r| *r > 0.0) {
         if row.noted("hardware TFLOPs") && layout.recompute == Recompute::Full {
             let head = 6.0 * (model.hidden * model.vocab) as f64 * tokens;

@@ -30,7 +30,7 @@ pub struct Fit {
 /// The error of a source by a fit to all others.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct CrossValidation {
-    /// The source that was left out.
+    /// The source, or the other group, that was left out.
     pub source: String,
     /// Median absolute error of its times.
     pub time_median_error: Option<f64>,
@@ -196,16 +196,50 @@ pub fn fit<'a>(cases: impl Iterator<Item = &'a Case>, start: &Physics, evaluatio
     Ok(Fit { physics, before, after: loss(&chosen, &physics), runs })
 }
 
-/// Fits to all sources but one, for each in turn, and scores the one left out.
+/// What is left out of a fit at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Split {
+    /// The runs of one source.
+    #[default]
+    Source,
+    /// Those of one GPU.
+    Gpu,
+    /// Those of one framework, by the first word of its name.
+    Launcher,
+    /// Those of one family of models, by the letters that their names begin with.
+    Family,
+}
+
+impl Split {
+    fn group(self, case: &Case) -> String {
+        let first = |text: &str| {
+            let word: String = text.chars().take_while(char::is_ascii_alphabetic).collect();
+            if word.is_empty() { "unnamed".to_owned() } else { word.to_ascii_lowercase() }
+        };
+        match self {
+            Split::Source => case.source.clone(),
+            Split::Gpu => case.cluster.gpu.name.clone(),
+            Split::Launcher => first(&case.framework),
+            Split::Family => first(&case.model.name),
+        }
+    }
+}
+
+/// Fits to all runs but those of one group of a split, for each in turn, and scores the group left out.
 ///
 /// # Errors
 /// When there is nothing to fit to.
-pub fn cross_validate(cases: &[Case], start: &Physics, evaluations: u64) -> Result<Vec<CrossValidation>, FitError> {
-    let mut sources: Vec<&str> = cases.iter().map(|c| c.source.as_str()).collect();
-    sources.sort_unstable();
-    sources.dedup();
-    let group = |_: usize, case: &Case| case.source.clone();
-    sources.iter().map(|source| leave_out(cases, start, evaluations, source, &group)).collect()
+pub fn cross_validate(
+    cases: &[Case],
+    split: Split,
+    start: &Physics,
+    evaluations: u64,
+) -> Result<Vec<CrossValidation>, FitError> {
+    let mut groups: Vec<String> = cases.iter().map(|case| split.group(case)).collect();
+    groups.sort_unstable();
+    groups.dedup();
+    let group = |_: usize, case: &Case| split.group(case);
+    groups.iter().map(|left| leave_out(cases, start, evaluations, left, &group)).collect()
 }
 
 /// The same with every `folds`-th run left out, for a file of one source: a cluster of one's own.

@@ -7,9 +7,10 @@ mod recipe;
 mod row;
 mod score;
 mod traced;
+mod words;
 
 pub use case::{Case, case};
-pub use fit::{CrossValidation, Fit, FitError, cross_validate, cross_validate_folds, fit};
+pub use fit::{CrossValidation, Fit, FitError, Split, cross_validate, cross_validate_folds, fit};
 pub use plot::scatter;
 pub use recipe::{Recipe, recipe};
 pub use row::{NEEDED, ReadError, Row, read};

@@ -1,6 +1,7 @@
 //! What training frameworks do by default, where a file of runs leaves it open: facts about the frameworks' code, not about the runs.
 
 use super::row::Row;
+use super::words::{any, letters};
 use paceline_profiles::{Generation, find_gpu};
 use paceline_sim::cluster::{
     AttentionKernel, ContextExchange, Launches, LossKernel, MessageBuffers, Numerics, Overlap, Partition,
@@ -19,6 +20,8 @@ pub struct Recipe {
     pub partition: Partition,
     /// What runs beside computation.
     pub overlap: Overlap,
+    /// As [`paceline_sim::cluster::Layout::slices`].
+    pub slices: bool,
     /// As [`paceline_sim::cluster::Layout::fused_norms`].
     pub fused_norms: bool,
     /// As [`paceline_sim::cluster::Layout::scatters`].
@@ -62,7 +65,7 @@ pub fn recipe(row: &Row) -> Recipe {
     let generation = find_gpu(row.text("gpu")).map(|gpu| gpu.generation);
     let blackwell = matches!(generation, Ok(Generation::Blackwell));
     let recent = blackwell || matches!(generation, Ok(Generation::Hopper));
-    let flash = if recent && (has("bridge") || has("nemo") || has("te ")) {
+    let flash = if recent && (has("bridge") || has("nemo") || has("te ") || (has("megatron") && !has("deepspeed"))) {
         AttentionKernel::Flash3
     } else {
         AttentionKernel::Flash2
@@ -79,6 +82,7 @@ pub fn recipe(row: &Row) -> Recipe {
         messages: MessageBuffers::Shared,
         vocabulary: VocabularyPasses::default(),
         fused_kernels: true,
+        slices: false,
         fused_norms: true,
         scatters: true,
         sharding: StatePartition::ZERO1,
@@ -105,6 +109,7 @@ pub fn recipe(row: &Row) -> Recipe {
                 MessageBuffers::Shared
             },
             fused_kernels: false,
+            slices: true,
             ..base
         }
     } else if has("fsdp") || has("torchtitan") || has("composer") || sharding.contains("fsdp") {
@@ -132,7 +137,9 @@ pub fn recipe(row: &Row) -> Recipe {
         let numerics = if summed { Numerics::MIXED_FP32_ACCUMULATION } else { Numerics::MIXED };
         // Fully sharded, it fetches ahead and reduces behind.
         let overlap = if sharding.contains('3') { DATA } else { base.overlap };
-        Recipe { numerics, dropout: true, flash: false, scatters: false, overlap, ..base }
+        // No kernel of its own for rotary embeddings and gates, in the models that have them.
+        let fused_kernels = !any(&letters(row.text("model")), &["neox", "pythia", "glm", "llama", "gptj", "falcon"]);
+        Recipe { numerics, dropout: true, flash: false, scatters: false, overlap, fused_kernels, ..base }
     } else if has("bridge") || has("nemo") {
         // Its recipes reduce gradients in 16 bits; on Blackwell they record graphs.
         let launches = if has("bridge") && blackwell { Launches::Graph } else { Launches::Fused };
@@ -140,17 +147,27 @@ pub fn recipe(row: &Row) -> Recipe {
     } else if has("intern") {
         Recipe { overlap: DATA, ..base }
     } else if has("megatron") {
-        // Until 2022: dropout, no FlashAttention, nothing of the data-parallel communication overlapped.
-        let old = has("2021") || has("2022") || row.text("flash_attn").is_empty();
+        // Until 2022: dropout, no FlashAttention, nothing of the data-parallel communication overlapped. Its releases for Hopper and
+        // later run Transformer Engine's layers.
+        let old = has("2021") || has("2022") || (row.text("flash_attn").is_empty() && !recent);
         // It sums gradients in 32 bits with bf16, and not with fp16 unless told so.
         let bf16 = row.text("precision").eq_ignore_ascii_case("bf16") || row.noted("fp32 grad");
         let numerics = if bf16 { Numerics::MIXED_FP32_GRADIENTS } else { Numerics::MIXED };
-        let overlap = Overlap { input_gradients: !has("2021") && !row.text("flash_attn").is_empty(), ..NONE };
-        let launches = if has("te ") || has("transformer engine") { Launches::Fused } else { Launches::Eager };
-        Recipe { dropout: old, flash: !old, numerics, overlap, launches, sharding: StatePartition::NONE, ..base }
+        let inputs = Overlap { input_gradients: !has("2021") && !row.text("flash_attn").is_empty(), ..NONE };
+        let overlap = if recent { ALL } else { inputs };
+        let engine = recent || has("te ") || has("transformer engine");
+        let launches = if engine { Launches::Fused } else { Launches::Eager };
+        let sharding = if recent { StatePartition::ZERO1 } else { StatePartition::NONE };
+        // Sequence parallelism came in 2022 and costs nothing (arXiv 2205.05198).
+        let sequence_parallel = !old;
+        Recipe { dropout: old, flash: !old, numerics, overlap, launches, sharding, sequence_parallel, ..base }
     } else {
         Recipe { overlap: DATA, ..base }
     };
+    if letters(row.text("schedule")).contains("dualpipe") {
+        // Its purpose: a microbatch's dispatch to experts and back beside another's passes (arXiv 2412.19437, section 3.2.1).
+        recipe.overlap.experts = true;
+    }
     if row.noted("overlap off") {
         recipe.overlap = NONE;
     }

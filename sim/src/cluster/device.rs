@@ -215,6 +215,11 @@ impl Device {
         }
     }
 
+    /// Seconds of a kernel that has next to nothing to do.
+    pub fn small_kernel(&self) -> f64 {
+        self.fill
+    }
+
     /// Memory-bound work by its bytes.
     pub fn traffic(&self, bytes: f64) -> f64 {
         bytes / self.memory

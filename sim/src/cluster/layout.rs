@@ -77,6 +77,10 @@ pub struct Layout {
     /// Tensor ranks send different parts of a message between stages instead of the whole each (Megatron-LM's scatter/gather
     /// optimisation, arXiv 2104.04473, section 4.1).
     pub scatters: bool,
+    /// A sharded optimizer that cuts every parameter over the replicas, where others cut one flat array of them: a small copy for
+    /// each part before gradients are reduced, and after parameters are gathered.
+    #[serde(default)]
+    pub slices: bool,
     /// Number formats.
     pub numerics: Numerics,
     /// Which communication runs beside computation.
@@ -423,6 +427,7 @@ impl Layout {
             fused_kernels: true,
             fused_norms: true,
             scatters: true,
+            slices: false,
             numerics: Numerics::MIXED_FP32_GRADIENTS,
             overlap: Overlap {
                 gradients: false,
