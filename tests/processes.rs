@@ -11,7 +11,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn program(lines: &str) -> Program {
     let job = Job::from_table(lines.parse().unwrap(), "job.toml").unwrap();
@@ -237,10 +237,15 @@ fn a_process_that_dies_is_named_by_the_others() {
     let folder = tempfile::tempdir().unwrap();
     plan(folder.path());
     let port = free_port();
-    let run = ["run", "plan.json", "--steps", "100000", "--no-checkpoint", "--distributed"];
+    let run = ["run", "plan.json", "--steps", "100000", "--checkpoint-every", "1", "--distributed"];
     let start = |rank| paceline(folder.path(), &run, &variables(rank, port)).spawn().unwrap();
     let (first, mut second) = (start(0), start(1));
-    std::thread::sleep(Duration::from_millis(1500));
+    // A checkpoint tells that all have met and trained.
+    let (begin, checkpoints) = (Instant::now(), folder.path().join("plan.checkpoints"));
+    while std::fs::read_dir(&checkpoints).map_or(0, Iterator::count) == 0 {
+        assert!(begin.elapsed() < Duration::from_secs(60), "no step within a minute");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     second.kill().unwrap();
     second.wait().unwrap();
     let output = first.wait_with_output().unwrap();

@@ -1,10 +1,13 @@
 //! What the executor itself costs: time outside kernels when every op lasts a given time, and the price of an op and of a
 //! message when kernels take no time at all. Ops last by the clock, so that nothing but the executor is measured.
 
+#[path = "../tests/executor/heap.rs"]
+mod heap;
 #[path = "../tests/executor/toy.rs"]
 #[allow(dead_code)] // The bench does not let the toy fail.
 mod toy;
 
+use heap::Heap;
 use paceline_exec::{
     Dataset, ExecError, Launch, Operands, Parameter, Passes, RunReport, RunSettings, Silent, TiedCopy, run_passes,
 };
@@ -12,7 +15,7 @@ use paceline_kernels::{Block, Call, Device, KernelError, View};
 use paceline_sim::program::{MemoryClass, OpKind, Pass, Tensor};
 use paceline_sim::units::StageId;
 use std::time::{Duration, Instant};
-use toy::{Heap, Layout, Toy, VOCAB, program};
+use toy::{Layout, Toy, VOCAB, program};
 
 /// Passes of one call that lasts as long as the device says; the backward takes two.
 struct Timed(Toy);

@@ -1,6 +1,7 @@
 //! Training the toy under many layouts: results equal the arithmetic done here in f64, whatever the layout.
 
-use crate::toy::{Failure, Heap, Layout, SEQ, SEQUENCES, Toy, VOCAB, WIDTH, program, target_vector};
+use crate::heap::Heap;
+use crate::toy::{Failure, Layout, SEQ, SEQUENCES, Toy, VOCAB, WIDTH, program, target_vector};
 use paceline_exec::{
     CheckpointSettings, Dataset, Evaluation, LearningRate, Observer, OptimizerSettings, RunReport, RunSettings, Silent,
     StepReport, run_passes,
