@@ -3,14 +3,17 @@
 use crate::failure::Failure;
 use crate::profile_store;
 use crate::screen::Screen;
+use crate::table::show_percent;
 use paceline_exec::measure::{self, MeasureError, MeasureSettings, this_machine};
 use paceline_kernels::{CpuDevice, Device};
 use paceline_planner::configuration::Machine;
 use paceline_planner::job::Job;
 use paceline_planner::lower::Form;
 use paceline_planner::search::candidates;
-use paceline_profiles::{Family, KernelKey, KernelOp, Predictor, Profile, Source, Subject, Work};
+use paceline_profiles::{Family, KernelKey, KernelOp, Overhead, Predictor, Profile, Row, Source, Subject, Work};
 use paceline_sim::cost::kernels_of;
+use paceline_sim::memory::walk;
+use paceline_sim::units::RankId;
 use paceline_tui::question::LocalMachine;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -86,17 +89,40 @@ fn is_product(op: KernelOp) -> bool {
     op.family() == Family::Matmul
 }
 
-/// Every kernel of every configuration that a job allows on this machine, at its shape there.
-pub fn kernels_of_job(job: &Job, devices: u32) -> Result<BTreeSet<KernelKey>, Failure> {
-    let machine = Machine { devices, flops_per_second: None }.for_job(job);
-    let mut keys = BTreeSet::new();
-    for configuration in candidates::of_job(job, machine) {
-        // What cannot be lowered is none of the job's configurations.
-        if let Ok(program) = configuration.program_unchecked(job, machine, Form::Representative) {
-            keys.extend(kernels_of(&program).map_err(Failure::internal)?);
+/// What a job asks of this machine, over all configurations that it allows.
+pub struct Demand {
+    /// Every kernel, at its shape there.
+    pub keys: BTreeSet<KernelKey>,
+    /// What a device holds at most, in the median configuration: no cache keeps it all from step to step.
+    pub working_set_bytes: u64,
+}
+
+impl Demand {
+    /// Of a job on so many devices.
+    pub fn of(job: &Job, devices: u32) -> Result<Demand, Failure> {
+        let machine = Machine { devices, flops_per_second: None }.for_job(job);
+        let mut keys = BTreeSet::new();
+        let mut held = Vec::new();
+        for configuration in candidates::of_job(job, machine) {
+            // What cannot be lowered is none of the job's configurations.
+            if let Ok(program) = configuration.program_unchecked(job, machine, Form::Representative) {
+                keys.extend(kernels_of(&program).map_err(Failure::internal)?);
+                let mut devices = vec![0; program.devices.len()];
+                for (number, rank) in (0..).zip(&program.ranks) {
+                    devices[rank.device.index()] += walk(&program, RankId(number)).peak_bytes;
+                }
+                held.extend(devices.into_iter().max());
+            }
         }
+        held.sort_unstable();
+        let working_set_bytes = held.get(held.len() / 2).copied().unwrap_or(0);
+        Ok(Demand { keys, working_set_bytes })
     }
-    Ok(keys)
+
+    /// Settings of a measurement of `seconds` for it.
+    pub fn settings(&self, seconds: f64, devices: Option<u32>) -> MeasureSettings {
+        MeasureSettings { working_set_bytes: self.working_set_bytes, ..measure_settings(seconds, devices) }
+    }
 }
 
 /// Measures a device of this machine at `keys` and around them, with progress on the screen.
@@ -111,7 +137,24 @@ pub fn calibrate(
     let mut tell = |at: measure::MeasureProgress| {
         progress.set((at.fraction * settings.budget.as_secs_f64()) as u64, at.phase.to_string());
     };
-    measure(device, keys, settings, &mut tell, stop)
+    let profile = measure(device, keys, settings, &mut tell, stop)?;
+    drop(progress);
+    warn_of_interference(screen, &profile);
+    Ok(profile)
+}
+
+/// Other work above this share of the kernels' time makes a profile of it more than of the machine.
+const MUCH_INTERFERENCE: f64 = 0.15;
+
+fn warn_of_interference(screen: &Screen, profile: &Profile) {
+    let lost = |row: &Row| (row.subject == Subject::Overhead(Overhead::Interference)).then_some(row.median_seconds);
+    if let Some(lost) = profile.rows.iter().filter_map(lost).reduce(f64::max).filter(|&lost| lost > MUCH_INTERFERENCE) {
+        screen.warn(format!(
+            "other work on this machine took {} on top of the kernels' own time while they were measured, and predictions assume that it \
+             goes on; calibrate again when the machine is quiet",
+            show_percent(lost)
+        ));
+    }
 }
 
 /// Measures a device of this machine at `keys` and around them.

@@ -1,7 +1,7 @@
 //! What the terminal UI has done: training on the CPU executor and measuring this machine, without a word on the screen.
 
 use crate::failure::Failure;
-use crate::local::{Local, cores, kernels_of_job, measure, measure_settings};
+use crate::local::{Demand, Local, cores, measure, measure_settings};
 use crate::profile_store;
 use crate::screen::{ColorChoice, Screen};
 use crate::training;
@@ -59,14 +59,17 @@ impl Workshop for LocalWorkshop {
     ) -> Result<Measured, String> {
         let path =
             self.profile.clone().ok_or("there is no home directory to keep a profile in; name one with --profile")?;
-        let keys = match job {
-            Some(job) => kernels_of_job(job, cores()).map_err(told)?,
-            None => usual_shapes().into_iter().collect(),
+        let (keys, settings) = match job {
+            Some(job) => {
+                let demand = Demand::of(job, cores()).map_err(told)?;
+                let settings = demand.settings(seconds, None);
+                (demand.keys, settings)
+            }
+            None => (usual_shapes().into_iter().collect(), measure_settings(seconds, None)),
         };
         let mut progress =
             |at: MeasureProgress| tell(MeasureNews { what: at.phase.to_string(), fraction: at.fraction });
-        let profile =
-            measure(&CpuDevice::new(), &keys, &measure_settings(seconds, None), &mut progress, stop).map_err(told)?;
+        let profile = measure(&CpuDevice::new(), &keys, &settings, &mut progress, stop).map_err(told)?;
         // Nothing may be printed under the views.
         let silent = Screen::new(false, true, ColorChoice::Never);
         let profile = profile_store::update(&silent, &path, profile).map_err(told)?;

@@ -124,6 +124,11 @@ fn a_plan_runs_resumes_compares_and_corrects_the_profile() {
     assert_eq!(comparison["format"], "paceline.comparison/1");
     assert_eq!(comparison["peak_bytes_equal"], true);
     assert_eq!(comparison["ranks"].as_array().unwrap().len(), run["measured_peak_bytes"].as_array().unwrap().len());
+    // The causes of the error sum to it.
+    let causes = comparison["causes"]["parts"].as_array().unwrap().iter();
+    let sum: f64 = causes.map(|part| part["seconds"].as_f64().unwrap()).sum();
+    let seconds = |of: &str| comparison[of].as_f64().unwrap();
+    assert!((sum - (seconds("measured_seconds") - seconds("predicted_seconds"))).abs() < 1e-9, "{sum}");
     let chrome: Value = serde_json::from_slice(&std::fs::read(folder.0.join("p.json")).unwrap()).unwrap();
     assert!(chrome["traceEvents"].as_array().is_some_and(|events| events.len() > 10));
 

@@ -15,6 +15,7 @@ use crate::bind::{Bound, OpRef, Partner};
 use crate::carriage::Carriage;
 use crate::effects::{Effects, HostRange, Passage, Span};
 use crate::error::ExecError;
+use crate::exchange_times::ExchangeTally;
 use crate::record::Record;
 use crate::slot::{Next, Slot};
 use paceline_sim::trace::WaitReason;
@@ -76,6 +77,8 @@ struct TransferState {
     latest: AtomicU64,
     /// When it may be copied, where it passes a link.
     passed: AtomicU64,
+    /// It was given to an idle device.
+    to_idle: AtomicBool,
     from: AtomicRange,
     to: AtomicRange,
 }
@@ -91,6 +94,9 @@ struct MeetingState {
     until: AtomicU64,
     round: AtomicU32,
     remaining: AtomicU32,
+    /// Members whose part of the present round was given to an idle device, and when the last part began.
+    to_idle: AtomicU32,
+    last_begun: AtomicU64,
     ranges: Vec<AtomicRange>,
 }
 
@@ -171,6 +177,7 @@ pub(crate) struct Fabric<'p, E> {
     progress: AtomicU64,
     /// How often a waiting thread looks before it sleeps, while its device is idle.
     spins: u32,
+    pub exchanges: ExchangeTally,
 }
 
 impl<'p, E: Effects> Fabric<'p, E> {
@@ -209,6 +216,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
             carriage: Carriage::new(bound.streams.iter().copied().max().unwrap_or(0)),
             progress: AtomicU64::new(0),
             spins,
+            exchanges: ExchangeTally::new(bound),
             bound,
             effects,
         }

@@ -18,6 +18,7 @@ mod device_exchange;
 mod effects;
 mod error;
 mod evaluate;
+mod exchange_times;
 mod fabric;
 mod host_effects;
 mod initialise;
@@ -43,6 +44,7 @@ pub mod processes;
 
 pub use data::{Dataset, Sampler};
 pub use error::{CheckpointError, DataError, ExecError};
+pub use exchange_times::ExchangeTimes;
 pub use kernel_times::{KernelTimes, kernel_key};
 pub use layers::{TransformerPasses, run};
 pub use learning_rate::LearningRate;

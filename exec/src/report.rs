@@ -1,5 +1,6 @@
 //! What a run tells: step by step while it goes, and as a whole.
 
+use crate::exchange_times::ExchangeTimes;
 use crate::kernel_times::KernelTimes;
 use crate::memory::MemoryReport;
 use paceline_sim::trace::Trace;
@@ -67,9 +68,14 @@ pub struct RunReport {
     pub memory: Vec<MemoryReport>,
     /// Kernel times over all ranks (those of the first step are left out where there are more).
     pub kernels: Vec<KernelTimes>,
+    /// Times of communication between the ranks of this process, over the same steps.
+    pub exchanges: Vec<ExchangeTimes>,
     /// Share of the compute ops' time, and of the time between them that no wait explains, that was spent outside
     /// kernels, over the same steps.
     pub outside_kernels: f64,
+    /// By step (or run of several steps without a barrier) whose kernels are counted: the time of compute ops and the time between
+    /// them that no wait explains, summed over all ranks.
+    pub busy_seconds: Vec<f64>,
     /// Ended by the stop flag.
     pub stopped: bool,
     /// The last checkpoint written.

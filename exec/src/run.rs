@@ -208,8 +208,8 @@ struct SoFar {
     held_out: Vec<(u64, f64)>,
     /// The latest runs of the program, by the number of their first step, and whether they came to their end.
     records: VecDeque<(u64, StepRecord, bool)>,
-    /// Nanoseconds of compute ops over the steps whose kernels are counted.
-    busy: u64,
+    /// Nanoseconds of compute ops in each of the steps whose kernels are counted.
+    busy: Vec<u64>,
     checkpoint: Option<PathBuf>,
     stopped: bool,
 }
@@ -305,13 +305,14 @@ impl Training<'_, '_, '_> {
             observer.timeline(step, &|| record.trace(program, &self.memory()));
             if first == done + 1 && !last {
                 // The first step pays for fresh memory: it is not representative.
+                self.fabric.exchanges.clear();
                 self.each(|hands| {
                     hands.kernels.clear();
                     Ok(())
                 })?;
             } else {
                 if time_kernels {
-                    so_far.busy += record.busy(program);
+                    so_far.busy.push(record.busy(program));
                 }
                 so_far.records.push_back((first, record, ended == self.holders.job.steps));
                 if so_far.records.len() > KEPT_STEPS {
@@ -390,7 +391,10 @@ impl Training<'_, '_, '_> {
             trace_step: *trace_step,
             memory,
             kernels,
-            outside_kernels: 1.0 - in_kernels as f64 / so_far.busy.max(1) as f64,
+            // What a device does behind the host's back, the host's clock does not tell.
+            exchanges: if self.holders.job.device.is_host() { self.fabric.exchanges.times() } else { Vec::new() },
+            outside_kernels: 1.0 - in_kernels as f64 / so_far.busy.iter().sum::<u64>().max(1) as f64,
+            busy_seconds: so_far.busy.iter().map(|&nanoseconds| nanoseconds as f64 * 1e-9).collect(),
             stopped: so_far.stopped,
             checkpoint: so_far.checkpoint,
             gradients,

@@ -52,24 +52,34 @@ impl StepRecord {
         StepRecord { times, ops, memory }
     }
 
-    /// Nanoseconds that compute ops took, and the time between them that no wait explains, over all ranks. Where ranks
-    /// share a device, the time between two ops of one rank is mostly another's, and is left out.
+    /// Nanoseconds that compute ops took, and the time before them that nothing explains: the op had been issued, what it waits for had
+    /// ended, and its device did nothing else. Over all ranks.
     pub fn busy(&self, program: &Program) -> u64 {
-        let alone = |device| program.ranks.iter().filter(|rank| rank.device == device).count() == 1;
         let mut sum = 0;
-        for (rank, times) in program.ranks.iter().zip(&self.ops) {
-            let alone = alone(rank.device);
-            for (op, t) in rank.ops.iter().zip(times) {
-                use OpKind::{Compute, GradientNorm, Join, Optimizer, OptimizerAhead, Validate};
-                if let Compute { .. }
-                | GradientNorm
-                | Optimizer { .. }
-                | OptimizerAhead { .. }
-                | Validate { .. }
-                | Join = op.kind
-                {
-                    sum += t.end - if alone && t.wait.is_none() { t.ready } else { t.start };
+        for device in 0..program.devices.len() {
+            let ranks = || (0..program.ranks.len()).filter(|&rank| program.ranks[rank].device.index() == device);
+            // What the device does: (begin, end, from when on a compute op could have begun).
+            let mut turns: Vec<(u64, u64, Option<u64>)> = Vec::new();
+            for rank in ranks() {
+                let times = &self.ops[rank];
+                for (op, t) in program.ranks[rank].ops.iter().zip(times) {
+                    match op.kind {
+                        OpKind::Send { .. } => {}
+                        OpKind::Recv { .. } | OpKind::Collective { .. } => turns.push((t.start, t.end, None)),
+                        _ => {
+                            let waits = op.waits.iter().map(|wait| times[wait.index()].end);
+                            turns.push((t.start, t.end, Some(waits.fold(t.ready, u64::max))));
+                        }
+                    }
                 }
+            }
+            turns.sort_unstable();
+            let mut free_at = 0;
+            for (start, end, could) in turns {
+                if let Some(could) = could {
+                    sum += end - could.max(free_at).min(start);
+                }
+                free_at = free_at.max(end);
             }
         }
         sum

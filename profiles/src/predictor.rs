@@ -3,11 +3,12 @@
 //! A time is looked up in layers, each correcting the one below:
 //! 1. a curve per operator through the points measured while the usual number of devices worked;
 //! 2. the ratio to that when another number of devices works (they share caches and bandwidth);
-//! 3. the ratio of times inside real runs to times measured alone, by the context of the run.
+//! 3. what other work of the machine adds at the mean ([`Overhead::Interference`]): a row is a median, a step is a sum;
+//! 4. the ratio of times inside real runs to times measured alone, by the context of the run.
 //!
 //! A layer that has the very shape answers for it; a ratio is the median over the shapes that both layers have, of
 //! the operator, else of its family, else of all. A shape that runs of other contexts showed keeps its own ratio, moved as
-//! the contexts differ for its operator.
+//! the contexts differ for the shapes that runs of both showed: other shapes would tell shapes apart, not contexts.
 
 use crate::context::{Conditions, Context};
 use crate::curve::{Ladder, Sample, Surface};
@@ -117,13 +118,24 @@ pub struct Predictor {
     general: Line,
     /// By number of devices at work: ratio to the curves.
     busy: BTreeMap<u32, Ratios>,
+    /// By number of devices at work: the mean of many calls over their median, less one.
+    interference: BTreeMap<u32, f64>,
     /// Ratios of times in runs to times measured alone: by context and devices at work, and over all runs.
     runs: BTreeMap<Run, Ratios>,
     all_runs: Ratios,
-    /// By subject, over all runs.
-    shapes: HashMap<Subject, f64>,
+    /// By subject and run.
+    shapes: HashMap<Subject, Vec<(Run, f64)>>,
+    /// From one kind of run to another: ratios over the shapes that both showed.
+    between: BTreeMap<(Run, Run), Ratios>,
     residuals: BTreeMap<Class, Vec<Sample>>,
+    /// Narrow calls over 32-bit ones; `None` where none was measured.
+    narrow: Option<Ratios>,
+    /// Narrow operands are widened before a kernel computes.
+    widens: bool,
 }
+
+/// Points of a class from which a curve is drawn, where its 32-bit twin can be asked instead.
+const ENOUGH: usize = 4;
 
 /// A kind of run: its context, and how many devices worked.
 type Run = (Option<Context>, u32);
@@ -272,6 +284,8 @@ impl Predictor {
             };
         }
         let usual_busy = usual_busy(&profile.rows);
+        let disturbed = |row: &&Row| row.subject == Subject::Overhead(Overhead::Interference);
+        let interference = profile.rows.iter().filter(disturbed).map(|row| (row.busy_devices, row.median_seconds));
 
         // The points of each curve: what was measured as usual; where a class has nothing of that kind, what there is.
         let mut samples: BTreeMap<Class, BTreeMap<Subject, (f64, Source)>> = BTreeMap::new();
@@ -333,12 +347,17 @@ impl Predictor {
             families,
             general: Line::fit("all kernels", &all)?,
             busy: BTreeMap::new(),
+            interference: interference.collect(),
             runs: BTreeMap::new(),
             all_runs: Ratios::default(),
             shapes: HashMap::new(),
+            between: BTreeMap::new(),
             residuals,
+            narrow: None,
+            widens: profile.machine.is_host(),
         };
         predictor.learn_contention(&profile.rows);
+        predictor.learn_formats(&profile.rows);
         predictor.learn_runs();
         Ok(predictor)
     }
@@ -356,55 +375,118 @@ impl Predictor {
         self.busy.entry(self.usual_busy).or_default();
     }
 
-    /// The third layer: ratios of times inside runs.
+    /// What other number formats cost, from calls that were measured beside 32-bit ones of their class.
+    fn learn_formats(&mut self, rows: &[Row]) {
+        let ratio = |row: &Row| match &row.subject {
+            Subject::Kernel(key) if key.dtype != DType::F32 && row.source != Source::Trace => {
+                let wide = Subject::Kernel(key.clone().with(DType::F32));
+                let wide = self.measured_median(&wide, row.busy_devices).filter(|wide| wide.seconds > 0.0)?;
+                Some((Class::of(&row.subject), row.median_seconds / wide.seconds))
+            }
+            _ => None,
+        };
+        let ratios: Vec<(Class, f64)> = rows.iter().filter_map(ratio).collect();
+        self.narrow = (!ratios.is_empty()).then(|| Ratios::new(ratios.into_iter()));
+    }
+
+    /// The last layer: ratios of times inside runs.
     fn learn_runs(&mut self) {
         let mut pairs: BTreeMap<Run, Vec<(Class, f64)>> = BTreeMap::new();
-        let mut shapes: HashMap<Subject, Vec<f64>> = HashMap::new();
+        let mut shapes: HashMap<Subject, Vec<(Run, f64)>> = HashMap::new();
         for ((subject, busy, context), seconds) in &self.traced {
             if let Some(below) = self.measured(subject, *busy).filter(|below| below.seconds > 0.0) {
-                let ratio = seconds / below.seconds;
-                pairs.entry((*context, *busy)).or_default().push((Class::of(subject), ratio));
-                shapes.entry(subject.clone()).or_default().push(ratio);
+                let (run, ratio) = ((*context, *busy), seconds / below.seconds);
+                pairs.entry(run).or_default().push((Class::of(subject), ratio));
+                shapes.entry(subject.clone()).or_default().push((run, ratio));
+            }
+        }
+        let mut between: BTreeMap<(Run, Run), Vec<(Class, f64)>> = BTreeMap::new();
+        for (subject, runs) in &shapes {
+            for &(from, before) in runs {
+                for &(to, after) in runs.iter().filter(|(to, _)| *to != from) {
+                    between.entry((from, to)).or_default().push((Class::of(subject), after / before));
+                }
             }
         }
         self.all_runs = Ratios::new(pairs.values().flatten().copied());
         self.runs = pairs.into_iter().map(|(run, pairs)| (run, Ratios::new(pairs.into_iter()))).collect();
-        self.shapes = shapes.into_iter().filter_map(|(shape, ratios)| Some((shape, median(ratios)?))).collect();
+        self.between = between.into_iter().map(|(runs, pairs)| (runs, Ratios::new(pairs.into_iter()))).collect();
+        self.shapes = shapes;
     }
 
-    /// The ratios of the runs most like those that are asked about: of the same context with about as many devices at work,
-    /// else of those that compute the same again. `None` where no run was like that.
-    fn like(&self, under: Conditions) -> Option<&Ratios> {
+    /// The runs most like those that are asked about: of the same context with about as many devices at work, else of those
+    /// that compute the same again. `None` where no run was like that.
+    fn like(&self, under: Conditions) -> Option<Run> {
         let wanted = under.context?;
         let of = |fits: &dyn Fn(Context) -> bool| {
-            let fitting = self.runs.iter().filter(|((context, _), _)| context.is_some_and(fits));
-            nearest(&fitting.map(|(&(_, busy), ratios)| (busy, ratios)).collect(), under.busy).copied()
+            let fitting = self.runs.keys().filter(|(context, _)| context.is_some_and(fits));
+            nearest(&fitting.map(|&run| (run.1, run)).collect(), under.busy).copied()
         };
         of(&|context| context == wanted).or_else(|| of(&|context| context.recomputed == wanted.recomputed))
     }
 
-    /// Time of a kernel. Where nothing of its number format was measured, the time of the same call on 32-bit operands stands
-    /// for it; of a product with something fused into it, the sum of its parts.
+    /// How much longer a subject lasts in runs than alone, where runs showed anything.
+    fn inside(&self, subject: &Subject, under: Conditions) -> f64 {
+        let class = Class::of(subject);
+        let like = self.like(under);
+        let moved = |&(run, ratio): &(Run, f64)| {
+            let way = like.filter(|like| *like != run).and_then(|like| self.between.get(&(run, like)));
+            ratio * way.map_or(1.0, |ratios| ratios.of(class))
+        };
+        let own = self.shapes.get(subject).and_then(|runs| median(runs.iter().map(moved).collect()));
+        let of_class = || like.and_then(|run| self.runs.get(&run)?.classes.get(&class).copied());
+        own.or_else(of_class).unwrap_or_else(|| self.all_runs.of(class))
+    }
+
+    /// Time of a kernel. Where little of its number format was measured, it is as much longer than the same call on 32-bit
+    /// operands as the calls that were measured in both formats; a product with something fused into it that was not measured is the
+    /// sum of its parts.
     pub fn kernel(&self, key: &KernelKey, under: impl Into<Conditions>) -> Estimate {
         let under = under.into();
-        let found = self.seconds(&Subject::Kernel(key.clone()), under);
+        let found = match self.narrow_by_wide(key, under) {
+            Some(found) => Some(found),
+            None => self.seconds(&Subject::Kernel(key.clone()), under),
+        };
         if found.is_none() && !key.parts().is_empty() {
             let parts = key.parts().into_iter().map(|part| self.kernel(&part, under).seconds);
             return Estimate { seconds: parts.sum(), provenance: Provenance::Assumed };
         }
-        let found = found.or_else(|| {
-            let wide = (key.dtype != DType::F32).then(|| key.clone().with(DType::F32))?;
-            let found = self.seconds(&Subject::Kernel(wide), under)?;
-            Some(Estimate { provenance: Provenance::Assumed, ..found })
-        });
         found.unwrap_or_else(|| {
             let Work { flops, bytes } = Work::of(key);
             let line = self.families.get(&key.op.family()).unwrap_or(&self.general);
             let class = Class::Kernel(key.op, key.dtype);
             let contention = nearest(&self.busy, under.busy).map_or(1.0, |ratios| ratios.of(class));
-            let inside = self.like(under).unwrap_or(&self.all_runs).of(class);
+            let contention = contention * self.interference(under.busy);
+            let inside = self.like(under).and_then(|run| self.runs.get(&run)).unwrap_or(&self.all_runs).of(class);
             Estimate { seconds: line.seconds(flops, bytes) * contention * inside, provenance: Provenance::Assumed }
         })
+    }
+
+    /// A narrow call by its 32-bit twin, unless it was measured or there are enough others of its class for a curve.
+    fn narrow_by_wide(&self, key: &KernelKey, under: Conditions) -> Option<Estimate> {
+        if key.dtype == DType::F32 {
+            return None;
+        }
+        let subject = Subject::Kernel(key.clone());
+        let measured = |source| self.exact.keys().any(|(of, _, from)| *from == source && *of == subject);
+        let class = Class::of(&subject);
+        let points = self.residuals.get(&class).map_or(0, Vec::len);
+        let known = self.shapes.contains_key(&subject)
+            || points >= ENOUGH
+            || (points > 0 && Source::ALL.into_iter().any(measured));
+        if known {
+            return None;
+        }
+        let wide = self.seconds(&Subject::Kernel(key.clone().with(DType::F32)), under)?;
+        let seconds = match &self.narrow {
+            Some(ratios) => wide.seconds * ratios.of(class),
+            None if self.widens => wide.seconds + self.moving(widened_bytes(key)).seconds,
+            // A device that computes on narrow numbers does so at a pace that only it can tell.
+            None => wide.seconds,
+        };
+        let same = self.narrow.as_ref().is_some_and(|ratios| ratios.classes.contains_key(&class));
+        let provenance = if same { wide.provenance.max(Provenance::Fitted) } else { Provenance::Assumed };
+        Some(Estimate { seconds, provenance })
     }
 
     /// Time of the copy of a message by its receiver.
@@ -452,6 +534,8 @@ impl Predictor {
                 // What sharing adds is unknown then; what is common is not.
                 Overhead::SharedOp => self.overhead(Overhead::Op, busy),
                 Overhead::SharedMessage => self.overhead(Overhead::Message, busy),
+                // Profiles of before it was measured by itself.
+                Overhead::Round => self.overhead(Overhead::Message, busy),
                 _ => Estimate { seconds: 0.0, provenance: Provenance::Assumed },
             },
         }
@@ -470,19 +554,22 @@ impl Predictor {
             return Some(Estimate { seconds, provenance: Provenance::Measured });
         }
         let below = self.measured(subject, under.busy)?;
-        if self.runs.is_empty() {
-            return Some(below);
-        }
-        let class = Class::of(subject);
-        let usual = self.all_runs.of(class);
-        // How runs like this one differ from all runs, for kernels of this class.
-        let special = self.like(under).and_then(|ratios| ratios.classes.get(&class)).map_or(1.0, |ratio| ratio / usual);
-        let own = self.shapes.get(subject).copied().unwrap_or(usual);
-        Some(below.scaled(own * special))
+        Some(if self.runs.is_empty() { below } else { below.scaled(self.inside(subject, under)) })
     }
 
-    /// Measured alone, or as interpolated from that.
+    /// Measured alone, or as interpolated from that, at the mean over many calls.
     fn measured(&self, subject: &Subject, busy: u32) -> Option<Estimate> {
+        let median = self.measured_median(subject, busy)?;
+        Some(Estimate { seconds: median.seconds * self.interference(busy), ..median })
+    }
+
+    /// The mean of many calls over their median, while so many devices work.
+    fn interference(&self, busy: u32) -> f64 {
+        1.0 + nearest(&self.interference, busy).copied().unwrap_or(0.0)
+    }
+
+    /// The median of many calls.
+    fn measured_median(&self, subject: &Subject, busy: u32) -> Option<Estimate> {
         for source in [Source::Measured, Source::Datasheet] {
             if let Some(&seconds) = self.exact.get(&(subject.clone(), busy, source)) {
                 return Some(Estimate { seconds, provenance: provenance(source) });
@@ -549,6 +636,19 @@ impl Predictor {
     pub fn foretold(&self, class: Class) -> Result<Vec<Foretold>, ProfileError> {
         self.residuals.get(&class).map_or(Ok(Vec::new()), |samples| left_out(class, samples))
     }
+}
+
+/// Bytes that a host moves to widen the operands of a narrow call and to round its results: two are read and four written for each
+/// value, or the other way round.
+fn widened_bytes(key: &KernelKey) -> f64 {
+    let values = match key.op {
+        // Done on the numbers as they are.
+        KernelOp::Zero | KernelOp::Copy | KernelOp::Cast => 0.0,
+        // Gradients alone are narrow.
+        KernelOp::AdamW | KernelOp::AdamWAhead => key.dims.first().map_or(0.0, |&len| f64::from(len)),
+        _ => Work::of(key).bytes / key.dtype.bytes() as f64,
+    };
+    6.0 * values
 }
 
 /// Leaves out each sample in turn and foretells it by the others.

@@ -53,6 +53,11 @@ pub enum Overhead {
     Message,
     /// The same where sender and receiver share a device.
     SharedMessage,
+    /// From the end of a round of a collective to the start of the next, where everybody is awake.
+    Round,
+    /// What other work of the machine takes from a second of kernels, in seconds: how much longer calls last at the mean than at
+    /// the median while so many devices work.
+    Interference,
 }
 
 impl CollectiveRound {
@@ -70,8 +75,15 @@ impl CollectiveRound {
 
 impl Overhead {
     /// All of them.
-    pub const ALL: [Overhead; 5] =
-        [Overhead::Op, Overhead::SharedOp, Overhead::Call, Overhead::Message, Overhead::SharedMessage];
+    pub const ALL: [Overhead; 7] = [
+        Overhead::Op,
+        Overhead::SharedOp,
+        Overhead::Call,
+        Overhead::Message,
+        Overhead::SharedMessage,
+        Overhead::Round,
+        Overhead::Interference,
+    ];
 
     /// Its name in files.
     pub fn name(self) -> &'static str {
@@ -81,6 +93,8 @@ impl Overhead {
             Overhead::Call => "call",
             Overhead::Message => "message",
             Overhead::SharedMessage => "shared-message",
+            Overhead::Round => "round",
+            Overhead::Interference => "interference",
         }
     }
 }
@@ -171,6 +185,13 @@ pub struct Machine {
     pub host: String,
     /// Logical processors of the host.
     pub cores: u32,
+}
+
+impl Machine {
+    /// Whether the device is the host's processor.
+    pub fn is_host(&self) -> bool {
+        self.device == "cpu"
+    }
 }
 
 impl fmt::Display for Machine {

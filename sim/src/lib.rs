@@ -9,8 +9,10 @@
 //! - [`memory`]: what every rank holds at every op, exactly.
 //! - [`arena`]: where every buffer of a rank lies, in one allocation.
 //! - [`trace`]: the timeline and the memory curve, predicted or measured, in one schema.
+//! - [`attribution`]: where the error of a predicted step comes from, by replaying it with measured times.
 
 pub mod arena;
+pub mod attribution;
 pub mod cluster;
 pub mod compare;
 pub mod cost;

@@ -4,7 +4,7 @@ use crate::commands::import;
 use crate::failure::Failure;
 use crate::interrupt;
 use crate::job_source::JobSource;
-use crate::local::{self, Local};
+use crate::local::{self, Demand, Local};
 use crate::profile_store;
 use crate::screen::Screen;
 use crate::table::{Table, show_percent, show_seconds};
@@ -148,10 +148,13 @@ fn measure(screen: &Screen, arguments: &Arguments) -> Result<Profile, Failure> {
     };
     let stop = interrupt::flag()?;
     let devices = if device.is_host() { local::cores() } else { 1 };
-    let (keys, seconds) = match arguments.source.is_empty()? {
-        true if device.is_host() => (usual_shapes().into_iter().collect(), 90.0),
-        true => (gpu_shapes().into_iter().collect(), 240.0),
-        false => (local::kernels_of_job(&arguments.source.read()?, devices)?, 30.0),
+    let (keys, seconds, working_set) = match arguments.source.is_empty()? {
+        true if device.is_host() => (usual_shapes().into_iter().collect(), 90.0, None),
+        true => (gpu_shapes().into_iter().collect(), 240.0, None),
+        false => {
+            let demand = Demand::of(&arguments.source.read()?, devices)?;
+            (demand.keys, 30.0, Some(demand.working_set_bytes))
+        }
     };
     if !device.is_host() {
         let mut settings = local::measure_settings(arguments.seconds.unwrap_or(seconds), Some(1));
@@ -170,7 +173,8 @@ fn measure(screen: &Screen, arguments: &Arguments) -> Result<Profile, Failure> {
         ));
         return local::calibrate(screen, &*device, &keys, &settings, &stop);
     }
-    let settings = local::measure_settings(arguments.seconds.unwrap_or(seconds), arguments.devices);
+    let mut settings = local::measure_settings(arguments.seconds.unwrap_or(seconds), arguments.devices);
+    settings.working_set_bytes = working_set.unwrap_or(settings.working_set_bytes);
     screen.step(format!(
         "measuring {} kernel shapes and the grid around them on {} cores for about {:.0} s",
         keys.len(),

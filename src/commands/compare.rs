@@ -7,8 +7,11 @@ use crate::table::{Table, show_percent, show_seconds};
 use crate::timeline;
 use crate::trace_file;
 use paceline_planner::plan::Plan;
-use paceline_planner::prediction::predict;
+use paceline_planner::prediction::{Costs, predict};
+use paceline_profiles::Predictor;
+use paceline_sim::attribution::Attribution;
 use paceline_sim::compare::{Comparison, compare};
+use paceline_sim::program::Program;
 use paceline_sim::trace::Trace;
 use paceline_sim::units::show_bytes;
 use serde::Serialize;
@@ -42,12 +45,15 @@ struct Document<'a> {
     peak_bytes_equal: bool,
     #[serde(flatten)]
     comparison: &'a Comparison,
+    /// Where the error comes from; absent where the prediction is a trace and not a plan.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    causes: Option<&'a Attribution>,
 }
 
 /// Runs the command.
 pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     let measured = trace_file::read(&arguments.measured)?;
-    let predicted = predicted_trace(screen, &arguments.predicted, arguments.profile.as_deref())?;
+    let (predicted, replayed) = predicted_trace(screen, &arguments.predicted, arguments.profile.as_deref())?;
     let comparison = compare(&predicted, &measured).map_err(Failure::bad_input)?;
     for (name, trace) in [("predicted", &predicted), ("measured", &measured)] {
         screen.line(screen.style(Style::Bold, name))?;
@@ -55,15 +61,51 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
         screen.line("")?;
     }
     show(screen, &comparison)?;
+    let causes = replayed.map(|(program, local)| causes(&program, &local.predictor, &measured)).transpose()?;
+    if let Some(causes) = &causes {
+        show_causes(screen, causes)?;
+    }
     screen.document(&Document {
         format: "paceline.comparison/1",
         error: comparison.error(),
         peak_bytes_equal: peaks_equal(&comparison),
         comparison: &comparison,
+        causes: causes.as_ref(),
     })
 }
 
-fn predicted_trace(screen: &Screen, path: &Path, profile: Option<&Path>) -> Result<Trace, Failure> {
+/// Where the error of a predicted step comes from.
+pub fn causes(program: &Program, predictor: &Predictor, measured: &Trace) -> Result<Attribution, Failure> {
+    let (costs, _) = predictor.of(program).map_err(Failure::internal)?;
+    Attribution::of(program, &*costs, measured).map_err(Failure::bad_input)
+}
+
+/// Prints the causes that matter.
+pub fn show_causes(screen: &Screen, causes: &Attribution) -> Result<(), Failure> {
+    screen.line("")?;
+    let mut table = Table::new(["measured minus predicted, by cause", "seconds", "of the step"]);
+    let signed = |seconds: f64| format!("{}{}", if seconds < 0.0 { "-" } else { "+" }, show_seconds(seconds.abs()));
+    let share = |seconds: f64| format!("{:+.1} %", 100.0 * seconds / causes.measured_seconds);
+    let (mut small, mut parts) = (0.0, causes.parts.clone());
+    parts.sort_by(|a, b| b.seconds.abs().total_cmp(&a.seconds.abs()));
+    for part in parts {
+        if part.seconds.abs() < SMALL * causes.measured_seconds {
+            small += part.seconds;
+        } else {
+            table.row([part.cause.to_string(), signed(part.seconds), share(part.seconds)]);
+        }
+    }
+    table.row(["smaller ones together".into(), signed(small), share(small)]);
+    table.print(screen)
+}
+
+/// Causes below this share of the step are shown together.
+const SMALL: f64 = 5e-4;
+
+/// What is held against the measurement; of a plan also the program and the machine that it was predicted on.
+type Predicted = (Trace, Option<(Program, Local)>);
+
+fn predicted_trace(screen: &Screen, path: &Path, profile: Option<&Path>) -> Result<Predicted, Failure> {
     let is_plan = std::fs::read_to_string(path)
         .ok()
         .and_then(|text| serde_json::from_str::<serde_json::Value>(&text).ok())
@@ -72,14 +114,14 @@ fn predicted_trace(screen: &Screen, path: &Path, profile: Option<&Path>) -> Resu
         })
         .unwrap_or(false);
     if !is_plan {
-        return trace_file::read(path);
+        return Ok((trace_file::read(path)?, None));
     }
     let plan = Plan::read(path).map_err(Failure::bad_input)?;
     let local = Local::open(screen, profile)?;
     let program = plan.program().map_err(Failure::bad_input)?;
     let (_, trace) =
         predict(&program, &local.predictor, plan.machine, plan.job.memory_limit).map_err(Failure::internal)?;
-    Ok(trace)
+    Ok((trace, Some((program, local))))
 }
 
 /// Every rank's peak is what was predicted.

@@ -30,7 +30,18 @@ impl<E: Effects> Fabric<'_, E> {
     pub(super) fn give(&self, rank: u32, work: Work, takes_device: bool, consequences: &mut Consequences) {
         if !takes_device {
             self.effect(work, 0, consequences);
-        } else if self.devices[self.bound.device(rank)].slot.push(work) {
+            return;
+        }
+        let slot = &self.devices[self.bound.device(rank)].slot;
+        // Somebody may take it at once, so what was idle is noted before.
+        let idle = slot.is_idle();
+        match work {
+            Work::Transfer { transfer } => self.transfers[transfer as usize].to_idle.store(idle, Ordering::Relaxed),
+            Work::Round { meeting, .. } => {
+                self.meetings[meeting as usize].to_idle.fetch_add(u32::from(idle), Ordering::Relaxed);
+            }
+        }
+        if slot.push(work) {
             self.wake(rank);
         }
     }
@@ -151,6 +162,8 @@ impl<E: Effects> Fabric<'_, E> {
         let bound = &self.bound.meetings[meeting as usize];
         let round = state.round.load(Ordering::Relaxed) as usize;
         state.remaining.store(bound.members.len() as u32, Ordering::Relaxed);
+        state.to_idle.store(0, Ordering::Relaxed);
+        state.last_begun.store(0, Ordering::Relaxed);
         let takes_device = self.effects.round_takes_device(meeting as usize, round);
         for (member, op) in bound.members.iter().enumerate() {
             let work = Work::Round { meeting, member: member as u32 };
@@ -178,6 +191,9 @@ impl<E: Effects> Fabric<'_, E> {
                 let span = unsafe {
                     self.effects.transfer(t as usize, state.from.load(), state.to.load(), passed.max(free_at))
                 };
+                if state.to_idle.load(Ordering::Relaxed) {
+                    self.exchanges.message(t as usize, span.start.saturating_sub(passed));
+                }
                 let bound = &self.bound.transfers[t as usize];
                 for op in [bound.from, bound.to] {
                     consequences.push(Consequence::Ended { op, met, start: span.start, end: span.effective });
@@ -191,8 +207,15 @@ impl<E: Effects> Fabric<'_, E> {
                 let ranges: SmallVec<[HostRange; 8]> = state.ranges.iter().map(AtomicRange::load).collect();
                 // SAFETY: all members are in this round and stay until each has done its part.
                 let span = unsafe { self.effects.round(meeting as usize, round, member as usize, &ranges, since) };
+                self.exchanges.work(meeting as usize, round, span.end.saturating_sub(span.start));
+                state.last_begun.fetch_max(span.start, Ordering::Relaxed);
                 state.until.fetch_max(span.effective, Ordering::Relaxed);
                 if state.remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    if state.to_idle.load(Ordering::Relaxed) as usize == ranges.len() {
+                        let begun = state.last_begun.load(Ordering::Relaxed);
+                        self.exchanges
+                            .round(meeting as usize, begun.saturating_sub(state.since.load(Ordering::Relaxed)));
+                    }
                     state.since.store(state.until.load(Ordering::Relaxed), Ordering::Relaxed);
                     state.round.store(round as u32 + 1, Ordering::Relaxed);
                     self.begin_round(meeting, consequences);

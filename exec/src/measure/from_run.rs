@@ -1,5 +1,5 @@
-//! What a run showed, as rows for the profile: kernels and messages as they went inside it, and what the executor took
-//! besides.
+//! What a run showed, as rows for the profile: kernels, messages and collectives as they went inside it, and what the executor
+//! took besides.
 
 use super::machine;
 use crate::report::RunReport;
@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 /// all calls right; what single steps lost to other work of the machine is taken out. The time outside kernels is split
 /// over ops and calls as `measured` would split it; without, it is all the ops'.
 pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Predictor>) -> Vec<Row> {
-    let busy_devices = program.devices.len() as u32;
+    let busy_devices = program.busy_devices();
     let context = context_of(program);
     let row = |subject, seconds: f64, spread: f64, repetitions| Row {
         subject,
@@ -51,6 +51,14 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
             rows.push(row(Subject::Transfer { bytes }, summary.median, summary.spread, summary.count));
         }
     }
+
+    rows.extend(
+        report
+            .exchanges
+            .iter()
+            .filter(|times| times.count > 0)
+            .map(|times| row(times.subject.clone(), times.total_seconds / times.count as f64, 0.0, times.count)),
+    );
 
     let in_kernels: f64 = report.kernels.iter().map(|times| times.total_seconds).sum::<f64>() * typical;
     let calls: u64 = report.kernels.iter().map(|times| times.count).sum();
@@ -94,11 +102,13 @@ pub fn disturbance(report: &RunReport) -> f64 {
     if fastest > 0.0 { (taken / fastest).max(1.0) } else { 1.0 }
 }
 
-/// The median step over the mean one, of the steps whose kernels are counted.
+/// What ranks did in the median step over what they did in the mean one, of the steps whose kernels are counted. Not the time of
+/// the steps: what holds one rank up makes all others wait, but does not make their kernels slower.
 fn typical(report: &RunReport) -> f64 {
-    let counted = &report.steps[usize::from(report.steps.len() > 1)..];
-    let mean = counted.iter().map(|step| step.seconds).sum::<f64>() / counted.len() as f64;
-    let typical = report.median_seconds() / mean;
+    let mut busy = report.busy_seconds.clone();
+    busy.sort_by(f64::total_cmp);
+    let mean = busy.iter().sum::<f64>() / busy.len() as f64;
+    let typical = busy.get(busy.len() / 2).map_or(1.0, |median| median / mean);
     if typical.is_finite() { typical } else { 1.0 }
 }
 

@@ -14,6 +14,8 @@ const WIDTHS: [u32; 4] = [128, 256, 512, 1024];
 const SEQUENCES: [u32; 2] = [256, 1024];
 /// Bytes, and a small vocabulary of words.
 const VOCABULARIES: [u32; 2] = [256, 8192];
+/// A width at which narrow numbers are measured too: what widening and rounding add to each operator.
+const NARROW_WIDTH: u32 = 256;
 
 /// The kernels of llama-like and gpt2-like models of usual widths, over usual sequences: what a profile needs to say
 /// something about most jobs that fit a machine of a few cores. In order, without repetition.
@@ -26,6 +28,12 @@ pub fn usual_shapes() -> Vec<KernelKey> {
                     all.extend(kernels(model, seq, Precision::Fp32));
                 }
             }
+        }
+    }
+    let (seq, vocab) = (SEQUENCES[0], VOCABULARIES[0]);
+    for precision in [Precision::Bf16, Precision::Bf16Fp32Gradients] {
+        for model in [llama(NARROW_WIDTH, vocab), gpt(NARROW_WIDTH, vocab)] {
+            all.extend(kernels(model, seq, precision));
         }
     }
     all.into_iter().collect()
@@ -115,7 +123,10 @@ fn kernels(model: ModelConfig, seq: u32, precision: Precision) -> BTreeSet<Kerne
     }
     let block = unit_parameters(&workload, &stages, stage, 1) as u32;
     for op in [KernelOp::SumSquares, KernelOp::AdamW, KernelOp::AdamWAhead, KernelOp::Zero] {
-        all.extend(KernelKey::new(op, &[block]));
+        all.extend(KernelKey::new(op, &[block]).map(|key| key.with(precision.of_gradients_alone())));
+    }
+    if precision.has_master() {
+        all.extend(KernelKey::new(KernelOp::Cast, &[block]).map(|key| key.with(precision.of_values())));
     }
     // Beside adapters, nothing is fused into a product.
     let parts: Vec<KernelKey> = all.iter().flat_map(KernelKey::parts).collect();
@@ -160,6 +171,7 @@ fn tokens(op: KernelOp) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use paceline_profiles::DType;
 
     fn key(op: KernelOp, dims: &[u32]) -> KernelKey {
         KernelKey::new(op, dims).unwrap()
@@ -188,10 +200,13 @@ mod tests {
         let shapes = usual_shapes();
         assert!(shapes.is_sorted() && shapes.len() > 200, "{}", shapes.len());
         let of = |op: KernelOp| shapes.iter().filter(move |key| key.op == op).count();
-        // The sum into a third array is left to other layers than ours, and nothing is cast where all is 32-bit.
+        // The sum into a third array is left to other layers than ours.
         for op in KernelOp::ALL.into_iter().filter(|op| ![KernelOp::Sum, KernelOp::Cast].contains(op)) {
             assert!(of(op) >= WIDTHS.len(), "{op}: {}", of(op));
+            let narrow = |key: &&KernelKey| key.op == op && key.dtype == DType::Bf16;
+            assert!(shapes.iter().any(|key| narrow(&key)), "{op} on narrow numbers");
         }
+        assert_eq!(of(KernelOp::Cast), 2, "one for each model in bfloat16");
         assert!(shapes.contains(&key(KernelOp::MatmulNt, &[1024, 2048, 512])), "up projection of a gpt 512 wide");
         assert!(shapes.contains(&key(KernelOp::Attention, &[1, 256, 4, 2, 64])), "a llama 256 wide");
     }

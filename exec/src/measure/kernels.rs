@@ -10,7 +10,7 @@ use super::samples::Summary;
 use super::{MeasureError, Measured, Phase};
 use crate::data::mix;
 use paceline_kernels::{Block, Call, DType, Device, KernelError, View};
-use paceline_profiles::{KernelKey, Subject, Work};
+use paceline_profiles::{KernelKey, Overhead, Subject, Work};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -88,11 +88,45 @@ pub(super) fn measure(phase: &mut Phase, keys: &[&KernelKey], busy: u32) -> Resu
         }
         first_error.map_or(Ok(()), Err)
     })?;
-    let results = keys.iter().zip(timings).filter_map(|(key, seconds)| {
-        let subject = Subject::Kernel((*key).clone());
-        Summary::of(seconds).map(|summary| Measured { subject, busy_devices: busy, summary })
-    });
-    Ok(results.collect())
+    let mut lost = Lost::default();
+    let mut results = Vec::with_capacity(keys.len() + 1);
+    for (key, seconds) in keys.iter().zip(timings) {
+        let taken: f64 = seconds.iter().sum();
+        if let Some(summary) = Summary::of(seconds) {
+            lost.add(taken, &summary);
+            results.push(Measured { subject: Subject::Kernel((*key).clone()), busy_devices: busy, summary });
+        }
+    }
+    // A device with clocks of its own is not held up by other work of the host.
+    if device.is_host() {
+        results.extend(lost.measured(busy));
+    }
+    Ok(results)
+}
+
+/// What other work of the machine took from the calls, all shapes together: it hits single calls hard and most not at all, so that one
+/// shape alone would have to be repeated for long to show it.
+#[derive(Debug, Default)]
+struct Lost {
+    taken: f64,
+    usual: f64,
+    calls: u64,
+}
+
+impl Lost {
+    fn add(&mut self, taken: f64, calls: &Summary) {
+        self.taken += taken;
+        self.usual += calls.median * calls.count as f64;
+        self.calls += calls.count;
+    }
+
+    /// Seconds lost of a second.
+    fn measured(&self, busy_devices: u32) -> Option<Measured> {
+        let share = (self.taken / self.usual - 1.0).max(0.0);
+        let summary = Summary { median: share.max(1e-9), spread: 0.0, count: self.calls };
+        let subject = Subject::Overhead(Overhead::Interference);
+        (self.usual > 0.0).then_some(Measured { subject, busy_devices, summary })
+    }
 }
 
 /// One device's timings of all cases, in order of `keys`.

@@ -15,10 +15,11 @@ use crate::run::SPINS;
 use paceline_kernels::{Block, Call, DType};
 use paceline_profiles::{Overhead, Subject};
 use paceline_sim::program::{
-    Buffer, Coordinates, Device, Direction, Element, MemoryClass, Message, Op, OpKind, PROGRAM_FORMAT, Pass, Program,
-    RankProgram, Stage, Stream, Tensor, Unit, Workload,
+    Arrangement, Buffer, Collective, Coordinates, Device, Direction, Element, Group, MemoryClass, Message,
+    NetworkLevel, Op, OpKind, PROGRAM_FORMAT, Pass, Payload, Program, RankProgram, Stage, Stream, Tensor, Unit,
+    Workload,
 };
-use paceline_sim::units::{BufferId, DeviceId, MicrobatchId, OpId, RankId, StageId};
+use paceline_sim::units::{BufferId, DeviceId, GroupId, MicrobatchId, OpId, RankId, StageId};
 use smallvec::{SmallVec, smallvec};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -27,6 +28,8 @@ use std::time::{Duration, Instant};
 const OPS: u32 = 200;
 /// Messages of a step, there and back.
 const HOPS: u32 = 40;
+/// Rounds of an all-reduce of two by the direct algorithm.
+const ROUNDS: u32 = 2;
 /// How long an op lasts between two messages: as kernels do, so that a thread that waits falls asleep as in a run.
 const OP_NANOSECONDS: u64 = 300_000;
 /// How long an op lasts where two ranks take turns: longer than a thread takes to wake up.
@@ -41,7 +44,7 @@ const MOST: usize = 200;
 pub(super) fn measure(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> {
     let left = phase.deadline.saturating_duration_since(Instant::now());
     let two_devices = phase.settings.devices > 1;
-    let share = left / if two_devices { 5 } else { 4 };
+    let share = left / if two_devices { 6 } else { 4 };
     let mut results = Vec::new();
     let mut record = |overhead, summary, busy_devices| {
         results.push(Measured { subject: Subject::Overhead(overhead), busy_devices, summary });
@@ -62,6 +65,10 @@ pub(super) fn measure(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> 
     record(Overhead::SharedMessage, hop(phase, 1)?, 1);
     if two_devices {
         record(Overhead::Message, hop(phase, 2)?, 2);
+        // Both come at once, so that nobody falls asleep before the last round.
+        let meeting = steps(phase, &meetings(), OP_NANOSECONDS, share)?.per(f64::from(HOPS));
+        let rest = meeting.median - OP_NANOSECONDS as f64 * 1e-9 - per_op.median;
+        record(Overhead::Round, Summary { median: rest.max(1e-9), ..meeting }.per(f64::from(ROUNDS)), 2);
     }
     Ok(results)
 }
@@ -159,7 +166,9 @@ impl Hands for Idle<'_> {
 
     fn range(&self, op: u32) -> Result<HostRange, ExecError> {
         Ok(match self.rank.ops[op as usize].kind {
-            OpKind::Send { buffer, .. } | OpKind::Recv { buffer, .. } => self.ranges[buffer.index()],
+            OpKind::Send { buffer, .. } | OpKind::Recv { buffer, .. } | OpKind::Collective { buffer, .. } => {
+                self.ranges[buffer.index()]
+            }
             _ => HostRange::default(),
         })
     }
@@ -204,6 +213,28 @@ fn ping_pong(devices: u32) -> Program {
     program(devices, (0u32..).zip(lists).map(|(rank, ops)| (DeviceId(rank % devices), ops)))
 }
 
+/// Two ranks on two devices that compute as long and meet after each op.
+fn meetings() -> Program {
+    let reduced = OpKind::Collective {
+        collective: Collective::AllReduce,
+        group: GroupId(0),
+        payload: Payload::GradientNorm,
+        buffer: BufferId(0),
+        bytes: MESSAGE_BYTES,
+        arrangement: Arrangement::default(),
+    };
+    let mut ops: Vec<Op> = Vec::new();
+    for hop in 0..HOPS {
+        let before = ops.len().checked_sub(1).map(|last| OpId(last as u32));
+        ops.push(op(Stream::COMPUTE, compute(hop), before));
+        ops.push(op(Stream(1), reduced, before.map(|last| OpId(last.0 + 1)).or(Some(OpId(0)))));
+    }
+    let ranks = vec![RankId(0), RankId(1)];
+    let name = "both".to_string();
+    let group = Group { name, ranks, size: 2, level: NetworkLevel::Intra, crossing: None };
+    Program { groups: vec![group], ..program(2, [0, 1].map(|rank| (DeviceId(rank), ops.clone())).into_iter()) }
+}
+
 fn compute(n: u32) -> OpKind {
     OpKind::Compute { pass: Pass::F, stage: StageId(0), microbatch: MicrobatchId(n), first: 0, end: 1 }
 }
@@ -211,7 +242,9 @@ fn compute(n: u32) -> OpKind {
 fn op(stream: Stream, kind: OpKind, wait: Option<OpId>) -> Op {
     let none = SmallVec::new;
     let uses = match kind {
-        OpKind::Send { buffer, .. } | OpKind::Recv { buffer, .. } => smallvec![buffer],
+        OpKind::Send { buffer, .. } | OpKind::Recv { buffer, .. } | OpKind::Collective { buffer, .. } => {
+            smallvec![buffer]
+        }
         _ => smallvec![],
     };
     Op { stream, kind, waits: wait.into_iter().collect(), alloc: none(), uses, free: none() }

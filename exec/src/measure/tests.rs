@@ -100,7 +100,12 @@ fn a_profile_of_every_operator() {
     for overhead in [Overhead::Op, Overhead::SharedOp, Overhead::Call, Overhead::SharedMessage] {
         assert_eq!(of_class(Class::Overhead(overhead)), 1, "{overhead:?}");
     }
-    assert_eq!(of_class(Class::Overhead(Overhead::Message)), usize::from(devices() > 1));
+    for overhead in [Overhead::Message, Overhead::Round] {
+        assert_eq!(of_class(Class::Overhead(overhead)), usize::from(devices() > 1), "{overhead:?}");
+    }
+    for busy in [1, devices()] {
+        assert_eq!(seen[&(Class::Overhead(Overhead::Interference), busy)], 1, "{busy}");
+    }
 
     // More work takes longer, within one measurement.
     let predictor = Predictor::new(&profile).unwrap();

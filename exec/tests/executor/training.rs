@@ -6,7 +6,8 @@ use paceline_exec::{
     CheckpointSettings, Dataset, Evaluation, LearningRate, Observer, OptimizerSettings, RunReport, RunSettings, Silent,
     StepReport, run_passes,
 };
-use paceline_sim::program::{MemoryClass, OpKind, Pass, Program};
+use paceline_profiles::{CollectiveRound, Overhead, Subject};
+use paceline_sim::program::{Collective, Element, MemoryClass, OpKind, Pass, Program};
 use paceline_sim::trace::{Trace, WaitReason};
 use paceline_sim::units::{MicrobatchId, StageId};
 use std::collections::BTreeMap;
@@ -378,4 +379,39 @@ fn a_loss_that_is_not_a_number_ends_the_run() {
     wild.optimizer.learning_rate = LearningRate::constant(1e30);
     let error = run_passes(&program(&Layout::SINGLE), &Toy::new(&Layout::SINGLE), &Heap, &wild, &data(), &mut Silent);
     assert!(error.unwrap_err().to_string().contains("lower the learning rate"));
+}
+
+#[test]
+fn communication_is_timed_piece_by_piece() {
+    let base = Layout { microbatches: 4, ..Layout::SINGLE };
+    for layout in [Layout { data: 2, devices: 2, ..base }, Layout { pipeline: 2, devices: 2, ..base }] {
+        let (program, report) = (program(&layout), train(&layout, &settings(4)));
+        // The first of the four steps is not counted.
+        let steps = 3;
+        let mut parts: BTreeMap<u64, u64> = BTreeMap::new();
+        let mut received = 0;
+        for (rank, op) in program.ranks.iter().flat_map(|rank| rank.ops.iter().map(move |op| (rank, op))) {
+            match op.kind {
+                OpKind::Recv { .. } => received += steps,
+                OpKind::Collective { collective: Collective::AllReduce, buffer, bytes, .. }
+                    if rank.buffers[buffer.index()].element == Element::F32 =>
+                {
+                    *parts.entry(bytes).or_default() += steps;
+                }
+                _ => {}
+            }
+        }
+        let count = |subject: Subject| report.exchanges.iter().find(|t| t.subject == subject).map_or(0, |t| t.count);
+        for (&bytes, &expected) in &parts {
+            for round in CollectiveRound::ALL {
+                assert_eq!(count(Subject::Collective { round, members: 2, bytes }), expected, "{layout:?} {bytes}");
+            }
+        }
+        assert!(layout.data == 1 || !parts.is_empty());
+        let handed = count(Subject::Overhead(Overhead::Message));
+        assert!(handed <= received, "{layout:?}: {handed} of {received}");
+        assert!(report.exchanges.iter().all(|times| times.total_seconds > 0.0), "{:?}", report.exchanges);
+        assert_eq!(report.busy_seconds.len() as u64, steps);
+        assert!(report.busy_seconds.iter().all(|&seconds| seconds > 0.0));
+    }
 }

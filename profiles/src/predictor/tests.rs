@@ -278,3 +278,72 @@ fn what_is_fused_into_a_product_costs_its_parts_until_it_is_measured() {
     assert!((after.seconds / (0.75 * estimate.seconds) - 1.0).abs() < 1e-9);
     assert_eq!(after.provenance, Provenance::Measured);
 }
+
+#[test]
+fn other_work_of_the_machine_lengthens_what_was_measured_alone_and_not_what_runs_showed() {
+    let lost = |busy, share| row(Subject::Overhead(Overhead::Interference), busy, Source::Measured, share);
+    let mut rows = measured(2);
+    rows.extend(measured(1));
+    rows.extend([lost(2, 0.05), lost(1, 0.01)]);
+    let alone = 12.0 * f64::from(1u32 << 14) / 1e10;
+    let predictor = Predictor::new(&profile(rows.clone())).unwrap();
+    assert!(close(predictor.kernel(&add(1 << 14), 2).seconds, 1.05 * alone));
+    assert!(close(predictor.kernel(&add(1 << 14), 1).seconds, 1.01 * alone));
+    assert_eq!(predictor.kernel(&add(1 << 14), 2).provenance, Provenance::Measured);
+    assert!(close(predictor.kernel(&add(1 << 16), 2).seconds, 1.05 * 4.0 * alone));
+    // The nearest number of devices, where none was looked at.
+    assert!(close(predictor.kernel(&add(1 << 14), 3).seconds, 1.05 * alone));
+    // A run's mean has it in it; what it says of other shapes is relative to the mean.
+    rows.push(row(Subject::Kernel(add(1 << 14)), 2, Source::Trace, 2.1 * alone));
+    let predictor = Predictor::new(&profile(rows)).unwrap();
+    assert!(close(predictor.kernel(&add(1 << 14), 2).seconds, 2.1 * alone));
+    assert!(close(predictor.kernel(&add(1 << 16), 2).seconds, 2.1 * 4.0 * alone));
+}
+
+#[test]
+fn contexts_differ_by_the_shapes_that_both_showed() {
+    let context = |recomputed| Some(Context { recomputed, shared: false });
+    let (kept, again) = (context(Recomputed::Nothing), context(Recomputed::Blocks));
+    let alone = |n: u32| f64::from(n) * 1e-9;
+    let traced = |n: u32, context, ratio: f64| Row {
+        context,
+        ..row(Subject::Kernel(add(n)), 2, Source::Trace, ratio * alone(n))
+    };
+    let mut rows: Vec<Row> =
+        [1u32 << 10, 1 << 12, 1 << 14].map(|n| row(Subject::Kernel(add(n)), 2, Source::Measured, alone(n))).to_vec();
+    // The large shape is slow in every run; only the small one was seen in both contexts, and lasts as long in each.
+    rows.extend([traced(1 << 10, kept, 0.6), traced(1 << 10, again, 0.6), traced(1 << 14, again, 1.0)]);
+    let predictor = Predictor::new(&profile(rows)).unwrap();
+    let found = predictor.kernel(&add(1 << 14), Conditions { busy: 2, context: kept });
+    assert!(close(found.seconds, alone(1 << 14)), "{found:?}");
+}
+
+#[test]
+fn narrow_calls_follow_their_wide_twins() {
+    let narrow = |key: KernelKey| key.with(DType::Bf16);
+    let product = key(KernelOp::MatmulNt, &[128, 256, 256]);
+    let wide = 2.0 * 128.0 * 65536.0 / 1e11;
+    // Nothing narrow was measured: the host widens 1.5 times the bytes of the wide call, at the pace of the adds.
+    let bare = Predictor::new(&profile(measured(2))).unwrap();
+    let found = bare.kernel(&narrow(product.clone()), 2);
+    let moved = 6.0 * f64::from(128 * 256 + 256 * 256 + 128 * 256) / 1e10;
+    assert!((found.seconds / (wide + moved) - 1.0).abs() < 0.02, "{found:?}: {wide} {moved}");
+    assert_eq!(found.provenance, Provenance::Assumed);
+    // A GPU computes on what is narrow.
+    let mut gpu = profile(measured(2));
+    gpu.machine.device = "NVIDIA H100".into();
+    let gpu = Predictor::new(&gpu).unwrap();
+    assert!(close(gpu.kernel(&narrow(product.clone()), 2).seconds, wide));
+
+    let mut rows = measured(2);
+    let add_narrow = Subject::Kernel(narrow(add(1 << 14)));
+    rows.push(row(add_narrow, 2, Source::Measured, 1.5 * 12.0 * f64::from(1u32 << 14) / 1e10));
+    let some = Predictor::new(&profile(rows)).unwrap();
+    assert_eq!(some.kernel(&narrow(add(1 << 14)), 2).provenance, Provenance::Measured);
+    let another = some.kernel(&narrow(add(1 << 16)), 2);
+    assert!(close(another.seconds, 1.5 * 12.0 * 65536.0 / 1e10), "{another:?}");
+    assert_eq!(another.provenance, Provenance::Fitted, "of a class that was measured");
+    let product = some.kernel(&narrow(product), 2);
+    assert!(close(product.seconds, 1.5 * wide), "{product:?}");
+    assert_eq!(product.provenance, Provenance::Assumed, "of another operator");
+}

@@ -46,6 +46,7 @@ struct Overheads {
     shared_op: Estimate,
     message: Estimate,
     shared_message: Estimate,
+    round: Estimate,
 }
 
 /// Passes that cost the same: the microbatch does not matter.
@@ -83,7 +84,7 @@ impl ProfileCost {
     /// When the program is abstract, or its collectives leave open who updates what.
     pub fn new(predictor: &Predictor, program: &Program) -> Result<ProfileCost, CostError> {
         let Workload::Transformer(workload) = &program.workload else { return Err(CostError::Abstract) };
-        let busy = program.devices.len() as u32;
+        let busy = program.busy_devices();
         let mut ranks_of = vec![0u32; program.devices.len()];
         for rank in &program.ranks {
             ranks_of[rank.device.index()] += 1;
@@ -96,6 +97,7 @@ impl ProfileCost {
                 shared_op: overhead(Overhead::SharedOp),
                 message: overhead(Overhead::Message),
                 shared_message: overhead(Overhead::SharedMessage),
+                round: overhead(Overhead::Round),
             },
             shared: ranks_of.into_iter().map(|ranks| ranks > 1).collect(),
             passes: HashMap::new(),
@@ -198,12 +200,12 @@ impl ProfileCost {
         if device(from) == device(to) { self.overheads.shared_message } else { self.overheads.message }
     }
 
-    /// From the moment when all members of a collective stand before a round to the begin of its work: whoever comes last wakes the
-    /// others, as the sender of a message wakes its receiver.
+    /// From the moment when all members of a collective stand before a round to the begin of its work. Members on several devices
+    /// come from work of their own and are awake; on one device they wake each other, as the sender of a message wakes its receiver.
     fn hand_over(&self, program: &Program, group: &Group) -> Estimate {
         let mut devices = group.ranks.iter().map(|rank| program.ranks[rank.index()].device);
         let first = devices.next();
-        if devices.all(|device| Some(device) == first) { self.overheads.shared_message } else { self.overheads.message }
+        if devices.all(|device| Some(device) == first) { self.overheads.shared_message } else { self.overheads.round }
     }
 
     fn work_by_round(&self, exchange: Exchange, group: &Group) -> &[Estimate] {
@@ -334,7 +336,7 @@ pub fn context_of(program: &Program) -> Option<Context> {
         Recompute::Selective => Recomputed::Some,
         Recompute::Full => Recomputed::Blocks,
     };
-    Some(Context { recomputed, shared: program.ranks.len() > program.devices.len() })
+    Some(Context { recomputed, shared: program.ranks.len() > program.busy_devices() as usize })
 }
 
 /// All kernels that a program calls, each shape once: what a profile must know to foretell it from measurements alone.

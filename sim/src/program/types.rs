@@ -5,6 +5,7 @@ use crate::model::{Layer, ModelConfig, Trainable};
 use crate::units::*;
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
 
@@ -35,6 +36,11 @@ impl Program {
     /// through the steps.
     pub fn steps(&self) -> u32 {
         self.ranks.iter().map(RankProgram::steps).max().unwrap_or(1)
+    }
+
+    /// How many devices work: those that have a rank.
+    pub fn busy_devices(&self) -> u32 {
+        self.ranks.iter().map(|rank| rank.device).collect::<BTreeSet<DeviceId>>().len() as u32
     }
 }
 
@@ -392,7 +398,7 @@ pub struct Op {
 }
 
 /// What an op does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OpKind {
     /// A pass of a microbatch over units `first..end` of a stage (forward order for F and R, reverse for B, W, BW).

@@ -7,7 +7,7 @@ mod trial;
 use crate::commands::{calibrate, compare as comparing, plan};
 use crate::failure::Failure;
 use crate::interrupt;
-use crate::local::{self, Local};
+use crate::local::{self, Demand, Local};
 use crate::screen::{Screen, Style};
 use crate::table::{Table, show_percent, show_seconds};
 use crate::trace_file::write_whole;
@@ -47,7 +47,7 @@ pub struct Arguments {
     train: f64,
 
     /// Steps of each configuration that is held against its prediction.
-    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(3..))]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u64).range(3..))]
     steps: u64,
 
     /// How often a configuration runs at most, where other work disturbed its run.
@@ -57,7 +57,7 @@ pub struct Arguments {
 
 impl Default for Arguments {
     fn default() -> Self {
-        Arguments { output: None, calibrate: 30.0, train: 45.0, steps: 10, attempts: 3 }
+        Arguments { output: None, calibrate: 30.0, train: 45.0, steps: 16, attempts: 3 }
     }
 }
 
@@ -123,15 +123,15 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     let job = Job::from_table(table, "examples/demo.toml").map_err(Failure::internal)?;
     let data = training::dataset(&job.train)?;
 
-    let keys = local::kernels_of_job(&job, local::cores())?;
-    let settings = local::measure_settings(arguments.calibrate, None);
+    let demand = Demand::of(&job, local::cores())?;
+    let (keys, settings) = (&demand.keys, demand.settings(arguments.calibrate, None));
     screen.step(format!(
         "calibrate: {} kernel shapes of {} and the grid around them, on {} cores",
         keys.len(),
         job.model.name,
         settings.devices
     ));
-    let profile = local::calibrate(screen, &CpuDevice::new(), &keys, &settings, &stop)?;
+    let profile = local::calibrate(screen, &CpuDevice::new(), keys, &settings, &stop)?;
     let local = Local::with(CpuDevice::new(), profile, "calibrated just now".into())?;
 
     screen.step("plan: search all configurations of the job by simulation");
@@ -157,13 +157,14 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     let (_, predicted) = predict(&program, &local.predictor, chosen.machine, None).map_err(Failure::internal)?;
     let comparison = compare(&predicted, &report.trace).map_err(Failure::internal)?;
     comparing::show(screen, &comparison)?;
+    comparing::show_causes(screen, &comparing::causes(&program, &local.predictor, &report.trace)?)?;
 
     screen.step("recalibrate: correct the profile by short runs of some configurations");
     let mut rows: Vec<Row> = Vec::new();
     let mut disturbed = 0;
     let mut taught_by = Vec::new();
     for configuration in configurations::teachers() {
-        let trial = bench.run(screen, &configuration, arguments.steps.min(6))?;
+        let trial = bench.run(screen, &configuration, arguments.steps.min(12))?;
         disturbed += trial.disturbed;
         if let Some(learnt) = trial.rows(&local.predictor) {
             rows.extend(learnt);

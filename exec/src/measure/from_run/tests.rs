@@ -1,7 +1,8 @@
 use super::*;
+use crate::exchange_times::ExchangeTimes;
 use crate::kernel_times::KernelTimes;
 use crate::report::StepReport;
-use paceline_profiles::{KernelKey, KernelOp, Machine, Profile};
+use paceline_profiles::{CollectiveRound, KernelKey, KernelOp, Machine, Profile};
 use paceline_sim::program::{
     Buffer, Coordinates, Device, Direction, Element, MemoryClass, Message, Op, PROGRAM_FORMAT, RankProgram, Tensor,
     Workload,
@@ -14,6 +15,10 @@ const BYTES: u64 = 4096;
 
 fn key(elements: u32) -> KernelKey {
     KernelKey::new(KernelOp::Add, &[elements]).unwrap()
+}
+
+fn reduction() -> Subject {
+    Subject::Collective { round: CollectiveRound::Reduce, members: 2, bytes: 1 << 20 }
 }
 
 /// One rank that receives twice and then has an op to compute.
@@ -100,7 +105,12 @@ fn report() -> RunReport {
         trace_step: 2,
         memory: vec![],
         kernels: vec![kernel(64, 6, 3.0), kernel(128, 3, 0.6)],
+        exchanges: vec![
+            ExchangeTimes { subject: reduction(), count: 4, total_seconds: 8e-5 },
+            ExchangeTimes { subject: Subject::Overhead(Overhead::Message), count: 2, total_seconds: 6e-5 },
+        ],
         outside_kernels: 0.1,
+        busy_seconds: vec![1.0, 1.0, 2.5],
         stopped: false,
         checkpoint: None,
         gradients: Default::default(),
@@ -116,12 +126,15 @@ fn seconds(rows: &[Row], subject: Subject) -> f64 {
 fn kernels_of_a_typical_step_add_up_to_it() {
     let rows = rows_of_run(&program(), &report(), None);
     assert!(rows.iter().all(|row| row.source == Source::Trace && row.busy_devices == 1));
-    // The counted steps took 1, 1 and 2.5 seconds: the typical one is two thirds of the mean.
+    // The ranks were busy for 1, 1 and 2.5 seconds of the counted steps: the typical one is two thirds of the mean.
     let typical = 1.0 / 1.5;
     assert!((seconds(&rows, Subject::Kernel(key(64))) - 0.5 * typical).abs() < 1e-12);
     assert!((seconds(&rows, Subject::Kernel(key(128))) - 0.2 * typical).abs() < 1e-12);
     // Copies of 10 and 30 nanoseconds.
     assert!((seconds(&rows, Subject::Transfer { bytes: BYTES }) - 20e-9).abs() < 1e-15);
+    // Parts of rounds and hand-overs at the mean.
+    assert!((seconds(&rows, reduction()) - 2e-5).abs() < 1e-15);
+    assert!((seconds(&rows, Subject::Overhead(Overhead::Message)) - 3e-5).abs() < 1e-15);
     // A tenth of the time was outside the 3.6 seconds of kernels, and there was one op in each of three steps.
     let outside = 3.6 * typical / 9.0;
     assert!((seconds(&rows, Subject::Overhead(Overhead::Op)) - outside / 3.0).abs() < 1e-12);
