@@ -167,6 +167,7 @@ fn train_here(
         sampler: &sampler,
         optimizer: settings.optimizer,
         poison: settings.poison,
+        graphs: settings.graphs,
         steps: program.steps(),
         mesh: processes.map(|processes| &*processes.mesh),
     };

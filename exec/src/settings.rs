@@ -35,6 +35,9 @@ pub struct RunSettings {
     /// Let the host run ahead of a device that has queues: ops are only queued, and wait for each other on the device. Else the host
     /// waits for every op.
     pub run_ahead: bool,
+    /// Keep the kernels of a pass, where the host runs ahead, and launch them as one from the third step on: their operands are the same in
+    /// every step.
+    pub graphs: bool,
     /// The other processes, where each rank has its own; without, all ranks run in this one.
     pub processes: Option<Processes>,
 }
@@ -60,6 +63,7 @@ impl RunSettings {
             poison: false,
             pin: None,
             run_ahead: true,
+            graphs: false,
             processes: None,
         }
     }

@@ -10,7 +10,7 @@ use crate::call::Call;
 use crate::check::Access;
 use crate::cpu::CpuDevice;
 use crate::device::{Block, Device, KernelError, View};
-use crate::queue::{Moment, Queue, Queues};
+use crate::queue::{Moment, Queue, Queues, Sequence};
 use crate::streams::{Pace, Streams};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
@@ -95,12 +95,18 @@ impl Device for LateDevice {
 
     unsafe fn run(&self, call: &Call) -> Result<(), KernelError> {
         call.check()?;
-        let touched: SmallVec<[(View, bool); 7]> =
+        let touched: Touched =
             call.operands().iter().map(|operand| (operand.view, operand.access != Access::Read)).collect();
-        self.note(&touched, call.name())?;
+        let mut watch = self.core.watch();
+        if let Some((_, calls)) = watch.keeping.iter_mut().find(|(stream, _)| *stream == self.stream) {
+            calls.push((touched, call.name()));
+        } else {
+            watch.note(self.stream, &touched, call.name())?;
+        }
+        drop(watch);
         let (cpu, call) = (self.core.cpu.clone(), *call);
         // SAFETY: the caller's promise: operands live until the call has ended.
-        self.core.streams.run(self.stream, Box::new(move || unsafe { cpu.run(&call) }))?;
+        self.core.streams.run(self.stream, Arc::new(move || unsafe { cpu.run(&call) }))?;
         if self.stream == 0 {
             self.seen();
         }
@@ -121,7 +127,7 @@ impl Device for LateDevice {
         self.note(&[(to, true)], "upload")?;
         let (cpu, from) = (self.core.cpu.clone(), from.to_vec());
         // SAFETY: the caller's promise: the view lives until the copy has ended.
-        self.core.streams.run(self.stream, Box::new(move || unsafe { cpu.upload(&from, to) }))?;
+        self.core.streams.run(self.stream, Arc::new(move || unsafe { cpu.upload(&from, to) }))?;
         if self.stream == 0 {
             self.seen();
         }
@@ -151,6 +157,30 @@ impl Queue for LateDevice {
         watch.clocks[self.stream].join(&there);
         self.core.streams.follow(self.stream, moment);
         Ok(())
+    }
+
+    fn keep(&self) -> Result<(), KernelError> {
+        self.core.watch().keeping.push((self.stream, Vec::new()));
+        self.core.streams.keep(self.stream);
+        Ok(())
+    }
+
+    fn kept(&self) -> Result<Sequence, KernelError> {
+        let sequence = self.core.streams.kept(self.stream);
+        let mut watch = self.core.watch();
+        if let Some(place) = watch.keeping.iter().position(|(stream, _)| *stream == self.stream) {
+            let (_, calls) = watch.keeping.swap_remove(place);
+            watch.sequences.insert(sequence.0, calls);
+        }
+        Ok(sequence)
+    }
+
+    unsafe fn replay(&self, sequence: Sequence) -> Result<(), KernelError> {
+        let mut watch = self.core.watch();
+        let calls = watch.sequences.get(&sequence.0).cloned().unwrap_or_default();
+        calls.iter().try_for_each(|(touched, what)| watch.note(self.stream, touched, what))?;
+        drop(watch);
+        self.core.streams.replay(self.stream, sequence)
     }
 }
 
@@ -237,7 +267,13 @@ struct Watch {
     host: Clock,
     /// By first byte.
     pieces: BTreeMap<u64, Piece>,
+    /// What calls that are kept touch: of streams that keep, and of sequences.
+    keeping: Vec<(usize, Vec<(Touched, &'static str)>)>,
+    sequences: BTreeMap<usize, Vec<(Touched, &'static str)>>,
 }
+
+/// What a call touches, and whether it writes it.
+type Touched = SmallVec<[(View, bool); 7]>;
 
 impl Watch {
     /// Cuts a piece in two at an address.

@@ -21,6 +21,6 @@ pub use cuda::{CudaDevice, CudaLibraries, EmulatedGpu, Gpu};
 pub use device::*;
 pub use late::LateDevice;
 pub use network::{Channel, Joint, Network};
-pub use queue::{Moment, Queue, Queues};
+pub use queue::{Moment, Queue, Queues, Sequence};
 pub use streams::Pace;
 pub use thread_network::ThreadNetwork;

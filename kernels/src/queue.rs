@@ -8,6 +8,10 @@ use crate::device::{Device, KernelError};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Moment(pub(crate) u64);
 
+/// Work that a queue has kept to do it again and again (a graph, in CUDA's words): plain data, known to that queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Sequence(pub(crate) usize);
+
 /// An order of work of its own on a device: its calls run one after the other, beside those of other queues.
 ///
 /// A download waits for everything that was queued here; an upload may be queued, with a copy of what it reads.
@@ -23,6 +27,24 @@ pub trait Queue: Device {
     /// # Errors
     /// See [`KernelError`].
     fn follow(&self, moment: Moment) -> Result<(), KernelError>;
+
+    /// From now on until [`Queue::kept`], what is run here is kept instead of done: calls only, all of which have been run here before.
+    ///
+    /// # Errors
+    /// See [`KernelError`].
+    fn keep(&self) -> Result<(), KernelError>;
+
+    /// What was kept, ready to be done.
+    ///
+    /// # Errors
+    /// See [`KernelError`]. Nothing is kept then.
+    fn kept(&self) -> Result<Sequence, KernelError>;
+
+    /// Does what was kept, as if its calls were run again: the same operands at the same addresses.
+    ///
+    /// # Safety
+    /// As for [`Device::run`] of all its calls.
+    unsafe fn replay(&self, sequence: Sequence) -> Result<(), KernelError>;
 }
 
 /// A device on which work goes on beside other work.

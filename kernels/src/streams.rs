@@ -5,9 +5,9 @@
 //! by the thread that waits, one piece at a time.
 
 use crate::device::KernelError;
-use crate::queue::Moment;
+use crate::queue::{Moment, Sequence};
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// In which of the possible orders late work is done.
@@ -19,8 +19,8 @@ pub enum Pace {
     Drawn(u64),
 }
 
-/// Work, later.
-pub(crate) type Task = Box<dyn FnOnce() -> Result<(), KernelError> + Send>;
+/// Work, later, once or often.
+pub(crate) type Task = Arc<dyn Fn() -> Result<(), KernelError> + Send + Sync>;
 
 enum Item {
     Work(Task),
@@ -54,6 +54,9 @@ struct State {
     pace: Pace,
     random: u64,
     failure: Option<KernelError>,
+    /// Streams whose work is kept, and what was kept before.
+    keeping: Vec<(usize, Vec<Task>)>,
+    sequences: Vec<Vec<Task>>,
 }
 
 /// The streams of an emulated device.
@@ -70,6 +73,8 @@ impl Streams {
             pace,
             random,
             failure: None,
+            keeping: Vec::new(),
+            sequences: Vec::new(),
         }))
     }
 
@@ -109,9 +114,33 @@ impl Streams {
             }
             return task();
         }
+        if let Some((_, kept)) = state.keeping.iter_mut().find(|(stream, _)| *stream == on) {
+            kept.push(task);
+            return Ok(());
+        }
         state.queues[on].push_back(Item::Work(task));
         state.wander();
         Ok(())
+    }
+
+    /// Keeps the work of a stream instead of doing it.
+    pub fn keep(&self, on: usize) {
+        self.lock().keeping.push((on, Vec::new()));
+    }
+
+    /// What was kept of a stream; nothing where it did not keep.
+    pub fn kept(&self, on: usize) -> Sequence {
+        let mut state = self.lock();
+        let place = state.keeping.iter().position(|(stream, _)| *stream == on);
+        let kept = place.map(|place| state.keeping.swap_remove(place).1);
+        state.sequences.push(kept.unwrap_or_default());
+        Sequence(state.sequences.len() - 1)
+    }
+
+    /// Queues what was kept.
+    pub fn replay(&self, on: usize, sequence: Sequence) -> Result<(), KernelError> {
+        let tasks = self.lock().sequences[sequence.0].clone();
+        tasks.into_iter().try_for_each(|task| self.run(on, task))
     }
 
     pub fn set(&self, on: usize, moment: Moment) {
@@ -217,12 +246,11 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
 
     /// Letters in the order in which they are done.
     fn letter(said: &Arc<Mutex<String>>, letter: char) -> Task {
         let said = said.clone();
-        Box::new(move || {
+        Arc::new(move || {
             said.lock().unwrap().push(letter);
             Ok(())
         })
@@ -284,12 +312,33 @@ mod tests {
     }
 
     #[test]
+    fn what_is_kept_is_done_again_and_again_in_its_order() {
+        let (streams, said) = (Streams::new(Pace::Drawn(3)), Arc::default());
+        let (one, two) = (streams.open(), streams.open());
+        streams.run(one, letter(&said, 'x')).unwrap();
+        streams.keep(one);
+        streams.run(one, letter(&said, 'a')).unwrap();
+        streams.run(two, letter(&said, '.')).unwrap();
+        streams.run(one, letter(&said, 'b')).unwrap();
+        let kept = streams.kept(one);
+        streams.finish_all();
+        let done = |said: &Arc<Mutex<String>>| said.lock().unwrap().replace('.', "");
+        assert_eq!(done(&said), "x");
+        for _ in 0..2 {
+            streams.replay(one, kept).unwrap();
+        }
+        streams.run(one, letter(&said, 'y')).unwrap();
+        streams.finish_all();
+        assert_eq!(done(&said), "xababy");
+    }
+
+    #[test]
     fn what_goes_wrong_is_told_once() {
         let streams = Streams::new(Pace::Late);
         let one = streams.open();
         for n in 0..2 {
             let what = n.to_string();
-            let wrong = Box::new(move || Err(KernelError::Machine { device: "streams".into(), what }));
+            let wrong = Arc::new(move || Err(KernelError::Machine { device: "streams".into(), what: what.clone() }));
             streams.run(one, wrong).unwrap();
         }
         assert_eq!(streams.finish(one).unwrap_err().to_string(), "device streams: 0");

@@ -72,6 +72,10 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
 
+    /// Launch the kernels of each pass as one graph, which is less work for the host (GPUs).
+    #[arg(long)]
+    graphs: bool,
+
     /// This process runs one rank of the plan: which one, and where all meet, say RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     /// MASTER_PORT, as torchrun and Slurm set them.
     #[arg(long)]
@@ -199,6 +203,7 @@ fn train(
     let mut settings = training::settings(&plan.job, &data, steps)?;
     settings.stop = Some(interrupt::flag()?);
     settings.resume = arguments.resume.clone();
+    settings.graphs = arguments.graphs;
     if !arguments.no_checkpoint {
         let beside = || arguments.plan.with_extension("checkpoints");
         let directory = arguments.checkpoint.clone().unwrap_or_else(beside);

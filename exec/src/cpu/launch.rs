@@ -7,10 +7,11 @@ use crate::lines::Lines;
 use crate::memory::RankMemory;
 use crate::numbers::dtype;
 use crate::seam::{Launch, Operands};
-use paceline_kernels::{Call, Device, KernelError, Moment, View};
+use paceline_kernels::{Call, Device, KernelError, Moment, Queue, Sequence, View};
 use paceline_sim::program::{Op, RankProgram, Tensor};
 use paceline_sim::units::{OpId, RankId};
 use std::cell::RefCell;
+use std::collections::HashMap;
 
 /// The buffers that an op declares, as views of its tensors.
 pub(super) struct OpOperands<'a> {
@@ -67,6 +68,46 @@ impl Ticks {
             tally.add(&call, lines.nanoseconds(from, to)?);
         }
         Ok(())
+    }
+}
+
+/// Passes whose kernels are launched as one. Their calls are the same in every step, because buffers have their places in the arena
+/// and nothing but addresses and shapes is in a call of a pass.
+#[derive(Debug, Default)]
+pub(super) struct Graphs {
+    /// By op.
+    known: HashMap<u32, Option<Sequence>>,
+}
+
+impl Graphs {
+    /// Runs the pass of an op: the first time by itself, so that whatever is made for the first time is there; then it is kept, and
+    /// from there on replayed.
+    pub(super) fn run(
+        &mut self,
+        op: u32,
+        queue: &dyn Queue,
+        pass: &dyn Fn() -> Result<(), ExecError>,
+        refused: impl Fn(KernelError) -> ExecError,
+    ) -> Result<(), ExecError> {
+        let sequence = match self.known.get(&op) {
+            None => {
+                self.known.insert(op, None);
+                return pass();
+            }
+            Some(&Some(sequence)) => sequence,
+            Some(None) => {
+                queue.keep().map_err(&refused)?;
+                let passed = pass();
+                // Whatever came of the pass, the queue must not go on keeping.
+                let kept = queue.kept();
+                passed?;
+                let sequence = kept.map_err(&refused)?;
+                self.known.insert(op, Some(sequence));
+                sequence
+            }
+        };
+        // SAFETY: the calls are those that the pass would make now, on the same buffers.
+        unsafe { queue.replay(sequence) }.map_err(refused)
     }
 }
 

@@ -10,7 +10,7 @@ use super::sources::SOURCES;
 use super::staging::{STAGED, Staging};
 use crate::device::{Block, KernelError};
 use crate::network::{Channel, Network};
-use crate::queue::Moment;
+use crate::queue::{Moment, Sequence};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::collections::HashMap;
@@ -141,6 +141,7 @@ unsafe impl Send for Function {}
 /// A stream of the driver as a machine.
 pub struct Cuda {
     // Dropped in this order.
+    graphs: Mutex<Vec<Graph>>,
     stream: Stream,
     /// For copies beside the work of the other stream.
     copies: Stream,
@@ -148,6 +149,24 @@ pub struct Cuda {
     workspace: Mutex<Option<Memory>>,
     staging: Mutex<Staging>,
     core: Arc<Core>,
+}
+
+/// Work that was captured, ready to be launched.
+struct Graph {
+    launchable: sys::CUgraphExec,
+    context: Arc<Context>,
+}
+
+// SAFETY: graphs may be launched from any thread, one at a time.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: nobody launches it any more; one that runs is freed when it has ended. An error could not be told to anybody.
+            let _ = unsafe { result::graph::exec_destroy(self.launchable) };
+        }
+    }
 }
 
 /// What all streams of a GPU share.
@@ -245,7 +264,7 @@ impl Cuda {
     fn of(core: Arc<Core>) -> Result<Cuda, KernelError> {
         let (stream, copies) = (Stream::new(&core.context)?, Stream::new(&core.context)?);
         let staging = Mutex::new(Staging::new(&core.context));
-        Ok(Cuda { stream, copies, workspace: Mutex::new(None), staging, core })
+        Ok(Cuda { graphs: Mutex::default(), stream, copies, workspace: Mutex::new(None), staging, core })
     }
 
     fn context(&self) -> &Arc<Context> {
@@ -415,6 +434,43 @@ impl Machine for Cuda {
 
     fn seconds(&self, from: Moment, to: Moment) -> Result<f64, KernelError> {
         self.core.events.seconds(from, to)
+    }
+
+    fn keep(&self) -> Result<(), KernelError> {
+        self.context().enter()?;
+        // Of other threads, which work on other streams, nothing is forbidden meanwhile.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives.
+        unsafe { result::stream::begin_capture(self.stream.handle, mode) }
+            .map_err(|error| self.context().failed("beginning a graph", error))
+    }
+
+    fn kept(&self) -> Result<Sequence, KernelError> {
+        self.context().enter()?;
+        let failed = |error| self.context().failed("making a graph of what was queued", error);
+        // SAFETY: the stream lives.
+        let graph = unsafe { result::stream::end_capture(self.stream.handle) }.map_err(failed)?;
+        // SAFETY: the graph is ours, and used no more once it can be launched.
+        let launchable = unsafe {
+            let launchable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags_enum(0));
+            let _ = result::graph::destroy(graph);
+            launchable.map_err(failed)?
+        };
+        let mut graphs = self.graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        graphs.push(Graph { launchable, context: self.context().clone() });
+        Ok(Sequence(graphs.len() - 1))
+    }
+
+    unsafe fn replay(&self, sequence: Sequence) -> Result<(), KernelError> {
+        self.context().enter()?;
+        let graphs = self.graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(graph) = graphs.get(sequence.0) else {
+            let what = format!("graph {} is not this stream's", sequence.0);
+            return Err(KernelError::Machine { device: self.name(), what });
+        };
+        // SAFETY: graph and stream live; the rest is the caller's promise.
+        unsafe { result::graph::launch(graph.launchable, self.stream.handle) }
+            .map_err(|error| self.context().failed("launching a graph", error))
     }
 
     unsafe fn upload(&self, from: &[u8], to: u64) -> Result<(), KernelError> {

@@ -6,7 +6,7 @@ use super::machine::{Epilogue, Kernel, Launch, Layout, Machine, Packed, Product}
 use super::sources::{EMULATOR, HEADER, SOURCES, Source, digest};
 use crate::cpu::CpuDevice;
 use crate::device::{Block, DType, Device, KernelError};
-use crate::queue::Moment;
+use crate::queue::{Moment, Sequence};
 use crate::streams::{Pace, Streams, Task};
 use libloading::Library;
 use std::collections::HashMap;
@@ -352,7 +352,7 @@ impl Machine for Emulated {
         let entry = self.entry(launch.kernel)?;
         let launch = launch.clone();
         // SAFETY: the caller's promise.
-        self.later(Box::new(move || unsafe { enter(entry, &launch) }))
+        self.later(Arc::new(move || unsafe { enter(entry, &launch) }))
     }
 
     /// As cuBLASLt: matrices beside a product begin, and their rows too, at multiples of 16 bytes.
@@ -362,14 +362,14 @@ impl Machine for Emulated {
 
     unsafe fn multiply(&self, product: &Product) -> Result<(), KernelError> {
         let product = *product;
-        self.later(Box::new(move || {
+        self.later(Arc::new(move || {
             // SAFETY: the caller's promise.
             unsafe { multiply(&product) };
             Ok(())
         }))
     }
     unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), KernelError> {
-        self.later(Box::new(move || {
+        self.later(Arc::new(move || {
             // SAFETY: the caller's promise.
             unsafe {
                 std::ptr::copy_nonoverlapping(
@@ -383,7 +383,7 @@ impl Machine for Emulated {
     }
 
     unsafe fn clear(&self, at: u64, bytes: usize) -> Result<(), KernelError> {
-        self.later(Box::new(move || {
+        self.later(Arc::new(move || {
             // SAFETY: the caller's promise.
             unsafe { std::ptr::write_bytes(std::ptr::with_exposed_provenance_mut::<u8>(at as usize), 0, bytes) }
             Ok(())
@@ -416,6 +416,19 @@ impl Machine for Emulated {
         self.core.streams.reach(moment)
     }
 
+    fn keep(&self) -> Result<(), KernelError> {
+        self.core.streams.keep(self.stream);
+        Ok(())
+    }
+
+    fn kept(&self) -> Result<Sequence, KernelError> {
+        Ok(self.core.streams.kept(self.stream))
+    }
+
+    unsafe fn replay(&self, sequence: Sequence) -> Result<(), KernelError> {
+        self.core.streams.replay(self.stream, sequence)
+    }
+
     fn seconds(&self, from: Moment, to: Moment) -> Result<f64, KernelError> {
         let never = || self.failed("a moment has not come".to_owned());
         self.core.streams.seconds(from, to).ok_or_else(never)
@@ -423,7 +436,7 @@ impl Machine for Emulated {
 
     unsafe fn upload(&self, from: &[u8], to: u64) -> Result<(), KernelError> {
         let from = from.to_vec();
-        self.later(Box::new(move || {
+        self.later(Arc::new(move || {
             let to = std::ptr::with_exposed_provenance_mut::<u8>(to as usize);
             // SAFETY: the caller's promise; the host's memory is not the machine's.
             unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }

@@ -7,7 +7,7 @@
 
 use crate::device::{Block, DType, KernelError};
 use crate::network::Network;
-use crate::queue::Moment;
+use crate::queue::{Moment, Sequence};
 use smallvec::SmallVec;
 use std::ffi::c_void;
 
@@ -251,6 +251,18 @@ pub trait Machine: Send + Sync + Sized + 'static {
 
     /// Seconds between two moments that have come.
     fn seconds(&self, from: Moment, to: Moment) -> Result<f64, KernelError>;
+
+    /// Keeps what is asked for instead of doing it.
+    fn keep(&self) -> Result<(), KernelError>;
+
+    /// What was kept since [`Machine::keep`].
+    fn kept(&self) -> Result<Sequence, KernelError>;
+
+    /// Does what was kept.
+    ///
+    /// # Safety
+    /// As for all that was kept.
+    unsafe fn replay(&self, sequence: Sequence) -> Result<(), KernelError>;
 
     /// Copies from the host; `from` may be changed when it returns.
     ///

@@ -22,7 +22,7 @@ mod staging;
 use crate::call::Call;
 use crate::device::{Block, Device, KernelError, View};
 use crate::network::Network;
-use crate::queue::{Moment, Queue, Queues};
+use crate::queue::{Moment, Queue, Queues, Sequence};
 use crate::streams::Pace;
 use machine::Machine;
 use std::path::Path;
@@ -179,6 +179,19 @@ impl<M: Machine> Queue for Gpu<M> {
 
     fn follow(&self, moment: Moment) -> Result<(), KernelError> {
         self.machine.follow(moment)
+    }
+
+    fn keep(&self) -> Result<(), KernelError> {
+        self.machine.keep()
+    }
+
+    fn kept(&self) -> Result<Sequence, KernelError> {
+        self.machine.kept()
+    }
+
+    unsafe fn replay(&self, sequence: Sequence) -> Result<(), KernelError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.machine.replay(sequence) }
     }
 }
 
