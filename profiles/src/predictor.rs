@@ -429,13 +429,16 @@ impl Predictor {
     fn inside(&self, subject: &Subject, under: Conditions) -> f64 {
         let class = Class::of(subject);
         let like = self.like(under);
-        let moved = |&(run, ratio): &(Run, f64)| {
-            let way = like.filter(|like| *like != run).and_then(|like| self.between.get(&(run, like)));
-            ratio * way.map_or(1.0, |ratios| ratios.of(class))
+        // Only the same operator tells how two contexts differ for a shape.
+        let moved = |&(run, ratio): &(Run, f64)| match like {
+            Some(like) if like != run => Some(ratio * self.between.get(&(run, like))?.classes.get(&class)?),
+            _ => Some(ratio),
         };
-        let own = self.shapes.get(subject).and_then(|runs| median(runs.iter().map(moved).collect()));
+        let runs = || self.shapes.get(subject).into_iter().flatten();
         let of_class = || like.and_then(|run| self.runs.get(&run)?.classes.get(&class).copied());
-        own.or_else(of_class).unwrap_or_else(|| self.all_runs.of(class))
+        let own = median(runs().filter_map(moved).collect()).or_else(of_class);
+        let unmoved = || median(runs().map(|(_, ratio)| *ratio).collect());
+        own.or_else(unmoved).unwrap_or_else(|| self.all_runs.of(class))
     }
 
     /// Time of a kernel. Where little of its number format was measured, it is as much longer than the same call on 32-bit

@@ -316,6 +316,21 @@ fn contexts_differ_by_the_shapes_that_both_showed() {
     let predictor = Predictor::new(&profile(rows)).unwrap();
     let found = predictor.kernel(&add(1 << 14), Conditions { busy: 2, context: kept });
     assert!(close(found.seconds, alone(1 << 14)), "{found:?}");
+
+    // What adds say of two contexts is nothing to products: another product of the context asked about speaks for them.
+    let [seen, other] = [128u32, 256].map(|m| key(KernelOp::MatmulNt, &[m, 256, 256]));
+    let mut rows = measured(2);
+    let run = |key: &KernelKey, context, ratio: f64| {
+        let alone = rows.iter().find(|row| row.subject == Subject::Kernel(key.clone())).unwrap().median_seconds;
+        Row { context, ..row(Subject::Kernel(key.clone()), 2, Source::Trace, ratio * alone) }
+    };
+    let add = add(1 << 10);
+    let traced = [run(&add, kept, 0.5), run(&add, again, 1.0), run(&seen, again, 1.1), run(&other, kept, 0.9)];
+    let alone = rows.iter().find(|row| row.subject == Subject::Kernel(seen.clone())).unwrap().median_seconds;
+    rows.extend(traced);
+    let predictor = Predictor::new(&profile(rows)).unwrap();
+    let found = predictor.kernel(&seen, Conditions { busy: 2, context: kept });
+    assert!(close(found.seconds, 0.9 * alone), "{found:?}");
 }
 
 #[test]
