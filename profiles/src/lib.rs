@@ -7,6 +7,7 @@
 //! - [`import`]: measurements of other tools.
 //! - [`recalibrate`]: corrects a profile by what a real run showed.
 
+mod class;
 mod cluster;
 mod context;
 mod curve;
@@ -21,13 +22,14 @@ mod recalibrate;
 mod row;
 mod work;
 
+pub use class::Class;
 pub use cluster::{Change, Cluster, ClusterError, Fabric, MeasuredError, cluster_names, find_cluster};
 pub use context::*;
 pub use estimate::*;
 pub use fit::Line;
 pub use gpu::{Generation, Gpu, GpuError, find_gpu, gpus, parse as parse_gpus};
 pub use kernel_key::*;
-pub use predictor::{Class, Foretold, Predictor, Residual};
+pub use predictor::{Foretold, Predictor, Residual};
 pub use profile::*;
 pub use recalibrate::*;
 pub use row::*;

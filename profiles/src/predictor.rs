@@ -10,98 +10,23 @@
 //! the operator, else of its family, else of all. A shape that runs of other contexts showed keeps its own ratio, moved as
 //! the contexts differ for the shapes that runs of both showed: other shapes would tell shapes apart, not contexts.
 
+mod curves;
+mod ratios;
+
+use crate::class::Class;
 use crate::context::{Conditions, Context};
-use crate::curve::{Ladder, Sample, Surface};
+use crate::curve::Sample;
 use crate::estimate::{Estimate, Provenance};
 use crate::fit::{Line, Point};
 use crate::kernel_key::{DType, Family, KernelKey, KernelOp};
 use crate::profile::{Profile, ProfileError};
 use crate::row::{CollectiveRound, Overhead, Row, Source, Subject};
 use crate::work::Work;
-use serde::{Deserialize, Serialize};
-use smallvec::SmallVec;
+use curves::{Curve, Group, Place, Shape, left_out};
+pub use curves::{Foretold, Residual};
+pub(crate) use ratios::median;
+use ratios::{Ratios, nearest};
 use std::collections::{BTreeMap, HashMap};
-use std::fmt;
-
-/// What is fitted together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Class {
-    /// All shapes of a kernel on operands of one type.
-    Kernel(KernelOp, DType),
-    /// Messages of all sizes.
-    Transfer,
-    /// A round of collectives of all sizes.
-    Collective(CollectiveRound),
-    /// A cost of the executor.
-    Overhead(Overhead),
-}
-
-impl Class {
-    /// The class of a subject.
-    pub fn of(subject: &Subject) -> Class {
-        match subject {
-            Subject::Kernel(key) => Class::Kernel(key.op, key.dtype),
-            Subject::Transfer { .. } => Class::Transfer,
-            Subject::Collective { round, .. } => Class::Collective(*round),
-            Subject::Overhead(overhead) => Class::Overhead(*overhead),
-        }
-    }
-
-    fn family(self) -> Family {
-        match self {
-            Class::Kernel(op, _) => op.family(),
-            _ => Family::Memory,
-        }
-    }
-}
-
-impl fmt::Display for Class {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Class::Kernel(op, DType::F32) => write!(f, "{op}"),
-            Class::Kernel(op, dtype) => write!(f, "{op} {dtype}"),
-            Class::Transfer => f.write_str("transfer"),
-            Class::Collective(round) => write!(f, "collective {}", round.name()),
-            Class::Overhead(overhead) => write!(f, "overhead {}", overhead.name()),
-        }
-    }
-}
-
-/// How well the curve of a class foretells points that it has not seen.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Residual {
-    /// What was fitted.
-    pub class: Class,
-    /// Measured points.
-    pub points: usize,
-    /// The fitted coefficients.
-    pub line: Line,
-    /// Median over the points of the relative error when the others foretell it; `None` for a single point.
-    pub median_error: Option<f64>,
-    /// The largest.
-    pub worst_error: Option<f64>,
-}
-
-/// A measured point and what the others of its class foretell for it.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Foretold {
-    /// Floating-point operations of its work.
-    pub flops: f64,
-    /// Bytes that it moves.
-    pub bytes: f64,
-    /// As measured.
-    pub seconds: f64,
-    /// As foretold.
-    pub foretold_seconds: f64,
-}
-
-impl Foretold {
-    /// Signed, relative to the measured time.
-    pub fn error(&self) -> f64 {
-        self.foretold_seconds / self.seconds - 1.0
-    }
-}
 
 /// Foretells times from a profile.
 #[derive(Debug, Clone)]
@@ -139,135 +64,6 @@ const ENOUGH: usize = 4;
 
 /// A kind of run: its context, and how many devices worked.
 type Run = (Option<Context>, u32);
-
-/// What one curve goes through: a class, collectives by number of members.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Group {
-    Kernel(KernelOp, DType),
-    Transfer,
-    Collective(CollectiveRound, u32),
-}
-
-#[derive(Debug, Clone)]
-struct Curve {
-    shape: Shape,
-    /// Some of its points are a vendor's.
-    datasheet: bool,
-}
-
-#[derive(Debug, Clone)]
-enum Shape {
-    Ladder(Ladder),
-    Surface(Surface),
-}
-
-impl Shape {
-    fn new(class: Class, samples: &[Sample]) -> Result<Shape, ProfileError> {
-        let what = class.to_string();
-        Ok(match class.family() {
-            Family::Memory => Shape::Ladder(Ladder::new(&what, samples)?),
-            Family::Matmul | Family::Attention | Family::Head => Shape::Surface(Surface::new(&what, samples)?),
-        })
-    }
-
-    fn seconds(&self, sample: &Place) -> f64 {
-        match self {
-            Shape::Ladder(ladder) => ladder.seconds(sample.bytes),
-            Shape::Surface(surface) => surface.seconds(sample.flops, sample.bytes, &sample.place),
-        }
-    }
-
-    fn line(&self) -> Line {
-        match self {
-            Shape::Ladder(ladder) => ladder.line,
-            Shape::Surface(surface) => surface.line,
-        }
-    }
-}
-
-/// Where a subject lies among those of its class.
-struct Place {
-    flops: f64,
-    bytes: f64,
-    place: SmallVec<[f64; 5]>,
-}
-
-impl Place {
-    fn of(subject: &Subject) -> Option<(Group, Place)> {
-        let moved = |bytes: f64| Place { flops: 0.0, bytes, place: SmallVec::from_slice(&[bytes.max(1.0).ln()]) };
-        match subject {
-            Subject::Kernel(key) => {
-                let Work { flops, bytes } = Work::of(key);
-                let place = key.dims.iter().map(|&d| f64::from(d.max(1)).ln()).collect();
-                Some((Group::Kernel(key.op, key.dtype), Place { flops, bytes, place }))
-            }
-            Subject::Transfer { bytes } => Some((Group::Transfer, moved(2.0 * *bytes as f64))),
-            &Subject::Collective { round, members, bytes } => {
-                let (all, n) = (bytes as f64, f64::from(members.max(1)));
-                let touched = match round {
-                    // Its shard of every member is read, and written once.
-                    CollectiveRound::Reduce => all + all / n,
-                    // Every other shard is read and written.
-                    CollectiveRound::Gather => 2.0 * all * (n - 1.0) / n,
-                };
-                Some((Group::Collective(round, members), moved(touched)))
-            }
-            Subject::Overhead(_) => None,
-        }
-    }
-
-    fn sample(self, seconds: f64) -> Sample {
-        Sample { point: Point { flops: self.flops, bytes: self.bytes, seconds }, place: self.place }
-    }
-}
-
-/// Ratios between two layers: medians by class, by family, and over all.
-#[derive(Debug, Clone, Default)]
-struct Ratios {
-    classes: BTreeMap<Class, f64>,
-    families: BTreeMap<Family, f64>,
-    all: Option<f64>,
-}
-
-impl Ratios {
-    fn new(pairs: impl Iterator<Item = (Class, f64)>) -> Ratios {
-        let mut classes: BTreeMap<Class, Vec<f64>> = BTreeMap::new();
-        let mut families: BTreeMap<Family, Vec<f64>> = BTreeMap::new();
-        let mut all = Vec::new();
-        for (class, ratio) in pairs {
-            classes.entry(class).or_default().push(ratio);
-            families.entry(class.family()).or_default().push(ratio);
-            all.push(ratio);
-        }
-        Ratios {
-            classes: classes.into_iter().filter_map(|(class, ratios)| Some((class, median(ratios)?))).collect(),
-            families: families.into_iter().filter_map(|(family, ratios)| Some((family, median(ratios)?))).collect(),
-            all: median(all),
-        }
-    }
-
-    fn of(&self, class: Class) -> f64 {
-        let found = self.classes.get(&class).or_else(|| self.families.get(&class.family())).copied();
-        found.or(self.all).unwrap_or(1.0)
-    }
-}
-
-/// The middle value; of an even number, the mean of the two.
-pub(crate) fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        n if n % 2 == 1 => Some(values[middle]),
-        _ => Some((values[middle - 1] + values[middle]) / 2.0),
-    }
-}
-
-/// The entry whose number is nearest to `wanted` in ratio; of two equally near, the smaller.
-fn nearest<T>(entries: &BTreeMap<u32, T>, wanted: u32) -> Option<&T> {
-    let distance = |&n: &u32| (f64::from(n.max(1)) / f64::from(wanted.max(1))).ln().abs();
-    entries.iter().min_by(|(a, _), (b, _)| distance(a).total_cmp(&distance(b))).map(|(_, entry)| entry)
-}
 
 impl Predictor {
     /// Fits the curves of a profile. Of rows that measure the same, the last counts.
@@ -652,22 +448,6 @@ fn widened_bytes(key: &KernelKey) -> f64 {
         _ => Work::of(key).bytes / key.dtype.bytes() as f64,
     };
     6.0 * values
-}
-
-/// Leaves out each sample in turn and foretells it by the others.
-fn left_out(class: Class, samples: &[Sample]) -> Result<Vec<Foretold>, ProfileError> {
-    let mut points = Vec::new();
-    for place in 0..samples.len() {
-        let mut others = samples.to_vec();
-        let Sample { point, place } = others.swap_remove(place);
-        if others.is_empty() {
-            continue;
-        }
-        let at = Place { flops: point.flops, bytes: point.bytes, place };
-        let foretold_seconds = Shape::new(class, &others)?.seconds(&at);
-        points.push(Foretold { flops: point.flops, bytes: point.bytes, seconds: point.seconds, foretold_seconds });
-    }
-    Ok(points)
 }
 
 fn provenance(source: Source) -> Provenance {

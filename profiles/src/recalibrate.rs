@@ -1,8 +1,9 @@
 //! Correcting a profile by what real runs showed: times inside a run differ from times measured alone, because caches
 //! hold what the last kernel left.
 
+use crate::class::Class;
 use crate::context::{Conditions, Context};
-use crate::predictor::{Class, Predictor, median};
+use crate::predictor::{Predictor, median};
 use crate::profile::{Profile, ProfileError};
 use crate::row::{Row, Source, Subject};
 use serde::{Deserialize, Serialize};
