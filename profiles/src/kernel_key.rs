@@ -242,31 +242,23 @@ impl KernelOp {
 
     /// Names of its dimensions, in the order of [`KernelKey::dims`].
     pub fn dimensions(self) -> &'static [&'static str] {
-        match self {
-            KernelOp::MatmulNn
-            | KernelOp::MatmulNt
-            | KernelOp::MatmulTn
-            | KernelOp::ProjectBias
-            | KernelOp::ProjectBiasGelu
-            | KernelOp::ProjectBiasAdd
-            | KernelOp::ProjectAdd
-            | KernelOp::ProjectBackGelu => &["m", "n", "k"],
-            KernelOp::Attention | KernelOp::AttentionBackward => &["batch", "seq", "heads", "kv_heads", "head_dim"],
-            KernelOp::HeadLoss
-            | KernelOp::HeadBackwardInput
-            | KernelOp::HeadBackwardWeight
-            | KernelOp::HeadBackward => &["rows", "cols", "vocab", "chunk"],
-            KernelOp::Gelu
-            | KernelOp::GeluBackward
-            | KernelOp::Add
-            | KernelOp::Sum
-            | KernelOp::Copy
-            | KernelOp::Cast
-            | KernelOp::Zero
-            | KernelOp::SumSquares
-            | KernelOp::AdamW
-            | KernelOp::AdamWAhead => &["elements"],
-            _ => &["rows", "cols"],
+        match self.family() {
+            Family::Matmul => &["m", "n", "k"],
+            Family::Attention => &["batch", "seq", "heads", "kv_heads", "head_dim"],
+            Family::Head => &["rows", "cols", "vocab", "chunk"],
+            Family::Memory => match self {
+                KernelOp::Gelu
+                | KernelOp::GeluBackward
+                | KernelOp::Add
+                | KernelOp::Sum
+                | KernelOp::Copy
+                | KernelOp::Cast
+                | KernelOp::Zero
+                | KernelOp::SumSquares
+                | KernelOp::AdamW
+                | KernelOp::AdamWAhead => &["elements"],
+                _ => &["rows", "cols"],
+            },
         }
     }
 

@@ -8,7 +8,8 @@
 //!
 //! A layer that has the very shape answers for it; a ratio is the median over the shapes that both layers have, of
 //! the operator, else of its family, else of all. A shape that runs of other contexts showed keeps its own ratio, moved as
-//! the contexts differ for the shapes that runs of both showed: other shapes would tell shapes apart, not contexts.
+//! the contexts differ for those shapes of its operator that runs of both showed: other shapes would tell shapes apart, not contexts.
+//! Where there are none, its operator's ratio in the context that is asked about answers, else its own as it is.
 
 mod curves;
 mod ratios;
@@ -50,8 +51,8 @@ pub struct Predictor {
     all_runs: Ratios,
     /// By subject and run.
     shapes: HashMap<Subject, Vec<(Run, f64)>>,
-    /// From one kind of run to another: ratios over the shapes that both showed.
-    between: BTreeMap<(Run, Run), Ratios>,
+    /// From one kind of run to another, by class: median ratio of the shapes that both showed.
+    between: BTreeMap<(Run, Run, Class), f64>,
     residuals: BTreeMap<Class, Vec<Sample>>,
     /// Narrow calls over 32-bit ones; `None` where none was measured.
     narrow: Option<Ratios>,
@@ -196,17 +197,17 @@ impl Predictor {
                 shapes.entry(subject.clone()).or_default().push((run, ratio));
             }
         }
-        let mut between: BTreeMap<(Run, Run), Vec<(Class, f64)>> = BTreeMap::new();
+        let mut between: BTreeMap<(Run, Run, Class), Vec<f64>> = BTreeMap::new();
         for (subject, runs) in &shapes {
             for &(from, before) in runs {
                 for &(to, after) in runs.iter().filter(|(to, _)| *to != from) {
-                    between.entry((from, to)).or_default().push((Class::of(subject), after / before));
+                    between.entry((from, to, Class::of(subject))).or_default().push(after / before);
                 }
             }
         }
         self.all_runs = Ratios::new(pairs.values().flatten().copied());
         self.runs = pairs.into_iter().map(|(run, pairs)| (run, Ratios::new(pairs.into_iter()))).collect();
-        self.between = between.into_iter().map(|(runs, pairs)| (runs, Ratios::new(pairs.into_iter()))).collect();
+        self.between = between.into_iter().filter_map(|(of, ratios)| Some((of, median(ratios)?))).collect();
         self.shapes = shapes;
     }
 
@@ -225,9 +226,8 @@ impl Predictor {
     fn inside(&self, subject: &Subject, under: Conditions) -> f64 {
         let class = Class::of(subject);
         let like = self.like(under);
-        // Only the same operator tells how two contexts differ for a shape.
         let moved = |&(run, ratio): &(Run, f64)| match like {
-            Some(like) if like != run => Some(ratio * self.between.get(&(run, like))?.classes.get(&class)?),
+            Some(like) if like != run => Some(ratio * self.between.get(&(run, like, class))?),
             _ => Some(ratio),
         };
         let runs = || self.shapes.get(subject).into_iter().flatten();
@@ -242,23 +242,22 @@ impl Predictor {
     /// sum of its parts.
     pub fn kernel(&self, key: &KernelKey, under: impl Into<Conditions>) -> Estimate {
         let under = under.into();
-        let found = match self.narrow_by_wide(key, under) {
-            Some(found) => Some(found),
-            None => self.seconds(&Subject::Kernel(key.clone()), under),
-        };
-        if found.is_none() && !key.parts().is_empty() {
-            let parts = key.parts().into_iter().map(|part| self.kernel(&part, under).seconds);
-            return Estimate { seconds: parts.sum(), provenance: Provenance::Assumed };
+        let found = self.narrow_by_wide(key, under).or_else(|| self.seconds(&Subject::Kernel(key.clone()), under));
+        if let Some(found) = found {
+            return found;
         }
-        found.unwrap_or_else(|| {
+        let parts = key.parts();
+        let seconds = if parts.is_empty() {
             let Work { flops, bytes } = Work::of(key);
             let line = self.families.get(&key.op.family()).unwrap_or(&self.general);
             let class = Class::Kernel(key.op, key.dtype);
             let contention = nearest(&self.busy, under.busy).map_or(1.0, |ratios| ratios.of(class));
-            let contention = contention * self.interference(under.busy);
             let inside = self.like(under).and_then(|run| self.runs.get(&run)).unwrap_or(&self.all_runs).of(class);
-            Estimate { seconds: line.seconds(flops, bytes) * contention * inside, provenance: Provenance::Assumed }
-        })
+            line.seconds(flops, bytes) * contention * self.interference(under.busy) * inside
+        } else {
+            parts.iter().map(|part| self.kernel(part, under).seconds).sum()
+        };
+        Estimate { seconds, provenance: Provenance::Assumed }
     }
 
     /// A narrow call by its 32-bit twin, unless it was measured or there are enough others of its class for a curve.
@@ -267,13 +266,10 @@ impl Predictor {
             return None;
         }
         let subject = Subject::Kernel(key.clone());
-        let measured = |source| self.exact.keys().any(|(of, _, from)| *from == source && *of == subject);
         let class = Class::of(&subject);
         let points = self.residuals.get(&class).map_or(0, Vec::len);
-        let known = self.shapes.contains_key(&subject)
-            || points >= ENOUGH
-            || (points > 0 && Source::ALL.into_iter().any(measured));
-        if known {
+        let measured = || self.exact.keys().any(|(of, ..)| *of == subject);
+        if self.shapes.contains_key(&subject) || points >= ENOUGH || (points > 0 && measured()) {
             return None;
         }
         let wide = self.seconds(&Subject::Kernel(key.clone().with(DType::F32)), under)?;
