@@ -580,6 +580,26 @@ fn plans_carry_the_guideline() {
     assert!(kept["plans"].as_array().unwrap().iter().all(|plan| plan["configuration"]["keep_gathered"] == true));
 }
 
+/// Gathered parameters can stay only where some are gathered: here, on a cluster, in a prediction and in a search.
+#[test]
+fn keeping_what_is_not_gathered_is_refused() {
+    let folder = Folder::new("keep");
+    let cluster = "--model llama-3-8b --cluster dgx-h100-ib --nodes 2 --seq 8192 --global-batch 64 --keep-gathered true";
+    for job in [
+        format!("predict {cluster}"),
+        format!("plan {cluster} --states NII"),
+        format!("predict {SMALL} --dp 2 --keep-gathered true"),
+        format!("plan {SMALL} --dp 2 --states zero1 --keep-gathered true"),
+    ] {
+        let output = folder.run(&job);
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{job}: {errors}");
+        says(&errors, &["keep_gathered = true with states = ", "first letter is I or G", "leave keep_gathered out"]);
+    }
+    // The table of all partitions is asked for none.
+    assert!(folder.run(&format!("states {cluster}")).status.success());
+}
+
 #[test]
 fn a_gpu_that_is_not_there_is_one_clear_error() {
     let folder = Folder::new("no-gpu");

@@ -25,7 +25,7 @@ use crate::lower::{Collectives, Sharing};
 use crate::schedules;
 use fields::Fields;
 use paceline_sim::model::{ModelConfig, Trainable};
-use paceline_sim::partition::StatePartition;
+use paceline_sim::partition::{Level, StatePartition};
 use paceline_sim::program::{Link, Precision, Recompute};
 use paceline_sim::units::Nanos;
 use std::path::{Path, PathBuf};
@@ -159,6 +159,11 @@ impl Job {
         u64::from(self.global_batch) * u64::from(self.seq)
     }
 
+    /// Whether a partition of states goes with what the job says of them: gathered parameters can stay only where some are gathered.
+    pub fn can_have(&self, states: &StatePartition) -> bool {
+        !self.sharing.keep_gathered || states.parameters != Level::Whole
+    }
+
     /// What the local executor cannot do yet, refused with what it can.
     fn refuse_what_this_machine_lacks(&self, fields: &mut Fields) -> Result<(), JobError> {
         for key in ["tp", "cp", "ep"] {
@@ -214,6 +219,12 @@ impl Job {
         if self.barrier_every > MOST_STEPS || (self.barrier_every > 1 && self.cluster != LOCAL) {
             let allowed = format!("1 to {MOST_STEPS} on this machine, 1 on a cluster");
             return refuse("barrier_every", self.barrier_every.to_string(), allowed);
+        }
+        if !self.states.is_empty() && !self.states.iter().any(|states| self.can_have(states)) {
+            let named: Vec<String> = self.states.iter().map(StatePartition::letters).collect();
+            let allowed = "with states that cut parameters, whose first letter is I or G (mics, IIG, zero3, ...): others gather none; \
+                           take one of them, or leave keep_gathered out";
+            return refuse("keep_gathered", format!("true with states = {}", named.join(", ")), allowed.into());
         }
         divides("micro_batch", &self.micro_batch)?;
         divides("dp", &self.dp)?;

@@ -61,6 +61,7 @@ fn wrong_jobs_are_told_what_is_wrong_and_what_is_allowed() {
         ("barrier_every = 0", &["barrier_every = 0"]),
         ("barrier_every = 65", &["barrier_every = 65", "1 to 64"]),
         ("keep_gathered = 1", &["keep_gathered = 1", "true or false"]),
+        ("keep_gathered = true\nstates = ['zero1', 'NII']", &["keep_gathered = true", "NNG, NII", "I or G", "leave"]),
         ("tp = 2", &["tp = 2", "local", "allowed there: 1"]),
         ("trainable = 2", &["trainable = 2", "at most 1"]),
         ("trainable = 'lora:0'", &["lora:0", "lora:R"]),

@@ -120,6 +120,11 @@ pub enum LowerError {
         if *.named { "group_size" } else { "the default group_size" }
     )]
     NoGroups { partition: StatePartition, group: u32, data: u32, named: bool, same: StatePartition },
+    /// Gathered parameters are to stay where none is gathered.
+    #[error(
+        "keep_gathered = true with states = {partition}, which leaves parameters whole on every rank, so that none is gathered; it goes with states whose first letter is I or G (mics, IIG, zero3, ...): take one of them, or leave keep_gathered out"
+    )]
+    NothingGathered { partition: StatePartition },
     /// Two copies of the model have different programs and cannot gather in one order.
     #[error(
         "states = {partition} needs collectives in every microbatch, and {schedule} runs two copies of the model against each other; take none or zero1, or another schedule"

@@ -99,6 +99,9 @@ impl Levels {
         if size == 0 || !data.is_multiple_of(size) {
             return Err(LowerError::Group { group: size, data });
         }
+        if sharing.keep_gathered && partition.parameters == Level::Whole {
+            return Err(LowerError::NothingGathered { partition });
+        }
         let alone = data * copies == 1;
         if partition.has_groups() && !alone && (size == 1 || size == data) {
             let level = if size == 1 { Level::Whole } else { Level::Global };

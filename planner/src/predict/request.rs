@@ -7,7 +7,7 @@ use paceline_sim::cluster::{
     Overlap, Partition, PhysicsError, Recompute, Routing, Runtime, ZooError,
 };
 use paceline_sim::model::{Trainable, TrainableError};
-use paceline_sim::partition::PartitionError;
+use paceline_sim::partition::{Level, PartitionError};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -200,6 +200,11 @@ pub enum RequestError {
     /// A schedule that is not known or does not fit.
     #[error(transparent)]
     Schedule(#[from] schedules::ScheduleError),
+    /// Gathered parameters are to stay where none is gathered.
+    #[error(
+        "keep_gathered = true with states = {states}, which leaves parameters whole on every rank, so that none is gathered; it goes with states whose first letter is I or G (mics, IIG, zero3, ...): take one of them, or leave keep_gathered out"
+    )]
+    NothingGathered { states: String },
     /// The layout.
     #[error(transparent)]
     Layout(#[from] LayoutError),
@@ -444,6 +449,10 @@ impl ClusterRequest {
             ..Layout::single(self.seq, micro_batch)
         };
         layout.check()?;
+        if layout.keep_gathered && layout.sharding.parameters == Level::Whole {
+            let states = self.states.clone().unwrap_or_else(|| "zero1 (the default)".into());
+            return Err(RequestError::NothingGathered { states });
+        }
         let stages = pp * layout.chunks;
         if stages > model.layers {
             return Err(RequestError::Word {
@@ -540,6 +549,11 @@ mod tests {
             (
                 error(&|r| r.overlap = Some("gradients,sleep".into())),
                 "overlap = \"gradients,sleep\"; allowed: none, all",
+            ),
+            (error(&|r| r.keep_gathered = Some(true)), "keep_gathered = true with states = zero1 (the default)"),
+            (
+                error(&|r| (r.keep_gathered, r.states) = (Some(true), Some("NII".into()))),
+                "states = NII, which leaves parameters whole on every rank",
             ),
             (error(&|r| r.expert_skew = Some(0.5)), "expert_skew = 0.5"),
             (error(&|r| r.expert_capacity = Some(f64::NAN)), "expert_capacity = NaN"),

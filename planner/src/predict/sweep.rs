@@ -169,6 +169,10 @@ pub fn sweep_clusters_while(
     let node = u64::from(cluster.gpus_per_node);
     let candidates: Vec<ClusterRequest> =
         requests.iter().flat_map(|request| candidates(request, &model, gpus, node)).collect();
+    if candidates.is_empty() && requests.iter().any(|request| request.keep_gathered == Some(true)) {
+        let named = requests.iter().filter_map(|request| request.states.clone()).collect::<Vec<_>>().join(", ");
+        return Err(RequestError::NothingGathered { states: named });
+    }
     let numerics =
         candidates.iter().find_map(|c| c.layout(&model, &cluster).ok()).map(|layout| layout.numerics.compute);
     let rate = super::stated_rate(&cluster.gpu, numerics) * gpus as f64;
@@ -228,12 +232,14 @@ pub fn sweep_clusters_while(
 }
 
 /// Whether gathered parameters stay over the microbatches, where the request leaves it open and there are several: both, or in a
-/// pipeline whose states are open too only that, since its ranks would gather for every pass.
+/// pipeline whose states are open too only that, since its ranks would gather for every pass. Nothing where they are asked to stay and
+/// none is gathered.
 fn kept(request: &ClusterRequest, states: &str, pp: u64, repeated: bool) -> Vec<Option<bool>> {
-    let cut = states.parse::<StatePartition>().is_ok_and(|states| states.parameters != Level::Whole);
+    let whole = states.parse::<StatePartition>().is_ok_and(|states| states.parameters == Level::Whole);
     match request.keep_gathered {
+        Some(true) if whole => Vec::new(),
         Some(asked) => vec![Some(asked)],
-        None if !cut || !repeated => vec![None],
+        None if whole || !repeated => vec![None],
         None if pp > 1 && request.states.is_none() => vec![Some(true)],
         None => vec![None, Some(true)],
     }
@@ -378,6 +384,23 @@ mod tests {
         let fixed = ClusterRequest { keep_gathered: Some(false), ..asked };
         let fixed = sweep_cluster(&fixed, &Physics::default(), 1000).unwrap();
         assert!(fixed.plans.iter().all(|p| p.configuration.keep_gathered == Some(false)));
+        // Asked to stay, they are cut in every plan; a list leaves out what gathers none, and is refused where nothing is left.
+        let stay = |states: &str| ClusterRequest {
+            states: Some(states.into()),
+            keep_gathered: Some(true),
+            ..request("llama-3-8b", 2)
+        };
+        let open = ClusterRequest { states: None, ..stay("") };
+        let open = candidates(&open, &Architecture::load("llama-3-8b").unwrap(), 16, 8);
+        let cut =
+            |c: &ClusterRequest| c.states.as_ref().is_some_and(|states| !states.starts_with('N') && states != "zero1");
+        assert!(!open.is_empty() && open.iter().all(|c| cut(c) && c.keep_gathered == Some(true)));
+        let listed = sweep_clusters(&[stay("zero1"), stay("zero3")], &Physics::default(), 1000).unwrap();
+        assert!(
+            !listed.plans.is_empty() && listed.plans.iter().all(|p| p.configuration.states.as_deref() == Some("zero3"))
+        );
+        let refused = sweep_clusters(&[stay("zero1"), stay("NII")], &Physics::default(), 3).unwrap_err().to_string();
+        assert!(refused.contains("keep_gathered = true with states = zero1, NII"), "{refused}");
     }
 
     #[test]

@@ -19,7 +19,8 @@ pub(super) const OPTIMISED: &str = "optimised";
 ///   they are all the same, so one;
 /// - `micro_batch`: divisors of a replica's batch;
 /// - `recompute`: all kinds;
-/// - `states`: where there are replicas, whole or cut, the more the rarer a class is needed.
+/// - `states`: where there are replicas, whole or cut, the more the rarer a class is needed; parameters are cut where the job wants
+///   gathered ones to stay.
 pub fn of_job(job: &Job, machine: Machine) -> Vec<Configuration> {
     let or = |given: &[u32], free: Vec<u32>| if given.is_empty() { free } else { given.to_vec() };
     let batch = job.global_batch;
@@ -39,7 +40,7 @@ pub fn of_job(job: &Job, machine: Machine) -> Vec<Configuration> {
                 }
                 for (schedule, chunks) in schedules(job, pp) {
                     for recompute in recomputations(job, schedule) {
-                        for states in partitions(job, dp, schedule) {
+                        for states in partitions(job, dp, schedule).into_iter().filter(|states| job.can_have(states)) {
                             all.push(Configuration {
                                 dp,
                                 pp,

@@ -199,6 +199,11 @@ pub fn search(
     }
     let machine = machine.for_job(job);
     let candidates = candidates::of_job(job, machine);
+    if candidates.is_empty() && job.sharing.keep_gathered {
+        let why =
+            "keep_gathered = true needs replicas that cut parameters; allow dp above 1, or leave keep_gathered out";
+        return Err(SearchError::NothingPossible { why: why.into() });
+    }
     let bound = LayerBound::new(job, machine, costs);
     let score = Simulation { job, machine, costs, cuts: &bound };
     let limits = Limits { top, memory: job.memory_limit };

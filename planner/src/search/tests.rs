@@ -206,6 +206,14 @@ fn states_are_cut_where_only_that_fits() {
     };
     assert_eq!(names(""), ["GGG", "NGG", "NNG", "NNN"]);
     assert_eq!(names("group_size = 2").len(), 10);
+    // Gathered parameters can stay only where some are gathered.
+    assert_eq!(names("keep_gathered = true"), ["GGG"]);
+    assert_eq!(names("keep_gathered = true\nstates = ['zero1', 'zero3']"), ["GGG"]);
+    let alone = run(&job("dp = 1\nkeep_gathered = true"), 3).unwrap_err().to_string();
+    assert!(alone.contains("keep_gathered = true needs replicas"), "{alone}");
+    let default = Configuration::of_job(&job("dp = 2\nkeep_gathered = true")).unwrap();
+    let refused = default.program(&job("dp = 2\nkeep_gathered = true"), MACHINE).unwrap_err().to_string();
+    assert!(refused.contains("keep_gathered = true with states = none") && refused.contains("I or G"), "{refused}");
     let all = run(&job(fixed), 20).unwrap();
     let peak = |letters: &str| {
         let plan = all.plans.iter().find(|plan| plan.configuration.states.letters() == letters).unwrap();

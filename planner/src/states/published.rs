@@ -3,7 +3,7 @@
 //! Settings: 32 A100-80G in four nodes, sequences of 512 tokens, microbatches of 4, 10 accumulated; DeepSpeed 0.10. The paper's
 //! absolute figures are in images; its text gives how much faster one partition is than another.
 
-use super::table::{StatesError, guideline};
+use super::table::{StatesError, any_states, guideline};
 use crate::predict::{ClusterRequest, RequestError, predict_cluster};
 use paceline_profiles::Cluster;
 use paceline_sim::cluster::network::{Network, Span};
@@ -99,12 +99,12 @@ pub fn compare_published(physics: &Physics) -> Result<Vec<GainComparison>, State
 /// # Errors
 /// When a job cannot be predicted.
 pub fn published_of(request: &ClusterRequest) -> Result<Vec<GainComparison>, StatesError> {
-    let (_, layout, cluster) = request.resolve()?;
+    let (_, layout, cluster) = any_states(request).resolve()?;
     let job = layout.data_ranks() == 32 && layout.gpus() == 32 && cluster.gpus_per_node == 8;
     let batch = (layout.seq, layout.micro_batch, layout.microbatches) == (512, 4, 10);
     let network = cluster.gpu.name.starts_with("A100-80G") && (cluster.inter_gbps - 10.0).abs() < 1e-9;
     let same = |p: &Gain| {
-        let asked = ClusterRequest { trainable: Some(p.trainable.into()), ..request.clone() };
+        let asked = ClusterRequest { trainable: Some(p.trainable.into()), ..any_states(request) };
         let share = asked.resolve().map(|(_, asked, _)| asked.trainable).unwrap_or(f64::NAN);
         p.model == request.model && (share - layout.trainable).abs() < 1e-12
     };
