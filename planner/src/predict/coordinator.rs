@@ -21,6 +21,10 @@ use std::collections::VecDeque;
 /// Uses of parameters beyond which the host waits for the oldest.
 const OUTSTANDING: usize = 2;
 
+/// The two kinds of collectives, as places in what is kept of both.
+const GATHERS: usize = 0;
+const REDUCTIONS: usize = 1;
+
 /// A matrix, or a module without parameters of its own (a block, a norm that is kept whole, an activation), in the order of a forward pass.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Module {
@@ -163,8 +167,6 @@ struct Replayed {
     pub ends: [f64; 2],
     /// Seconds of gathers and reductions.
     pub communication: [f64; 2],
-    /// Elements gathered over the elements of the model.
-    pub times_gathered: f64,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -177,7 +179,6 @@ enum Pass {
 struct Step {
     module: usize,
     pass: Pass,
-    first_backward: bool,
 }
 
 /// Whether a module's parameters are gathered; under way until the instant.
@@ -200,14 +201,13 @@ struct Replay<'a> {
     gathered: f64,
     host: f64,
     compute: f64,
-    gathers: f64,
-    reductions: f64,
+    /// When the last gather and the last reduction end.
+    last: [f64; 2],
     fetches: VecDeque<f64>,
     reduced: VecDeque<f64>,
     /// Elements in the bucket, and when the passes have computed the last of them.
     bucket: (f64, f64),
     communication: [f64; 2],
-    elements: f64,
 }
 
 impl Microbatch<'_> {
@@ -219,20 +219,16 @@ impl Microbatch<'_> {
             starts.push(modules.len());
             modules.extend(block.iter().copied());
         }
-        let forward = |module| Step { module, pass: Pass::Forward, first_backward: false };
+        let forward = |module| Step { module, pass: Pass::Forward };
         let mut steps: Vec<Step> = (0..modules.len()).map(forward).collect();
-        let first = steps.len();
+        let end_of_forward = steps.len();
         for (block, (&start, &again)) in self.blocks.iter().zip(starts.iter().zip(self.again)).rev() {
             let range = start..start + block.len();
             if again {
                 steps.extend(range.clone().map(forward));
             }
-            steps.extend(range.rev().map(|module| Step { module, pass: Pass::Backward, first_backward: false }));
+            steps.extend(range.rev().map(|module| Step { module, pass: Pass::Backward }));
         }
-        if let Some(step) = steps.get_mut(first) {
-            step.first_backward = true;
-        }
-        let total: f64 = modules.iter().map(|module| module.elements).sum();
         let count = modules.len();
         let mut replay = Replay {
             job: self,
@@ -244,28 +240,18 @@ impl Microbatch<'_> {
             gathered: 0.0,
             host: 0.0,
             compute: 0.0,
-            gathers: 0.0,
-            reductions: 0.0,
+            last: [0.0; 2],
             fetches: VecDeque::new(),
             reduced: VecDeque::new(),
             bucket: (0.0, 0.0),
             communication: [0.0; 2],
-            elements: 0.0,
         };
-        let mut end_of_forward = 0.0;
-        for step in 0..replay.steps.len() {
-            if replay.steps[step].first_backward {
-                end_of_forward = replay.compute;
-            }
-            replay.step(step);
-        }
+        (0..end_of_forward).for_each(|step| replay.step(step));
+        let forward = replay.compute;
+        (end_of_forward..replay.steps.len()).for_each(|step| replay.step(step));
         replay.flush();
-        let end = replay.compute.max(replay.reductions);
-        Replayed {
-            ends: [end_of_forward, end],
-            communication: replay.communication,
-            times_gathered: if total > 0.0 { replay.elements / total } else { 0.0 },
-        }
+        let end = replay.compute.max(replay.last[REDUCTIONS]);
+        Replayed { ends: [forward, end], communication: replay.communication }
     }
 }
 
@@ -348,20 +334,8 @@ impl Replay<'_> {
 
     /// Issues a gather, which waits for nothing but its turn; returns when it ends.
     fn issue_gather(&mut self, elements: f64) -> f64 {
-        let seconds = (self.job.gather)(elements);
         self.gathered += elements;
-        self.elements += elements;
-        self.communication[0] += seconds;
-        let mut start = self.host.max(self.gathers);
-        if self.job.one_group {
-            start = start.max(self.reductions);
-        }
-        if !self.job.beside {
-            start = start.max(self.compute);
-            self.compute = start + seconds;
-        }
-        self.gathers = start + seconds;
-        self.gathers
+        self.issue(GATHERS, self.host, (self.job.gather)(elements))
     }
 
     /// Reduces what is in the bucket, after the passes that have been launched.
@@ -371,18 +345,22 @@ impl Replay<'_> {
             return;
         }
         wait_for_old(&mut self.reduced, &mut self.host);
-        let seconds = (self.job.reduce)(elements);
-        self.communication[1] += seconds;
-        let mut start = self.host.max(computed).max(self.reductions);
-        if self.job.one_group {
-            start = start.max(self.gathers);
+        let end = self.issue(REDUCTIONS, self.host.max(computed), (self.job.reduce)(elements));
+        self.reduced.push_back(end);
+    }
+
+    /// Runs a collective that is ready at an instant, after those before it; returns when it ends.
+    fn issue(&mut self, kind: usize, ready: f64, seconds: f64) -> f64 {
+        self.communication[kind] += seconds;
+        let before = if self.job.one_group { self.last[GATHERS].max(self.last[REDUCTIONS]) } else { self.last[kind] };
+        let start = ready.max(before);
+        if self.job.beside {
+            self.last[kind] = start + seconds;
+        } else {
+            self.compute = start.max(self.compute) + seconds;
+            self.last[kind] = self.compute;
         }
-        if !self.job.beside {
-            start = start.max(self.compute);
-            self.compute = start + seconds;
-        }
-        self.reductions = start + seconds;
-        self.reduced.push_back(self.reductions);
+        self.last[kind]
     }
 }
 
@@ -430,14 +408,14 @@ mod tests {
         let r = microbatch(&blocks, f64::INFINITY).replay();
         assert_eq!(r.ends, [7.0, 19.0]);
         // The last one stays between its passes, because the look ahead has seen both.
-        assert_eq!((r.times_gathered, r.communication[0]), (5.0 / 3.0, 5.0));
+        assert_eq!(r.communication[GATHERS], 5.0);
         // One after the other: five gathers beside 18 seconds of passes.
         let apart = Microbatch { beside: false, ..microbatch(&blocks, f64::INFINITY) }.replay();
         assert_eq!(apart.ends[1], 23.0);
         // Where no second matrix may be there, none is kept between the passes. They hide all the same: the host, which counts, is
         // three matrices ahead of the GPU.
         let strict = microbatch(&blocks, 10.0).replay();
-        assert_eq!((strict.ends, strict.times_gathered), ([7.0, 19.0], 2.0));
+        assert_eq!((strict.ends, strict.communication[GATHERS]), ([7.0, 19.0], 6.0));
     }
 
     /// Slow gathers: the passes follow them.
@@ -470,7 +448,7 @@ mod tests {
     fn reductions_run_behind_and_the_last_shows() {
         let blocks = vec![vec![module(10.0, 2.0)]; 3];
         let r = Microbatch { trained: 1.0, ..microbatch(&blocks, f64::INFINITY) }.replay();
-        assert_eq!(r.communication[1], 3.0);
+        assert_eq!(r.communication[REDUCTIONS], 3.0);
         assert_eq!(r.ends[1], 20.0);
         // With slow reductions in the same queue, gathers wait behind them; in queues of their own, only the end does.
         let slow = |one_group| {
@@ -486,7 +464,9 @@ mod tests {
         let blocks = vec![vec![module(10.0, 2.0); 4]; 3];
         let times = |live, reuse| {
             let limits = Coordinator { live, reuse };
-            Microbatch { again: &[true; 3], limits, ..microbatch(&blocks, live) }.replay().times_gathered
+            let replayed = Microbatch { again: &[true; 3], limits, ..microbatch(&blocks, live) }.replay();
+            // All twelve matrices take a second each.
+            replayed.communication[GATHERS] / 12.0
         };
         assert!(times(10.0, 1e9) < times(10.0, 0.0));
         assert!(times(10.0, 0.0) > 2.5 && times(f64::INFINITY, 1e9) <= 2.0);

@@ -406,16 +406,10 @@ fn ends(
         backward[rank] += passes[n].backward + passes[n].weights + passes[n].recompute;
         forward[rank] += passes[n].forward;
         blocks[rank] += stages[n].blocks.end - stages[n].blocks.start;
-        let unit = timer.unit_exchanges(&parameters[n]);
-        let times = layout.microbatches as f64 * unit.units;
+        let [gathers, reductions] = passes[n].exchanged.map(|seconds| seconds * layout.microbatches as f64);
         let (once, shown) = timer.gather_once(&parameters[n], passes[n].forward);
-        let alone = if let Some(coordinated) = timer.coordinated(&passes[n], &parameters[n]) {
-            coordinated.alone.map(|seconds| seconds * layout.microbatches as f64)
-        } else {
-            [if layout.keep_gathered { once } else { 2.0 * times * unit.gather }, times * unit.reduce]
-        };
-        ends.alone[rank].parameter_gather += alone[0];
-        ends.alone[rank].gradient_reduction += alone[1];
+        ends.alone[rank].parameter_gather += gathers + once;
+        ends.alone[rank].gradient_reduction += reductions;
         ends.data[rank] += shown;
     }
     let numerics = &layout.numerics;

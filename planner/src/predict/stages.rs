@@ -105,6 +105,8 @@ pub struct PassTimes {
     pub experts: [f64; 2],
     /// Exposed gathering of cut parameters, and reducing of cut gradients, per microbatch: forward and backward.
     pub sharded: [f64; 2],
+    /// Gathering of cut parameters, and reducing of cut gradients, per microbatch, whether it is hidden or not.
+    pub exchanged: [f64; 2],
     /// Of forward, backward and weights: matrix products.
     pub products: f64,
     /// Of them: fused attention.
@@ -483,7 +485,7 @@ impl Timer<'_> {
     fn add_exchanges(&self, times: &mut PassTimes, parameters: &RankParameters) {
         let layout = self.layout;
         if let Some(replayed) = self.coordinated(times, parameters) {
-            times.sharded = replayed.exposed;
+            (times.sharded, times.exchanged) = (replayed.exposed, replayed.alone);
             return;
         }
         let UnitExchanges { units, gather, reduce, together } = self.unit_exchanges(parameters);
@@ -491,6 +493,7 @@ impl Timer<'_> {
         let gather = if layout.keep_gathered { 0.0 } else { gather };
         // The first unit's parameters and the last bucket of gradients have nothing to hide behind.
         let others = (units - 1.0).max(0.0);
+        times.exchanged = [2.0 * units * gather, units * reduce];
         let (last, before) = (together * reduce, (units - together).max(0.0) * reduce);
         let overlap = self.overlap();
         times.sharded[0] = self.beside(overlap.parameters, gather, others * gather, times.forward);
