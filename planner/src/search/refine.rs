@@ -38,8 +38,12 @@ pub(super) fn recut(plans: &mut Plans, score: &dyn Score, memory: Option<u64>) {
         }
     });
     plans.plans.sort_by(|a, b| a.prediction.iteration_seconds.total_cmp(&b.prediction.iteration_seconds));
+    measure_gap(plans);
+}
+
+/// The gap of what is now the best plan. The bound is of the shapes that were searched: what is found beyond them may be below it.
+fn measure_gap(plans: &mut Plans) {
     if let Some(best) = plans.plans.first() {
-        // The bound is of the cuts that were searched.
         let seconds = best.prediction.iteration_seconds;
         plans.bound_iteration_seconds = plans.bound_iteration_seconds.min(seconds);
         plans.gap = seconds / plans.bound_iteration_seconds - 1.0;
@@ -106,9 +110,7 @@ pub(super) fn optimise(plans: &mut Plans, job: &Job, bound: &dyn Bound, score: &
         let loser = Loser { reason: slower_than(best, &slower), configuration: slower.configuration };
         plans.losers.insert(0, loser);
     }
-    let seconds = best.prediction.iteration_seconds;
-    plans.bound_iteration_seconds = plans.bound_iteration_seconds.min(seconds);
-    plans.gap = seconds / plans.bound_iteration_seconds - 1.0;
+    measure_gap(plans);
 }
 
 /// A plan with the optimiser's schedule, in its own number of chunks and with two. Its own cut of the layers stays where the stages lie
