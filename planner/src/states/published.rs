@@ -3,8 +3,8 @@
 //! Settings: 32 A100-80G in four nodes, sequences of 512 tokens, microbatches of 4, 10 accumulated; DeepSpeed 0.10. The paper's
 //! absolute figures are in images; its text gives how much faster one partition is than another.
 
-use super::table::{StatesError, any_states, guideline};
-use crate::predict::{ClusterRequest, RequestError, predict_cluster};
+use super::table::{StatesError, any_states, rank_layout};
+use crate::predict::{ClusterPrediction, ClusterRequest, RequestError, predict_cluster};
 use paceline_profiles::Cluster;
 use paceline_sim::cluster::network::{Network, Span};
 use paceline_sim::cluster::{Architecture, AttentionKernel, Layout, Physics};
@@ -125,14 +125,25 @@ impl<'a> Variant<'a> {
         Ok(Variant { model, layout, cluster, physics })
     }
 
-    /// Seconds of a step under a triple.
-    fn seconds(&self, triple: &str) -> Result<f64, StatesError> {
+    /// The job under a triple.
+    fn under(&self, triple: &str) -> Result<(Layout, ClusterPrediction), StatesError> {
         let layout = Layout { sharding: triple.parse().map_err(RequestError::from)?, ..self.layout.clone() };
-        Ok(predict_cluster(&self.model, &layout, &self.cluster, self.physics)?.iteration_seconds)
+        let prediction = predict_cluster(&self.model, &layout, &self.cluster, self.physics)?;
+        Ok((layout, prediction))
     }
 
     fn gain(&self, gain: &Gain) -> Result<f64, StatesError> {
-        Ok(self.seconds(gain.slower)? / self.seconds(gain.faster)? - 1.0)
+        let seconds = |triple| Ok::<_, StatesError>(self.under(triple)?.1.iteration_seconds);
+        Ok(seconds(gain.slower)? / seconds(gain.faster)? - 1.0)
+    }
+
+    /// The same by the guideline.
+    fn gain_by_guideline(&self, gain: &Gain) -> Result<f64, StatesError> {
+        let seconds = |triple| {
+            let (layout, prediction) = self.under(triple)?;
+            Ok::<_, StatesError>(rank_layout(&self.model, &layout, &self.cluster, &prediction).seconds)
+        };
+        Ok(seconds(gain.slower)? / seconds(gain.faster)? - 1.0)
     }
 }
 
@@ -143,13 +154,7 @@ fn compare(wanted: impl Fn(&Gain) -> bool, physics: &Physics) -> Result<Vec<Gain
         .map(|p| {
             let mut job = Variant::of(&p, physics)?;
             let overlapped = job.gain(&p)?;
-            let compute = |triple: &str| -> Result<f64, StatesError> {
-                let layout = Layout { sharding: triple.parse().map_err(RequestError::from)?, ..job.layout.clone() };
-                let time = predict_cluster(&job.model, &layout, &job.cluster, physics)?.time;
-                let guideline = guideline(&job.model, &layout, &job.cluster, time.compute + time.recompute);
-                Ok(guideline.seconds(&layout.sharding))
-            };
-            let guideline = compute(p.slower)? / compute(p.faster)? - 1.0;
+            let guideline = job.gain_by_guideline(&p)?;
             (job.layout.overlap.gradients, job.layout.overlap.parameters) = (false, false);
             Ok(GainComparison {
                 model: p.model,

@@ -131,7 +131,7 @@ impl Guideline {
 }
 
 /// The guideline's inputs for a layout: one pipeline rank's share of the model, and computation as predicted.
-pub(super) fn guideline(model: &Architecture, layout: &Layout, cluster: &Cluster, compute: f64) -> Guideline {
+fn guideline(model: &Architecture, layout: &Layout, cluster: &Cluster, compute: f64) -> Guideline {
     let group = layout.group_ranks(u64::from(cluster.gpus_per_node));
     let inside = cluster.intra_gbps * 1e9;
     let one_node = layout.gpus() <= u64::from(cluster.gpus_per_node);
