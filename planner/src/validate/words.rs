@@ -27,7 +27,10 @@ pub fn yes_or_no(text: &str) -> Option<bool> {
 pub fn fused_attention(text: &str) -> Option<bool> {
     let plain = letters(text);
     yes_or_no(text).or_else(|| {
-        if any(&plain, &["flash", "fa1", "fa2", "fa3", "cudnn", "sdpa", "memoryefficient", "xformers", "te"]) {
+        // Transformer Engine by its two letters only where these are a word: attention has them too.
+        let engine = text.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| word.eq_ignore_ascii_case("te"));
+        let fused = ["flash", "fa1", "fa2", "fa3", "cudnn", "sdpa", "memoryefficient", "xformers", "transformerengine"];
+        if engine || any(&plain, &fused) {
             Some(true)
         } else if any(&plain, &["naive", "math", "eager", "unfused", "softmax", "torch"]) {
             Some(false)
@@ -37,7 +40,7 @@ pub fn fused_attention(text: &str) -> Option<bool> {
     })
 }
 
-/// What is recomputed; the last where the cell is empty. Of `sel...`, the selection by operator where that is the framework's.
+/// What is recomputed; nothing where the cell is empty. Of `sel...`, the selection by operator where that is the framework's.
 pub fn recompute(text: &str, by_operator: bool) -> Recompute {
     let text = text.to_ascii_lowercase();
     match text.as_str() {
@@ -56,27 +59,23 @@ pub fn sharding(text: &str, usual: StatePartition) -> StatePartition {
     let text = text.to_ascii_lowercase();
     match text.as_str() {
         "" => usual,
-        "zero0" | "zero-0" | "0" | "0.0" | "none" | "false" | "ddp" | "dp" => StatePartition::NONE,
-        t if any(t, &["no_shard", "no-shard", "zero-0", "zero 0", "stage 0", "stage0"]) => StatePartition::NONE,
+        "none" | "false" | "ddp" | "dp" => StatePartition::NONE,
+        t if is_stage(t, 0) || any(t, &["no_shard", "no-shard"]) => StatePartition::NONE,
         t if any(t, &["hsdp", "hybrid", "mics"]) => StatePartition::MICS,
-        t if any(t, &["zero2", "zero-2", "zero 2", "zero_2", "stage 2", "stage2"]) || t == "2" || t == "2.0" => {
-            StatePartition::ZERO2
-        }
-        t if any(t, &["grad-op", "grad_op"]) => StatePartition::ZERO2,
-        t if any(t, &["zero1", "zero-1", "zero 1", "zero_1", "stage 1", "stage1"]) || t == "1" || t == "1.0" => {
-            StatePartition::ZERO1
-        }
-        t if any(t, &["fsdp", "full", "zero3", "zero-3", "zero 3", "zero_3", "stage 3", "stage3"])
-            || t == "3"
-            || t == "3.0" =>
-        {
-            StatePartition::ZERO3
-        }
+        t if is_stage(t, 2) || any(t, &["grad-op", "grad_op"]) => StatePartition::ZERO2,
+        t if is_stage(t, 1) => StatePartition::ZERO1,
+        t if is_stage(t, 3) || any(t, &["fsdp", "full"]) => StatePartition::ZERO3,
         t if t.contains("opt") => StatePartition::ZERO1,
         t if t.contains("ddp") => StatePartition::NONE,
         // A triple, or words that say nothing known.
         t => t.parse().unwrap_or(usual),
     }
+}
+
+/// Whether a text is the number of a stage of ZeRO, or names it.
+fn is_stage(text: &str, stage: u8) -> bool {
+    let named = |word: &str| ["", "-", "_", " "].iter().any(|gap| text.contains(&format!("{word}{gap}{stage}")));
+    text.strip_suffix(".0").unwrap_or(text) == stage.to_string() || named("zero") || named("stage")
 }
 
 /// Format of the matrix products.
@@ -120,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_same_in_several_words() {
+    fn yes_and_no() {
         for text in ["True", "TRUE", "yes", "1", "1.0", "on"] {
             assert_eq!(yes_or_no(text), Some(true), "{text}");
         }
@@ -128,21 +127,35 @@ mod tests {
             assert_eq!(yes_or_no(text), Some(false), "{text}");
         }
         assert_eq!(yes_or_no(""), None);
+    }
+
+    #[test]
+    fn kernels_of_attention() {
         for (text, fused) in [
             ("FlashAttention-2", Some(true)),
             ("cuDNN", Some(true)),
             ("fused softmax", Some(false)),
             ("naive", Some(false)),
+            ("unfused attention", Some(false)),
+            ("TE", Some(true)),
+            ("Transformer Engine", Some(true)),
             ("", None),
         ] {
             assert_eq!(fused_attention(text), fused, "{text}");
         }
+    }
+
+    #[test]
+    fn partitions_of_states() {
         for (text, partition) in [
             ("FSDP2", StatePartition::ZERO3),
             ("full_shard", StatePartition::ZERO3),
             ("ZeRO-3", StatePartition::ZERO3),
             ("zero stage 3", StatePartition::ZERO3),
             ("3", StatePartition::ZERO3),
+            ("2.0", StatePartition::ZERO2),
+            ("stage_2", StatePartition::ZERO2),
+            ("zero_0", StatePartition::NONE),
             ("SHARD_GRAD_OP", StatePartition::ZERO2),
             ("fsdp-grad-op", StatePartition::ZERO2),
             ("ZeRO-2", StatePartition::ZERO2),
@@ -157,6 +170,10 @@ mod tests {
         ] {
             assert_eq!(sharding(text, StatePartition::ZERO1), partition, "{text}");
         }
+    }
+
+    #[test]
+    fn recomputation() {
         for (text, kind) in [
             ("full", Recompute::Full),
             ("True", Recompute::Full),
@@ -169,6 +186,10 @@ mod tests {
             assert_eq!(recompute(text, false), kind, "{text}");
         }
         assert_eq!(recompute("selective", true), Recompute::Operators);
+    }
+
+    #[test]
+    fn formats() {
         for (text, format) in [
             ("BF16", Compute::Bf16),
             ("", Compute::Bf16),
@@ -180,6 +201,10 @@ mod tests {
         ] {
             assert_eq!(compute(text), format, "{text}");
         }
+    }
+
+    #[test]
+    fn names_of_schedules() {
         for (text, chunks, name) in [
             ("", 1, "1f1b"),
             ("1F1B", 4, "interleaved"),
