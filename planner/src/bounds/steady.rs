@@ -10,6 +10,9 @@
 //!
 //! Microbatches are alike, so each stage may take them in their order: the n-th start of a pass after the n-th start of the pass before it
 //! is all that the order needs, and activations only count.
+//!
+//! What a state counts is bounded. Where limits let more W wait than it counts, those beyond are done for nothing, which makes the best
+//! order shorter; where they let in more microbatches, there is no bound.
 
 use crate::generators::Problem;
 use std::collections::{HashMap, VecDeque};
@@ -43,7 +46,8 @@ const LONGEST: u32 = 7;
 const PARTS: u32 = 2;
 
 /// The longest interval that can be proven, at most `reached` (what some order takes; more cannot be true). `None` without limits, for two
-/// copies of the model, where the pipeline has too many states, or where nothing more than the work of a device comes of it.
+/// copies of the model, where the pipeline has too many states or may have more microbatches in flight than a state counts, or where
+/// nothing more than the work of a device comes of it.
 pub fn steady(problem: &Problem, reached: f64) -> Option<Steady> {
     let grid = Grid::new(problem)?;
     let unit = grid.grain / f64::from(PARTS);
@@ -72,7 +76,7 @@ enum Explored {
     Proven { ramps: i64, states: usize },
     /// Some order may be.
     NotProven,
-    /// It takes too long to find out.
+    /// There are too many states, or too many microbatches in flight for a state.
     TooMany,
 }
 
@@ -106,7 +110,9 @@ struct State {
     left: [u8; DEVICES],
 }
 
+/// What a state counts at most: microbatches in flight, and W that wait of a group.
 const FLIGHT: usize = 8;
+const WAITING: u8 = 7;
 const STAGES: usize = 8;
 const DEVICES: usize = 4;
 const WEIGHTS: u8 = 16;
@@ -225,11 +231,12 @@ impl<'a> Grid<'a> {
         held
     }
 
-    /// The states after the devices from `device` on have decided, with the number of microbatches begun.
-    fn decide(&self, state: State, device: usize, begun: u32, found: &mut Vec<(State, u32)>) {
+    /// The states after the devices from `device` on have decided, with the number of microbatches begun. `None` where one might begin that
+    /// a state does not count.
+    fn decide(&self, state: State, device: usize, begun: u32, found: &mut Vec<(State, u32)>) -> Option<()> {
         if device == self.problem.limit.len() {
             found.push((state, begun));
-            return;
+            return Some(());
         }
         if state.runs[device] != IDLE {
             return self.decide(state, device + 1, begun, found);
@@ -250,12 +257,12 @@ impl<'a> Grid<'a> {
             next.left[device] = self.length[pass] as u8;
             if pass == 0 {
                 if usize::from(state.flying) == FLIGHT {
-                    continue;
+                    return None;
                 }
                 next.flying += 1;
-                self.decide(next, device + 1, begun + 1, found);
+                self.decide(next, device + 1, begun + 1, found)?;
             } else if state.done[..usize::from(state.flying)].contains(&(pass as u8)) {
-                self.decide(next, device + 1, begun, found);
+                self.decide(next, device + 1, begun, found)?;
             }
         }
         let device_of = &self.problem.placement.device_of_stage;
@@ -264,13 +271,13 @@ impl<'a> Grid<'a> {
                 let mut next = state;
                 next.runs[device] = WEIGHTS + stage as u8;
                 next.left[device] = self.weights[stage] as u8;
-                self.decide(next, device + 1, begun, found);
+                self.decide(next, device + 1, begun, found)?;
             }
         }
-        self.decide(state, device + 1, begun, found);
+        self.decide(state, device + 1, begun, found)
     }
 
-    /// The next moment at which something ends, and how long it takes to get there. `None` when nothing runs, or a count grows too large.
+    /// The next moment at which something ends, and how long it takes to get there. `None` when nothing runs.
     fn advance(&self, mut state: State) -> Option<(State, u32)> {
         let devices = self.problem.limit.len();
         let step = (0..devices).filter(|d| state.runs[*d] != IDLE).map(|d| state.left[d]).min()?;
@@ -294,11 +301,8 @@ impl<'a> Grid<'a> {
             state.done[place] += 1;
             let pass = usize::from(ran);
             if pass >= self.device.len() / 2 {
-                let group = self.group[self.stage(pass)];
-                state.waiting[group] += 1;
-                if state.waiting[group] > 7 {
-                    return None;
-                }
+                let waiting = &mut state.waiting[self.group[self.stage(pass)]];
+                *waiting = (*waiting + 1).min(WAITING);
             }
             if pass + 1 == self.device.len() {
                 state.done.copy_within(place + 1.., place);
@@ -324,7 +328,9 @@ impl<'a> Grid<'a> {
             entry.1 = false;
             let label = entry.0;
             found.clear();
-            self.decide(State::from_key(key), 0, 0, &mut found);
+            if self.decide(State::from_key(key), 0, 0, &mut found).is_none() {
+                return Explored::TooMany;
+            }
             for (state, begun) in &found {
                 let Some((next, time)) = self.advance(*state) else { continue };
                 steps += 1;
@@ -426,6 +432,15 @@ mod tests {
         assert_eq!((one.interval, one.makespan(3)), (9.0, 27.0));
         // Room for all: only the work of a device counts, which other bounds know.
         assert_eq!(steady(&problem(looped(2, 1), [2.0, 2.0, 1.0], 2.0), 5.4), None);
+        // W that hold nothing pile up beyond what is counted, and yet no microbatch gets through in less than its eight seconds.
+        let mut light = problem(looped(2, 1), [2.0, 2.0, 1.0], 1.0);
+        light.memory.until_w.fill(0.0);
+        assert_eq!(steady(&light, 20.0).unwrap().interval, 8.0);
+        // The stage in the middle takes one microbatch at a time, from its F to its W. The first may run ahead by eight, but not by nine.
+        let middle =
+            |ahead: f64| Problem { limit: vec![ahead, 1.0, ahead], ..problem(looped(3, 1), [2.0, 2.0, 1.0], 1.0) };
+        assert_eq!(steady(&middle(8.0), 20.0).unwrap().interval, 9.0);
+        assert_eq!(steady(&middle(9.0), 20.0), None);
         // Without a limit, or with two copies, there is nothing to walk over.
         let free = Problem { limit: vec![f64::INFINITY; 2], ..problem(looped(2, 1), [2.0, 2.0, 1.0], 1.0) };
         assert_eq!(steady(&free, 20.0), None);
@@ -440,13 +455,13 @@ mod tests {
             shape in 0..4usize,
             microbatches in 1u32..12,
             whole in prop::collection::vec(1u32..4, 18),
-            room in 1.0f64..2.2,
-            freed_at_b in 0.0f64..0.6,
+            room in 1.0f64..4.0,
+            freed_at_b in 0.0f64..1.2,
         ) {
             let placement = [looped(2, 1), looped(3, 1), v_shape(2), looped(2, 2)][shape].clone();
             let stages = placement.stages();
             let list = |from: usize| (0..stages).map(|s| f64::from(whole[from + s]) * 1.25).collect::<Vec<f64>>();
-            let memory = StageMemory::microbatch_stages(&placement, placement.devices(), freed_at_b);
+            let memory = StageMemory::microbatch_stages(&placement, placement.devices(), freed_at_b.min(1.0));
             let limit = least_peaks(&placement, &memory).iter().map(|least| least * room).collect();
             let times = StageTimes { f: list(0), b: list(6), w: list(12), comm: 0.4 };
             let problem = Problem { microbatches, times, memory, limit, placement };
