@@ -89,26 +89,19 @@ impl Attribution {
     pub fn of(program: &Program, costs: &dyn CostModel, trace: &Trace) -> Result<Attribution, AttributionError> {
         let predicted = simulate(program, costs)?;
         compare(&predicted, trace)?;
+        let predicted_seconds = predicted.makespan.seconds();
         let measured = Measured::of(program, trace);
         let mut replay = Replay::of(costs);
-        let mut before = predicted.makespan;
-        let mut parts = Vec::new();
-        let mut note = |cause: Cause, before: Nanos, after: Nanos| {
-            parts.push(Part { cause, seconds: after.seconds() - before.seconds() });
-        };
+        let mut steps = Steps { program, last: predicted, parts: Vec::new() };
         for (class, mean) in measured.means {
             replay.means.extend(mean);
-            let now = simulate(program, &replay)?.makespan;
-            note(Cause::Ops(class), before, now);
-            before = now;
+            steps.take(Cause::Ops(class), &replay)?;
         }
         if !measured.copies.is_empty() {
             replay.copies = measured.copies;
-            let now = simulate(program, &replay)?.makespan;
-            note(Cause::Messages, before, now);
-            before = now;
+            steps.take(Cause::Messages, &replay)?;
         }
-        let simulated = durations(program, &simulate(program, &replay)?);
+        let simulated = durations(program, &steps.last);
         for (&of, &seconds) in &durations(program, trace) {
             let known = simulated.get(&of).copied().unwrap_or(0.0);
             if known > 0.0 {
@@ -116,24 +109,36 @@ impl Attribution {
             }
         }
         if !replay.scales.is_empty() {
-            let now = simulate(program, &replay)?.makespan;
-            note(Cause::Collectives, before, now);
-            before = now;
+            steps.take(Cause::Collectives, &replay)?;
         }
         replay.each = measured.each;
-        let last = simulate(program, &replay)?;
-        note(Cause::Unevenness, before, last.makespan);
-        let (begin, end) = (ends(&last), ends(trace));
-        note(Cause::Begin, begin.0, end.0);
-        note(Cause::End, begin.1, end.1);
-        let shown: f64 = parts[parts.len() - 2..].iter().map(|part| part.seconds).sum();
-        let rest = trace.makespan.seconds() - last.makespan.seconds() - shown;
-        parts.push(Part { cause: Cause::HandOver, seconds: rest });
-        Ok(Attribution {
-            predicted_seconds: predicted.makespan.seconds(),
-            measured_seconds: trace.makespan.seconds(),
-            parts,
-        })
+        steps.take(Cause::Unevenness, &replay)?;
+        let Steps { last, mut parts, .. } = steps;
+        let (simulated, measured) = (ends(&last), ends(trace));
+        let begin = measured.0.seconds() - simulated.0.seconds();
+        let end = measured.1.seconds() - simulated.1.seconds();
+        let rest = trace.makespan.seconds() - last.makespan.seconds() - begin - end;
+        let outside = [(Cause::Begin, begin), (Cause::End, end), (Cause::HandOver, rest)];
+        parts.extend(outside.map(|(cause, seconds)| Part { cause, seconds }));
+        Ok(Attribution { predicted_seconds, measured_seconds: trace.makespan.seconds(), parts })
+    }
+}
+
+/// The way from the predicted step to the measured one.
+struct Steps<'p> {
+    program: &'p Program,
+    /// As simulated so far.
+    last: Trace,
+    parts: Vec<Part>,
+}
+
+impl Steps<'_> {
+    /// Simulates with what is known now; the change is the cause's.
+    fn take(&mut self, cause: Cause, replay: &Replay) -> Result<(), EngineError> {
+        let now = simulate(self.program, replay)?;
+        self.parts.push(Part { cause, seconds: now.makespan.seconds() - self.last.makespan.seconds() });
+        self.last = now;
+        Ok(())
     }
 }
 
