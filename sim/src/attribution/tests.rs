@@ -3,7 +3,7 @@ use crate::program::{
     Arrangement, Buffer, Coordinates, Device, Direction, Element, MemoryClass, Message, NetworkLevel, PROGRAM_FORMAT,
     Pass, Payload, RankProgram, Stage, Stream, Tensor, Unit, Workload,
 };
-use crate::units::{BufferId, DeviceId, GroupId, OpId, StageId};
+use crate::units::{BufferId, DeviceId, GroupId, StageId};
 use proptest::prelude::*;
 use smallvec::smallvec;
 
@@ -34,14 +34,7 @@ impl CostModel for Given {
 }
 
 fn op(stream: u8, kind: OpKind, waits: &[u32]) -> Op {
-    Op {
-        stream: Stream(stream),
-        kind,
-        waits: waits.iter().map(|&wait| OpId(wait)).collect(),
-        alloc: SmallVec::new(),
-        uses: SmallVec::new(),
-        free: SmallVec::new(),
-    }
+    Op::bare(Stream(stream), kind, waits)
 }
 
 /// Two ranks: the first computes two microbatches and sends each to the second, which computes them too; then they meet.

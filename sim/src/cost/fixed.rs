@@ -87,14 +87,8 @@ mod tests {
     }
 
     fn op(pass: Pass, stage: u16, first: u16, end: u16) -> Op {
-        Op {
-            stream: Stream::COMPUTE,
-            kind: OpKind::Compute { pass, stage: StageId(stage), microbatch: MicrobatchId(0), first, end },
-            waits: SmallVec::new(),
-            alloc: SmallVec::new(),
-            uses: SmallVec::new(),
-            free: SmallVec::new(),
-        }
+        let kind = OpKind::Compute { pass, stage: StageId(stage), microbatch: MicrobatchId(0), first, end };
+        Op::bare(Stream::COMPUTE, kind, &[])
     }
 
     #[test]

@@ -37,14 +37,7 @@ impl CostModel for Given {
 }
 
 fn op(stream: u8, kind: OpKind, waits: &[u32]) -> Op {
-    Op {
-        stream: Stream(stream),
-        kind,
-        waits: waits.iter().map(|&wait| OpId(wait)).collect(),
-        alloc: SmallVec::new(),
-        uses: SmallVec::new(),
-        free: SmallVec::new(),
-    }
+    Op::bare(Stream(stream), kind, waits)
 }
 
 fn compute(pass: Pass, stage: u16, microbatch: u32) -> OpKind {

@@ -397,6 +397,15 @@ pub struct Op {
     pub free: Ids<BufferId>,
 }
 
+#[cfg(test)]
+impl Op {
+    /// An op without buffers, for tests of what does not look at memory.
+    pub(crate) fn bare(stream: Stream, kind: OpKind, waits: &[u32]) -> Op {
+        let waits = waits.iter().map(|&wait| OpId(wait)).collect();
+        Op { stream, kind, waits, alloc: Ids::new(), uses: Ids::new(), free: Ids::new() }
+    }
+}
+
 /// What an op does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
