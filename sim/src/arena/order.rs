@@ -2,6 +2,7 @@
 //! placed earlier, again and again.
 
 use super::Life;
+use std::cmp::Reverse;
 
 /// Pairs of lives that are looked at in search of a better order: some hundredths of a second.
 const EFFORT: usize = 6_000_000;
@@ -11,64 +12,84 @@ const ROUNDS: usize = 400;
 const GOAL: u64 = 100;
 const PATIENCE: usize = 4;
 
+/// An order of lives, their places in it, and the bytes that they take together.
+#[derive(Clone)]
+struct Placed {
+    order: Vec<usize>,
+    places: Vec<u64>,
+    bytes: u64,
+}
+
 /// Offsets of all lives, and the bytes that they take together, at least `bound`.
 pub(super) fn pack(lives: &[Life], bound: u64) -> (Vec<u64>, u64) {
+    let mut best: Option<Placed> = None;
+    for order in first_orders(lives) {
+        let placed = place(lives, order);
+        if best.as_ref().is_none_or(|best| placed.bytes < best.bytes) {
+            best = Some(placed);
+        }
+        if best.as_ref().is_some_and(|best| best.bytes == bound) {
+            break;
+        }
+    }
+    best.map_or((Vec::new(), 0), |best| {
+        let best = improve(lives, best, bound);
+        (best.places, best.bytes)
+    })
+}
+
+/// What is largest is hardest to place; what lives longest lies at the bottom; then both together; early ones first is what a run without a
+/// plan would do. Among equals, each keeps the order before.
+fn first_orders(lives: &[Life]) -> [Vec<usize>; 4] {
     let length = |n: usize| u64::from(lives[n].until - lives[n].from) + 1;
     let size = |n: usize| lives[n].bytes;
-    let mut all: Vec<usize> = (0..lives.len()).collect();
-    let mut best: Option<(Vec<usize>, Vec<u64>, u64)> = None;
-    let mut consider = |order: &[usize]| {
-        let (places, bytes) = place(lives, order);
-        if best.as_ref().is_none_or(|&(_, _, least)| bytes < least) {
-            best = Some((order.to_vec(), places, bytes));
-        }
-        best.as_ref().is_some_and(|&(_, _, least)| least == bound)
-    };
-    // What lives longest lies at the bottom; what is largest is hardest to place; early ones first is what a run without a plan
-    // would do.
-    all.sort_by_key(|&n| (std::cmp::Reverse(size(n)), std::cmp::Reverse(length(n)), lives[n].from));
-    let mut done = consider(&all);
-    all.sort_by_key(|&n| (std::cmp::Reverse(length(n)), std::cmp::Reverse(size(n)), lives[n].from));
-    done = done || consider(&all);
-    all.sort_by_key(|&n| (std::cmp::Reverse(u128::from(length(n)) * u128::from(size(n))), lives[n].from));
-    done = done || consider(&all);
-    all.sort_by_key(|&n| (lives[n].from, std::cmp::Reverse(size(n))));
-    done = done || consider(&all);
-    let Some((mut order, mut places, mut bytes)) = best else { return (Vec::new(), 0) };
-    let mut least = (order.clone(), places.clone(), bytes);
+    let mut by_size: Vec<usize> = (0..lives.len()).collect();
+    by_size.sort_by_key(|&n| (Reverse(size(n)), Reverse(length(n)), lives[n].from));
+    let mut by_length = by_size.clone();
+    by_length.sort_by_key(|&n| (Reverse(length(n)), Reverse(size(n)), lives[n].from));
+    let mut by_area = by_length.clone();
+    by_area.sort_by_key(|&n| (Reverse(u128::from(length(n)) * u128::from(size(n))), lives[n].from));
+    let mut by_begin = by_area.clone();
+    by_begin.sort_by_key(|&n| (lives[n].from, Reverse(size(n))));
+    [by_size, by_length, by_area, by_begin]
+}
+
+/// The best of the orders that come of placing earlier what sticks out.
+fn improve(lives: &[Life], first: Placed, bound: u64) -> Placed {
+    let mut least = first.clone();
+    let mut now = first;
     let mut random = 0x9e37_79b9_7f4a_7c15u64;
     let usual = ROUNDS.min(EFFORT / (lives.len() * lives.len()).max(1));
     for round in 0..usual * PATIENCE {
-        if done || (round >= usual && least.2 <= bound + bound / GOAL) {
+        if least.bytes == bound || (round >= usual && least.bytes <= bound + bound / GOAL) {
             break;
         }
-        // Those at the very top are placed before the first that they meet, or, as that often leads in circles, anywhere before.
-        let top = |n: usize| places[n] + lives[n].bytes == bytes;
-        let out: Vec<usize> = order.iter().copied().filter(|&n| top(n)).collect();
-        order.retain(|&n| !top(n));
-        let met = order.iter().position(|&n| out.iter().any(|&o| lives[o].meets(&lives[n]))).unwrap_or(0);
-        let last = order.iter().rposition(|&n| out.iter().any(|&o| lives[o].meets(&lives[n]))).unwrap_or(0);
+        // Those at the very top are placed before the first that they meet, or, as that often leads in circles, anywhere before the last.
+        let (out, mut order): (Vec<usize>, Vec<usize>) =
+            now.order.iter().copied().partition(|&n| now.places[n] + lives[n].bytes == now.bytes);
+        let meets = |&n: &usize| out.iter().any(|&o| lives[o].meets(&lives[n]));
+        let first = order.iter().position(meets).unwrap_or(0);
+        let last = order.iter().rposition(meets).unwrap_or(0);
         random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-        let first = if round % 4 == 0 { met } else { met + (random >> 33) as usize % (last - met + 1) };
-        order.splice(first..first, out);
-        (places, bytes) = place(lives, &order);
-        if bytes < least.2 {
-            least = (order.clone(), places.clone(), bytes);
-            done = bytes == bound;
-        } else if bytes > least.2 + least.2 / 32 || round % 32 == 31 {
-            (order, places, bytes) = least.clone();
+        let before = if round % 4 == 0 { first } else { first + (random >> 33) as usize % (last - first + 1) };
+        order.splice(before..before, out);
+        now = place(lives, order);
+        if now.bytes < least.bytes {
+            least = now.clone();
+        } else if now.bytes > least.bytes + least.bytes / 32 || round % 32 == 31 {
+            now = least.clone();
         }
     }
-    (least.1, least.2)
+    least
 }
 
 /// Places lives one after the other, each at the begin of the smallest gap between those that it meets.
-fn place(lives: &[Life], order: &[usize]) -> (Vec<u64>, u64) {
+fn place(lives: &[Life], order: Vec<usize>) -> Placed {
     let mut places = vec![0u64; lives.len()];
     // Placed lives in order of their offsets.
     let mut placed: Vec<usize> = Vec::with_capacity(lives.len());
     let mut bytes = 0;
-    for &n in order {
+    for &n in &order {
         let life = &lives[n];
         let mut free_from = 0u64;
         let mut found: Option<(u64, u64)> = None;
@@ -85,5 +106,5 @@ fn place(lives: &[Life], order: &[usize]) -> (Vec<u64>, u64) {
         let index = placed.partition_point(|&other| places[other] <= at);
         placed.insert(index, n);
     }
-    (places, bytes)
+    Placed { order, places, bytes }
 }
