@@ -150,7 +150,7 @@ fn a_plan_runs_resumes_compares_and_corrects_the_profile() {
 #[test]
 fn the_demonstration_closes_the_loop() {
     let folder = Folder::new("demo");
-    let demo = folder.json("demo --calibrate 1 --train 1 --steps 3 --attempts 1 --json --output kept");
+    let demo = folder.json("demo --calibrate 1 --train 1 --steps 3 --rounds 2 --json --output kept");
     assert_eq!(demo["format"], "paceline.demo/1");
     let runs = demo["runs"].as_array().unwrap();
     assert!(runs.len() >= 8);

@@ -12,7 +12,7 @@ mod machine;
 mod overhead;
 mod samples;
 
-pub use from_run::{DISTURBED_RUN, disturbance, rows_of_run};
+pub use from_run::{DISTURBED_RUN, disturbance, rows_of_run, rows_of_runs};
 pub use grid::{gpu_shapes, grid_around, usual_shapes};
 pub use machine::this_machine;
 

@@ -90,6 +90,29 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
     rows
 }
 
+/// The rows of several runs of one program: of each subject the run in the middle, so that one run in a slow minute of the machine does
+/// not count. Repetitions are those of all runs.
+pub fn rows_of_runs(program: &Program, reports: &[RunReport], measured: Option<&Predictor>) -> Vec<Row> {
+    let mut by_subject: BTreeMap<Subject, Vec<Row>> = BTreeMap::new();
+    for report in reports {
+        for row in rows_of_run(program, report, measured) {
+            by_subject.entry(row.subject.clone()).or_default().push(row);
+        }
+    }
+    let middle = |mut rows: Vec<Row>| {
+        rows.sort_by(|a, b| a.median_seconds.total_cmp(&b.median_seconds));
+        let (below, above) = (&rows[(rows.len() - 1) / 2], &rows[rows.len() / 2]);
+        let mean = |value: fn(&Row) -> f64| (value(below) + value(above)) / 2.0;
+        Row {
+            median_seconds: mean(|row| row.median_seconds),
+            spread_seconds: mean(|row| row.spread_seconds),
+            repetitions: rows.iter().map(|row| row.repetitions).sum(),
+            ..below.clone()
+        }
+    };
+    by_subject.into_values().map(middle).collect()
+}
+
 /// A run whose [`disturbance`] is above this shared its cores with other work and teaches nothing about the machine.
 pub const DISTURBED_RUN: f64 = 1.4;
 

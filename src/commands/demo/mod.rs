@@ -23,7 +23,7 @@ use paceline_sim::compare::compare;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Instant;
-use trial::{Bench, Trial};
+use trial::{Bench, Rounds, Trial};
 
 /// The job of the demonstration.
 const JOB: &str = include_str!("../../../examples/demo.toml");
@@ -46,18 +46,18 @@ pub struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 45.0, value_parser = seconds)]
     train: f64,
 
-    /// Steps of each configuration that is held against its prediction.
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u64).range(3..))]
+    /// Steps of each run of a configuration; the first warms up.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(3..))]
     steps: u64,
 
-    /// How often a configuration runs at most, where other work disturbed its run.
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
-    attempts: u32,
+    /// How often each configuration runs; the run in the middle counts.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: u32,
 }
 
 impl Default for Arguments {
     fn default() -> Self {
-        Arguments { output: None, calibrate: 30.0, train: 45.0, steps: 16, attempts: 3 }
+        Arguments { output: None, calibrate: 30.0, train: 45.0, steps: 4, rounds: 5 }
     }
 }
 
@@ -92,6 +92,8 @@ struct Run {
     predicted_seconds_before: f64,
     predicted_seconds_after: f64,
     measured_seconds: f64,
+    /// Of the fastest and the slowest of its runs.
+    measured_range_seconds: [f64; 2],
     error_before: f64,
     error_after: f64,
     predicted_peak_bytes: Vec<u64>,
@@ -147,7 +149,7 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
 
     let steps = ((arguments.train / best.prediction.iteration_seconds) as u64).clamp(20, 2000);
     screen.step(format!("train: {steps} steps under the best plan, {}", chosen.configuration));
-    let bench = Bench { local: &local, job: &job, data: &data, stop: &stop, attempts: arguments.attempts };
+    let bench = Bench { local: &local, job: &job, data: &data, stop: &stop };
     let report = train(screen, &bench, &chosen, steps)?;
     bench.refuse_if_stopped()?;
     let trained = trained(&chosen, &report);
@@ -159,29 +161,33 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     comparing::show(screen, &comparison)?;
     comparing::show_causes(screen, &comparing::causes(&program, &local.predictor, &report.trace)?)?;
 
-    screen.step("recalibrate: correct the profile by short runs of some configurations");
+    screen.step(format!(
+        "measure: every configuration in {} rounds, those that correct the profile and those that test it",
+        arguments.rounds
+    ));
+    let rounds = Rounds { number: arguments.rounds, steps: arguments.steps };
+    let mut teachers = configurations::teachers();
+    let taught = teachers.len();
+    teachers.extend(configurations::tested());
+    let mut teachers = bench.run(screen, teachers, rounds)?;
+    let tested = teachers.split_off(taught);
+    let disturbed = teachers.iter().chain(&tested).map(|trial| trial.disturbed).sum();
+
+    screen.step("recalibrate: correct the profile by the first of them");
     let mut rows: Vec<Row> = Vec::new();
-    let mut disturbed = 0;
     let mut taught_by = Vec::new();
-    for configuration in configurations::teachers() {
-        let trial = bench.run(screen, &configuration, arguments.steps.min(12))?;
-        disturbed += trial.disturbed;
+    for trial in teachers {
         if let Some(learnt) = trial.rows(&local.predictor) {
             rows.extend(learnt);
-            taught_by.push(configuration);
+            taught_by.push(trial.configuration);
         }
     }
     let corrected = recalibrate(&local.profile, &rows).map_err(Failure::internal)?;
     calibrate::show_corrections(screen, &corrected.classes)?;
     let after = Predictor::new(&corrected.profile).map_err(Failure::internal)?;
 
-    screen.step("validate: configurations that the correction has not seen, each run afresh");
-    let mut runs = Vec::new();
-    for configuration in configurations::tested() {
-        let trial = bench.run(screen, &configuration, arguments.steps)?;
-        disturbed += trial.disturbed;
-        runs.push(held_against(&bench, configuration, &trial, &after)?);
-    }
+    screen.step("validate: the others, which the correction has not seen");
+    let runs: Vec<Run> = tested.into_iter().map(|trial| held_against(&bench, trial, &after)).collect::<Result<_, _>>()?;
     let errors = |error: fn(&Run) -> f64| runs.iter().map(|run| error(run).abs()).collect::<Vec<f64>>();
     let (before, after) = (errors(|run| run.error_before), errors(|run| run.error_after));
     let document = Document {
@@ -231,25 +237,31 @@ fn trained(plan: &Plan, report: &RunReport) -> Trained {
     }
 }
 
-fn held_against(bench: &Bench, configuration: Configuration, trial: &Trial, after: &Predictor) -> Result<Run, Failure> {
-    let measured_seconds = trial.report.median_seconds();
+fn held_against(bench: &Bench, trial: Trial, after: &Predictor) -> Result<Run, Failure> {
+    let [least, measured_seconds, most] = trial.seconds();
     let machine = bench.local.machine.for_job(bench.job);
     let predicted =
         |predictor: &Predictor| predict(&trial.program, predictor, machine, None).map_err(Failure::internal);
     let (before, trace) = predicted(&bench.local.predictor)?;
     let (after, _) = predicted(after)?;
+    let predicted_peak_bytes: Vec<u64> = trace.ranks.iter().map(|rank| rank.peak_bytes).collect();
+    let peaks = |report: &RunReport| report.memory.iter().map(|memory| memory.peak_bytes).collect::<Vec<u64>>();
+    // All runs are alike but for their times; one that is not shall be seen.
+    let unlike = trial.reports.iter().find(|report| peaks(report) != predicted_peak_bytes);
+    let report = unlike.unwrap_or(&trial.reports[0]);
     let loss = |step: Option<&paceline_exec::StepReport>| step.map_or(f64::NAN, |step| step.loss);
     Ok(Run {
-        configuration,
         predicted_seconds_before: before.iteration_seconds,
         predicted_seconds_after: after.iteration_seconds,
         measured_seconds,
+        measured_range_seconds: [least, most],
         error_before: before.iteration_seconds / measured_seconds - 1.0,
         error_after: after.iteration_seconds / measured_seconds - 1.0,
-        predicted_peak_bytes: trace.ranks.iter().map(|rank| rank.peak_bytes).collect(),
-        measured_peak_bytes: trial.report.memory.iter().map(|memory| memory.peak_bytes).collect(),
-        loss_first: loss(trial.report.steps.first()),
-        loss_last: loss(trial.report.steps.last()),
+        predicted_peak_bytes,
+        measured_peak_bytes: peaks(report),
+        loss_first: loss(report.steps.first()),
+        loss_last: loss(report.steps.last()),
+        configuration: trial.configuration,
     })
 }
 
@@ -282,6 +294,7 @@ fn show(screen: &Screen, demo: &Document) -> Result<(), Failure> {
         "configuration",
         "ranks",
         "measured",
+        "by round",
         "predicted",
         "error",
         "recalibrated",
@@ -299,6 +312,7 @@ fn show(screen: &Screen, demo: &Document) -> Result<(), Failure> {
                 run.configuration.to_string(),
                 run.measured_peak_bytes.len().to_string(),
                 show_seconds(run.measured_seconds),
+                run.measured_range_seconds.map(|seconds| signed(seconds / run.measured_seconds - 1.0)).join(" to "),
                 show_seconds(run.predicted_seconds_before),
                 signed(run.error_before),
                 show_seconds(run.predicted_seconds_after),

@@ -167,6 +167,32 @@ fn overheads_are_split_as_they_were_measured() {
     assert!((seconds(&rows, Subject::Overhead(Overhead::Call)) - outside / 3.0 / 9.0).abs() < 1e-12);
 }
 
+/// Of three runs, one in a slow minute and one that went well: the third counts. Of two, the mean.
+#[test]
+fn the_run_in_the_middle_counts() {
+    let slower = |factor: f64| {
+        let mut report = report();
+        report.kernels.iter_mut().for_each(|times| times.total_seconds *= factor);
+        report.exchanges.iter_mut().for_each(|times| times.total_seconds *= factor);
+        report
+    };
+    let rows = |factors: &[f64]| {
+        let reports: Vec<RunReport> = factors.iter().map(|&factor| slower(factor)).collect();
+        rows_of_runs(&program(), &reports, None)
+    };
+    let one = rows_of_run(&program(), &report(), None);
+    let three = rows(&[1.3, 0.9, 1.0]);
+    assert_eq!(one.len(), three.len());
+    for row in &one {
+        let scaled = |factor: f64| if row.subject == (Subject::Transfer { bytes: BYTES }) { 1.0 } else { factor };
+        assert!((seconds(&three, row.subject.clone()) / row.median_seconds - 1.0).abs() < 1e-9, "{:?}", row.subject);
+        let two = seconds(&rows(&[1.3, 0.9]), row.subject.clone());
+        assert!((two / row.median_seconds - scaled(1.1)).abs() < 1e-9, "{:?}", row.subject);
+    }
+    let calls = |rows: &[Row]| rows.iter().map(|row| row.repetitions).sum::<u64>();
+    assert_eq!(calls(&three), 3 * calls(&one));
+}
+
 #[test]
 fn disturbed_runs_show_it() {
     let with_fastest = |seconds: f64| {
