@@ -150,7 +150,7 @@ fn a_plan_runs_resumes_compares_and_corrects_the_profile() {
 #[test]
 fn the_demonstration_closes_the_loop() {
     let folder = Folder::new("demo");
-    let demo = folder.json("demo --calibrate 1 --train 1 --steps 3 --rounds 2 --json --output kept");
+    let demo = folder.json("demo --calibrate 1 --train 1 --steps 3 --rounds 1 --json --output kept");
     assert_eq!(demo["format"], "paceline.demo/1");
     let runs = demo["runs"].as_array().unwrap();
     assert!(runs.len() >= 8);
@@ -584,7 +584,8 @@ fn plans_carry_the_guideline() {
 #[test]
 fn keeping_what_is_not_gathered_is_refused() {
     let folder = Folder::new("keep");
-    let cluster = "--model llama-3-8b --cluster dgx-h100-ib --nodes 2 --seq 8192 --global-batch 64 --keep-gathered true";
+    let cluster =
+        "--model llama-3-8b --cluster dgx-h100-ib --nodes 2 --seq 8192 --global-batch 64 --keep-gathered true";
     for job in [
         format!("predict {cluster}"),
         format!("plan {cluster} --states NII"),

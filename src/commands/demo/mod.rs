@@ -187,7 +187,8 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     let after = Predictor::new(&corrected.profile).map_err(Failure::internal)?;
 
     screen.step("validate: the others, which the correction has not seen");
-    let runs: Vec<Run> = tested.into_iter().map(|trial| held_against(&bench, trial, &after)).collect::<Result<_, _>>()?;
+    let runs: Vec<Run> =
+        tested.into_iter().map(|trial| held_against(&bench, trial, &after)).collect::<Result<_, _>>()?;
     let errors = |error: fn(&Run) -> f64| runs.iter().map(|run| error(run).abs()).collect::<Vec<f64>>();
     let (before, after) = (errors(|run| run.error_before), errors(|run| run.error_after));
     let document = Document {
