@@ -9,7 +9,8 @@
 //! A layer that has the very shape answers for it; a ratio is the median over the shapes that both layers have, of
 //! the operator, else of its family, else of all. A shape that runs of other contexts showed keeps its own ratio, moved as
 //! the contexts differ for those shapes of its operator that runs of both showed: other shapes would tell shapes apart, not contexts.
-//! Where there are none, its operator's ratio in the context that is asked about answers, else its own as it is.
+//! Where there are none, its operator's ratio in the context that is asked about answers, else its own as it is. Ratios of runs on
+//! another number of devices are moved as these numbers differ in runs of one context that had both.
 
 mod curves;
 mod ratios;
@@ -222,17 +223,39 @@ impl Predictor {
         of(&|context| context == wanted).or_else(|| of(&|context| context.recomputed == wanted.recomputed))
     }
 
+    /// What runs of some kind say of other numbers of devices at work: how the ratios of a class differ between these numbers in
+    /// other contexts, where runs of one context showed both. A measurement that something disturbed while so many devices worked is made up
+    /// for by that.
+    fn between_counts(&self, from: u32, to: u32, class: Class) -> f64 {
+        if from == to {
+            return 1.0;
+        }
+        let changes = self.runs.iter().filter(|((_, busy), _)| *busy == from).filter_map(|((context, _), before)| {
+            let after = self.runs.get(&(*context, to))?;
+            after.over(before, class)
+        });
+        median(changes.collect()).unwrap_or(1.0)
+    }
+
+    /// How much longer a class lasts in the runs most like those that are asked about than alone; the median over all runs where none is
+    /// like them.
+    fn class_inside(&self, class: Class, under: Conditions) -> f64 {
+        let of_run = |run: Run| Some(self.runs.get(&run)?.of(class) * self.between_counts(run.1, under.busy, class));
+        self.like(under).and_then(of_run).unwrap_or_else(|| self.all_runs.of(class))
+    }
+
     /// How much longer a subject lasts in runs than alone, where runs showed anything.
     fn inside(&self, subject: &Subject, under: Conditions) -> f64 {
         let class = Class::of(subject);
         let like = self.like(under);
+        let counts = like.map_or(1.0, |(_, busy)| self.between_counts(busy, under.busy, class));
         let moved = |&(run, ratio): &(Run, f64)| match like {
             Some(like) if like != run => Some(ratio * self.between.get(&(run, like, class))?),
             _ => Some(ratio),
         };
         let runs = || self.shapes.get(subject).into_iter().flatten();
         let of_class = || like.and_then(|run| self.runs.get(&run)?.classes.get(&class).copied());
-        let own = median(runs().filter_map(moved).collect()).or_else(of_class);
+        let own = median(runs().filter_map(moved).collect()).or_else(of_class).map(|ratio| ratio * counts);
         let unmoved = || median(runs().map(|(_, ratio)| *ratio).collect());
         own.or_else(unmoved).unwrap_or_else(|| self.all_runs.of(class))
     }
@@ -252,7 +275,7 @@ impl Predictor {
             let line = self.families.get(&key.op.family()).unwrap_or(&self.general);
             let class = Class::Kernel(key.op, key.dtype);
             let contention = nearest(&self.busy, under.busy).map_or(1.0, |ratios| ratios.of(class));
-            let inside = self.like(under).and_then(|run| self.runs.get(&run)).unwrap_or(&self.all_runs).of(class);
+            let inside = self.class_inside(class, under);
             line.seconds(flops, bytes) * contention * self.interference(under.busy) * inside
         } else {
             parts.iter().map(|part| self.kernel(part, under).seconds).sum()

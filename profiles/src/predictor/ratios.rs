@@ -33,6 +33,13 @@ impl Ratios {
         let found = self.classes.get(&class).or_else(|| self.families.get(&class.family())).copied();
         found.or(self.all).unwrap_or(1.0)
     }
+
+    /// How these ratios compare with others, for a class if both know it, else for its family, else over all.
+    pub(super) fn over(&self, others: &Ratios, class: Class) -> Option<f64> {
+        let of_class = || Some(self.classes.get(&class)? / others.classes.get(&class)?);
+        let of_family = || Some(self.families.get(&class.family())? / others.families.get(&class.family())?);
+        of_class().or_else(of_family).or_else(|| Some(self.all? / others.all?))
+    }
 }
 
 /// The middle value; of an even number, the mean of the two.

@@ -333,6 +333,35 @@ fn contexts_differ_by_the_shapes_that_both_showed() {
     assert!(close(found.seconds, 0.9 * alone), "{found:?}");
 }
 
+/// What was measured while two devices worked is half as long again as it should be, as runs on two show; what was measured with one is right.
+#[test]
+fn what_runs_say_of_one_number_of_devices_is_not_said_of_another() {
+    let context = |recomputed| Some(Context { recomputed, shared: false });
+    let (kept, again) = (context(Recomputed::Nothing), context(Recomputed::Blocks));
+    let [small, large, unseen] = [1u32 << 10, 1 << 14, 1 << 16];
+    let alone = |n: u32| f64::from(n) * 1e-9;
+    let mut rows = Vec::new();
+    for n in [small, large, unseen] {
+        rows.push(row(Subject::Kernel(add(n)), 2, Source::Measured, 1.5 * alone(n)));
+        rows.push(row(Subject::Kernel(add(n)), 1, Source::Measured, alone(n)));
+    }
+    let traced =
+        |n: u32, busy, context, seconds| Row { context, ..row(Subject::Kernel(add(n)), busy, Source::Trace, seconds) };
+    // Where blocks are computed again, adds take 0.9 of the time; no such run had one device.
+    rows.extend([
+        traced(small, 1, kept, alone(small)),
+        traced(large, 2, kept, alone(large)),
+        traced(large, 2, again, 0.9 * alone(large)),
+    ]);
+    let predictor = Predictor::new(&profile(rows)).unwrap();
+    for n in [small, large, unseen] {
+        let found = predictor.kernel(&add(n), Conditions { busy: 1, context: again });
+        assert!(close(found.seconds, 0.9 * alone(n)), "{n}: {found:?}");
+        let found = predictor.kernel(&add(n), Conditions { busy: 2, context: again });
+        assert!(close(found.seconds, 0.9 * alone(n)), "{n} of two: {found:?}");
+    }
+}
+
 #[test]
 fn narrow_calls_follow_their_wide_twins() {
     let narrow = |key: KernelKey| key.with(DType::Bf16);
