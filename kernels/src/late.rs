@@ -11,7 +11,7 @@ use crate::check::Access;
 use crate::cpu::CpuDevice;
 use crate::device::{Block, Device, KernelError, View};
 use crate::queue::{Moment, Queue, Queues, Sequence};
-use crate::streams::{Pace, Streams};
+use crate::streams::{Kept, Late, Pace, Streams, Task};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,6 +36,17 @@ impl Core {
     }
 }
 
+impl Late for Core {
+    fn streams(&self) -> &Streams {
+        &self.streams
+    }
+
+    fn forget(&self, block: &dyn Block) {
+        let (begin, end) = (block.address(), block.address() + block.bytes() as u64);
+        self.watch().pieces.retain(|&at, piece| piece.end <= begin || at >= end);
+    }
+}
+
 impl LateDevice {
     /// A device whose work is done at a pace.
     pub fn new(pace: Pace) -> LateDevice {
@@ -48,35 +59,20 @@ impl LateDevice {
         self.core.watch().note(self.stream, touched, what)
     }
 
+    /// Queues work. What is on the first stream is done at once, and the host has seen its end.
+    fn later(&self, task: Task) -> Result<(), KernelError> {
+        self.core.streams.run(self.stream, task)?;
+        if self.stream == 0 {
+            self.seen();
+        }
+        Ok(())
+    }
+
     /// The host has seen the end of everything on this stream.
     fn seen(&self) {
         let mut watch = self.core.watch();
         let here = watch.clocks[self.stream].clone();
         watch.host.join(&here);
-    }
-}
-
-/// Memory whose work is done before it goes.
-struct Kept {
-    block: Box<dyn Block>,
-    core: Arc<Core>,
-}
-
-impl Block for Kept {
-    fn address(&self) -> u64 {
-        self.block.address()
-    }
-
-    fn bytes(&self) -> usize {
-        self.block.bytes()
-    }
-}
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        self.core.streams.finish_all();
-        let begin = self.block.address();
-        self.core.watch().pieces.retain(|&at, piece| piece.end <= begin || at >= begin + self.block.bytes() as u64);
     }
 }
 
@@ -106,11 +102,7 @@ impl Device for LateDevice {
         drop(watch);
         let (cpu, call) = (self.core.cpu.clone(), *call);
         // SAFETY: the caller's promise: operands live until the call has ended.
-        self.core.streams.run(self.stream, Arc::new(move || unsafe { cpu.run(&call) }))?;
-        if self.stream == 0 {
-            self.seen();
-        }
-        Ok(())
+        self.later(Arc::new(move || unsafe { cpu.run(&call) }))
     }
 
     fn complete(&self) -> Result<(), KernelError> {
@@ -127,11 +119,7 @@ impl Device for LateDevice {
         self.note(&[(to, true)], "upload")?;
         let (cpu, from) = (self.core.cpu.clone(), from.to_vec());
         // SAFETY: the caller's promise: the view lives until the copy has ended.
-        self.core.streams.run(self.stream, Arc::new(move || unsafe { cpu.upload(&from, to) }))?;
-        if self.stream == 0 {
-            self.seen();
-        }
-        Ok(())
+        self.later(Arc::new(move || unsafe { cpu.upload(&from, to) }))
     }
 
     unsafe fn download(&self, from: View, to: &mut [u8]) -> Result<(), KernelError> {

@@ -4,7 +4,7 @@
 //! moment after that moment. Beyond that the order is as unkind as possible, so a wait that is missing shows in results. Work is done
 //! by the thread that waits, one piece at a time.
 
-use crate::device::KernelError;
+use crate::device::{Block, KernelError};
 use crate::queue::{Moment, Sequence};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,6 +21,37 @@ pub enum Pace {
 
 /// Work, later, once or often.
 pub(crate) type Task = Arc<dyn Fn() -> Result<(), KernelError> + Send + Sync>;
+
+/// A device with streams, whose memory outlasts the work on it.
+pub(crate) trait Late: Send + Sync {
+    fn streams(&self) -> &Streams;
+
+    /// Memory goes, and nothing is queued any more that uses it.
+    fn forget(&self, _block: &dyn Block) {}
+}
+
+/// Memory of such a device: all work is done before it goes.
+pub(crate) struct Kept<L: Late> {
+    pub block: Box<dyn Block>,
+    pub core: Arc<L>,
+}
+
+impl<L: Late> Block for Kept<L> {
+    fn address(&self) -> u64 {
+        self.block.address()
+    }
+
+    fn bytes(&self) -> usize {
+        self.block.bytes()
+    }
+}
+
+impl<L: Late> Drop for Kept<L> {
+    fn drop(&mut self) {
+        self.core.streams().finish_all();
+        self.core.forget(&*self.block);
+    }
+}
 
 enum Item {
     Work(Task),

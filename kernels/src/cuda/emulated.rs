@@ -7,7 +7,7 @@ use super::sources::{EMULATOR, HEADER, SOURCES, Source, digest};
 use crate::cpu::CpuDevice;
 use crate::device::{Block, DType, Device, KernelError};
 use crate::queue::{Moment, Sequence};
-use crate::streams::{Pace, Streams, Task};
+use crate::streams::{Kept, Late, Pace, Streams, Task};
 use libloading::Library;
 use std::collections::HashMap;
 use std::ffi::{c_char, c_int, c_void};
@@ -48,25 +48,9 @@ struct Core {
     memory: CpuDevice,
 }
 
-/// Memory whose work is done before it goes.
-struct Kept {
-    block: Box<dyn Block>,
-    core: Arc<Core>,
-}
-
-impl Block for Kept {
-    fn address(&self) -> u64 {
-        self.block.address()
-    }
-
-    fn bytes(&self) -> usize {
-        self.block.bytes()
-    }
-}
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        self.core.streams.finish_all();
+impl Late for Core {
+    fn streams(&self) -> &Streams {
+        &self.streams
     }
 }
 
@@ -368,6 +352,7 @@ impl Machine for Emulated {
             Ok(())
         }))
     }
+
     unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), KernelError> {
         self.later(Arc::new(move || {
             // SAFETY: the caller's promise.
