@@ -185,8 +185,8 @@ pub enum Call {
         vocab: u32,
         chunk: u32,
     },
-    /// Recomputes logits, `chunk * vocab` at a time; overwrites `dx` (if given) with, and accumulates into `d_weight` (if given), the gradient
-    /// of `scale * sum of row losses`.
+    /// Recomputes logits, `chunk * vocab` at a time; overwrites `dx` (if given) with, and accumulates into `d_weight` (if
+    /// given), the gradient of `scale * sum of row losses`.
     HeadBackward {
         x: View,
         weight: View,

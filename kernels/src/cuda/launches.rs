@@ -109,24 +109,28 @@ pub(super) unsafe fn run(machine: &impl Machine, call: &Call, parts: u64) -> Res
             unsafe { machine.multiply(&dense([a, b, c], [m, n, k], [transpose_a, transpose_b], accumulate)) }
         }
         Call::Project { x, weight, bias, base, input, out, m, n, k } => {
-            let dims = ([m, n, k], [false, true]);
-            let mut product = dense([x, weight, out], dims.0, dims.1, base.is_some());
-            product.base = base.unwrap_or(out).address();
-            let mut fused = product;
-            fused.shape.epilogue = match (bias, input) {
+            // Where there is an input, there is no base.
+            let sum = input.unwrap_or(out);
+            let product = Product {
+                base: base.unwrap_or(sum).address(),
+                ..dense([x, weight, sum], [m, n, k], [false, true], base.is_some())
+            };
+            let epilogue = match (bias, input) {
                 (Some(_), Some(_)) => Epilogue::BiasGelu,
                 (Some(_), None) => Epilogue::Bias,
                 (None, _) => Epilogue::None,
             };
-            (fused.bias, fused.beside) =
-                (bias.map_or(0, |view| view.address()), input.map_or(0, |view| view.address()));
+            let fused = Product {
+                shape: ProductShape { epilogue, ..product.shape },
+                c: out.address(),
+                base: base.unwrap_or(out).address(),
+                bias: bias.map_or(0, |view| view.address()),
+                beside: input.map_or(0, |view| view.address()),
+                ..product
+            };
             if (bias.is_some() || input.is_none()) && machine.fuses(&fused)? {
                 // SAFETY: as above.
                 return unsafe { machine.multiply(&fused) };
-            }
-            let sum = input.unwrap_or(out);
-            if input.is_some() {
-                product = dense([x, weight, sum], dims.0, dims.1, false);
             }
             // SAFETY: as above, for the parts of the call one after the other.
             unsafe {

@@ -133,9 +133,8 @@ pub struct Layout {
 }
 
 /// What happens to a product before it is written, beside what it is added to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Epilogue {
-    #[default]
     None,
     /// Each row is added to [`Product::bias`].
     Bias,
