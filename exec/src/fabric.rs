@@ -9,15 +9,16 @@
 //!
 //! One lock is held at a time, never while work is done.
 
+mod carriage;
 mod work;
 
 use crate::bind::{Bound, OpRef, Partner};
-use crate::carriage::Carriage;
-use crate::effects::{Effects, HostRange, Passage, Span};
+use crate::effects::{Effects, HostRange, Passage};
 use crate::error::ExecError;
 use crate::exchange_times::ExchangeTally;
 use crate::record::Record;
 use crate::slot::{Next, Slot};
+use carriage::Carriage;
 use paceline_sim::trace::WaitReason;
 use paceline_sim::units::{OpId, RankId};
 use smallvec::SmallVec;
@@ -490,50 +491,6 @@ impl<'p, E: Effects> Fabric<'p, E> {
                 Consequence::Arrived { op, at } => self.arrive(op, at, &mut consequences),
                 Consequence::Ended { op, met, start, end } => self.finish(op, met, start, end, &mut consequences),
             }
-        }
-    }
-
-    /// The ranks that this process runs.
-    pub fn hosted(&self) -> impl Iterator<Item = u32> {
-        (0..self.ranks.len() as u32).filter(|&rank| self.effects.hosts(rank))
-    }
-
-    /// Streams whose exchanges are carried to other processes, each by a thread that calls [`Fabric::carry`].
-    pub fn carried_streams(&self) -> usize {
-        if self.alone { 0 } else { self.carriage.streams() }
-    }
-
-    /// Carries the exchanges of a stream until the run ends.
-    pub fn carry(&self, stream: usize) {
-        while let Some(op) = self.carriage.take(stream, || self.aborted()) {
-            let partner = self.bound.partners[op.rank as usize][op.op as usize];
-            let range = match partner {
-                Partner::None => HostRange::default(),
-                Partner::Sender(t) => self.transfers[t as usize].from.load(),
-                Partner::Receiver(t) => self.transfers[t as usize].to.load(),
-                Partner::Member { meeting, member } => self.meetings[meeting as usize].ranges[member as usize].load(),
-            };
-            // SAFETY: the op has arrived and has not ended, so the program lets nobody else touch its range.
-            match unsafe { self.effects.carry(partner, range) } {
-                Err(error) => return self.abort(error),
-                Ok(Span { start, effective: end, .. }) => {
-                    let mut consequences = Consequences::new();
-                    consequences.push(Consequence::Ended { op, met: start, start, end });
-                    self.settle(consequences);
-                }
-            }
-        }
-    }
-
-    /// Whether an op meets ranks of other processes.
-    pub fn is_carried(&self, partner: Partner) -> bool {
-        let away = |op: OpRef| !self.effects.hosts(op.rank);
-        match partner {
-            _ if self.alone => false,
-            Partner::None => false,
-            Partner::Sender(t) => away(self.bound.transfers[t as usize].to),
-            Partner::Receiver(t) => away(self.bound.transfers[t as usize].from),
-            Partner::Member { meeting, .. } => self.bound.meetings[meeting as usize].members.iter().any(|&op| away(op)),
         }
     }
 

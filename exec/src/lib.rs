@@ -8,7 +8,6 @@
 //! [`measure`] makes the profile of a machine. [`processes`] lets every rank run in a process of its own, on one host or many.
 
 mod bind;
-mod carriage;
 mod checkpoint;
 mod collectives;
 mod cpu;
