@@ -136,34 +136,36 @@ pub fn calibrate(
     progress: &mut dyn FnMut(MeasureProgress),
     stop: Option<&AtomicBool>,
 ) -> Result<Profile, MeasureError> {
-    if !device.is_host() {
-        return far::calibrate(device, keys, around, settings, progress, stop);
-    }
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-    if settings.devices == 0 || settings.devices > cores {
-        return Err(MeasureError::Devices { devices: settings.devices, cores });
-    }
     let mut profile = Profile::new(this_machine(device));
     let keys: BTreeSet<&KernelKey> = keys.iter().collect();
     let all: BTreeSet<&KernelKey> = keys.iter().copied().chain(around).collect();
-    let one_at_work = settings.devices > 1;
-    let mut run = Run {
-        device,
-        settings,
-        stop,
-        planned: if one_at_work { 1.0 } else { 1.0 - ONE_BUSY },
-        done: 0.0,
-        progress,
-        rows: Vec::new(),
-    };
-    run.kernels(&all, settings.devices, ALL_BUSY)?;
-    if one_at_work {
-        run.kernels(&keys, 1, ONE_BUSY)?;
+    let mut run = Run { device, settings, stop, planned: 1.0, done: 0.0, progress, rows: Vec::new() };
+    if device.is_host() {
+        near(&mut run, &keys, &all)?
+    } else {
+        far::measure(&mut run, &keys, &all)?
     }
-    run.phase(MeasurePhase::Exchange, EXCHANGE, exchange::measure)?;
-    run.phase(MeasurePhase::Overhead, OVERHEAD, overhead::measure)?;
     profile.rows = run.rows;
     Ok(profile)
+}
+
+/// Measures devices that are cores of the host.
+fn near(run: &mut Run, keys: &BTreeSet<&KernelKey>, all: &BTreeSet<&KernelKey>) -> Result<(), MeasureError> {
+    let devices = run.settings.devices;
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    if devices == 0 || devices > cores {
+        return Err(MeasureError::Devices { devices, cores });
+    }
+    let one_at_work = devices > 1;
+    if !one_at_work {
+        run.planned -= ONE_BUSY;
+    }
+    run.kernels(all, devices, ALL_BUSY)?;
+    if one_at_work {
+        run.kernels(keys, 1, ONE_BUSY)?;
+    }
+    run.phase(MeasurePhase::Exchange, EXCHANGE, exchange::measure)?;
+    run.phase(MeasurePhase::Overhead, OVERHEAD, overhead::measure)
 }
 
 /// A measurement under way.

@@ -17,24 +17,26 @@ const SIZES: [u64; 7] = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 2
 /// Sizes of groups.
 const GROUPS: [u32; 2] = [2, 4];
 /// Largest group.
-const MEMBERS: usize = 4;
+pub(super) const MEMBERS: usize = 4;
 /// Each case is repeated so often even if the time is up.
 const LEAST_ROUNDS: usize = 5;
 const MOST_ROUNDS: usize = 300;
 
+/// What is measured of exchanges.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Case {
+pub(super) enum Case {
     Copy { bytes: u64 },
     Part { round: CollectiveRound, members: u32, bytes: u64 },
 }
 
 impl Case {
-    fn all() -> Vec<Case> {
+    /// All of them, over `sizes`.
+    pub(super) fn all(sizes: &[u64]) -> Vec<Case> {
         let parts = GROUPS.into_iter().flat_map(|members| {
             let rounds = CollectiveRound::ALL.into_iter();
-            rounds.flat_map(move |round| SIZES.map(|bytes| Case::Part { round, members, bytes }))
+            rounds.flat_map(move |round| sizes.iter().map(move |&bytes| Case::Part { round, members, bytes }))
         });
-        SIZES.map(|bytes| Case::Copy { bytes }).into_iter().chain(parts).collect()
+        sizes.iter().map(|&bytes| Case::Copy { bytes }).chain(parts).collect()
     }
 
     fn subject(self) -> Subject {
@@ -45,6 +47,23 @@ impl Case {
     }
 }
 
+/// The step of a collective that is such a round.
+pub(super) fn step_of(round: CollectiveRound) -> Step {
+    match round {
+        CollectiveRound::Reduce => Step::Reduce,
+        CollectiveRound::Gather => Step::Gather,
+    }
+}
+
+/// The timings of cases, in one order with them.
+pub(super) fn summarised(cases: &[Case], timings: Vec<Vec<f64>>, busy_devices: u32) -> Vec<Measured> {
+    let all = cases.iter().zip(timings);
+    all.filter_map(|(case, seconds)| {
+        Summary::of(seconds).map(|summary| Measured { subject: case.subject(), busy_devices, summary })
+    })
+    .collect()
+}
+
 /// Measures messages and rounds over sizes, with all devices at work.
 pub(super) fn measure(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> {
     let devices = phase.settings.devices as usize;
@@ -52,7 +71,7 @@ pub(super) fn measure(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> 
     let room = (phase.settings.working_set_bytes as usize / MEMBERS).max(2 * SIZES[SIZES.len() - 1] as usize);
     let allocate = |_| phase.device.allocate(room).map_err(MeasureError::Memory);
     let blocks: Vec<Box<dyn Block>> = (0..MEMBERS.max(devices)).map(allocate).collect::<Result<_, _>>()?;
-    let cases = Case::all();
+    let cases = Case::all(&SIZES);
     let plan = Plan {
         blocks: &blocks,
         devices,
@@ -90,11 +109,7 @@ pub(super) fn measure(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> 
             }
         }
     });
-    let busy_devices = phase.settings.devices;
-    let results = cases.iter().zip(timings).filter_map(|(case, seconds)| {
-        Summary::of(seconds).map(|summary| Measured { subject: case.subject(), busy_devices, summary })
-    });
-    Ok(results.collect())
+    Ok(summarised(&cases, timings, phase.settings.devices))
 }
 
 /// What the devices share.
@@ -180,10 +195,7 @@ impl Plan<'_> {
                 let array = |member| Member { array: self.array(member, bytes, round, 0), shard: None };
                 let arrays: Vec<Member<f32>> = (0..members).map(array).collect();
                 let parts = Parts { len, part: len.div_ceil(members) };
-                let step = match step {
-                    CollectiveRound::Reduce => Step::Reduce,
-                    CollectiveRound::Gather => Step::Gather,
-                };
+                let step = step_of(step);
                 for member in own {
                     let start = Instant::now();
                     // SAFETY: the arrays live and do not overlap, and between the barriers all members are in this round.

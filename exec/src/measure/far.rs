@@ -1,19 +1,16 @@
-//! Measuring a device with a memory of its own, which works behind the host's back: by its own clock, kernels with nothing beside them and
-//! with copies beside them, exchanges within its memory as a run makes them, and what ops and messages take beyond their kernels and copies.
+//! Measuring a device with a memory of its own, which works behind the host's back: by its own clock, kernels with nothing beside
+//! them and with copies beside them, exchanges within its memory as a run makes them, and what ops and messages take beyond their
+//! kernels and copies.
 
+use super::exchange::{Case, MEMBERS, step_of, summarised};
 use super::samples::Summary;
-use super::{
-    KernelKey, MeasureError, MeasurePhase, MeasureProgress, MeasureSettings, Measured, Phase, Profile, Run,
-    this_machine,
-};
+use super::{KernelKey, MeasureError, MeasurePhase, Measured, Phase, Run};
 use crate::collectives::Parts;
 use crate::device_exchange::{Part, Sums, round};
 use crate::effects::HostRange;
-use paceline_kernels::{Block, Call, DType, Device, KernelError, Moment, Queue, Queues, View};
-use paceline_profiles::{CollectiveRound, KernelOp, Overhead, Subject};
-use paceline_sim::program::Step;
+use paceline_kernels::{Block, Call, DType, KernelError, Moment, Queue, Queues, View};
+use paceline_profiles::{KernelOp, Overhead, Subject};
 use std::collections::BTreeSet;
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 /// Parts of the budget.
@@ -24,44 +21,24 @@ const OVERHEAD: f64 = 0.08;
 
 /// Sizes of messages and arrays: 4 KiB to 256 MiB, where the working set has room for them.
 const SIZES: [u64; 9] = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20];
-/// Sizes of groups.
-const GROUPS: [usize; 2] = [2, 4];
 /// Repetitions even if the time is up; and at most.
 const LEAST: usize = 3;
 const MOST: usize = 100;
 
-/// [`super::calibrate`] for such a device. Rows with two busy devices are those of kernels beside copies.
-pub(super) fn calibrate(
-    device: &dyn Device,
-    keys: &[KernelKey],
-    around: &[KernelKey],
-    settings: &MeasureSettings,
-    progress: &mut dyn FnMut(MeasureProgress),
-    stop: Option<&AtomicBool>,
-) -> Result<Profile, MeasureError> {
-    let mut profile = Profile::new(this_machine(device));
-    let settings = &MeasureSettings { devices: 1, ..settings.clone() };
-    let keys: BTreeSet<&KernelKey> = keys.iter().collect();
-    let mut run = Run { device, settings, stop, planned: 1.0, done: 0.0, progress, rows: Vec::new() };
+/// Measures such a device: kernels at `keys` both ways, those of `all` with nothing beside them. Rows with two busy devices are those of
+/// kernels beside copies.
+pub(super) fn measure(
+    run: &mut Run,
+    keys: &BTreeSet<&KernelKey>,
+    all: &BTreeSet<&KernelKey>,
+) -> Result<(), MeasureError> {
     // The smallest fill takes as long as queueing it.
     let launch = KernelKey::new(KernelOp::Zero, &[1]).ok();
-    let all: Vec<&KernelKey> =
-        keys.iter().copied().chain(around).chain(&launch).collect::<BTreeSet<_>>().into_iter().collect();
-    let measure = super::kernels::measure;
-    run.phase(MeasurePhase::Kernels { busy_devices: 1 }, ALONE, |phase| measure(phase, &all, 1))?;
-    let keys: Vec<&KernelKey> = keys.into_iter().collect();
-    run.phase(MeasurePhase::BesideCopies, BESIDE_COPIES, |phase| measure(phase, &keys, 2))?;
+    run.kernels(&all.iter().copied().chain(&launch).collect(), 1, ALONE)?;
+    let keys: Vec<&KernelKey> = keys.iter().copied().collect();
+    run.phase(MeasurePhase::BesideCopies, BESIDE_COPIES, |phase| super::kernels::measure(phase, &keys, 2))?;
     run.phase(MeasurePhase::Exchange, EXCHANGE, exchange)?;
-    run.phase(MeasurePhase::Overhead, OVERHEAD, overhead)?;
-    profile.rows = run.rows;
-    Ok(profile)
-}
-
-/// What is measured of exchanges.
-#[derive(Debug, Clone, Copy)]
-enum Case {
-    Copy,
-    Part { round: CollectiveRound, members: usize },
+    run.phase(MeasurePhase::Overhead, OVERHEAD, overhead)
 }
 
 /// Ops and messages that are timed together.
@@ -119,7 +96,7 @@ impl Drop for Timer<'_> {
 /// Times messages and rounds as a run makes them.
 fn exchange(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> {
     let most = (phase.settings.working_set_bytes / 4).max(SIZES[0]);
-    let blocks: Vec<Box<dyn Block>> = (0..GROUPS[GROUPS.len() - 1])
+    let blocks: Vec<Box<dyn Block>> = (0..MEMBERS)
         .map(|_| phase.device.allocate(most as usize).map_err(MeasureError::Memory))
         .collect::<Result<_, _>>()?;
     let timer = Timer::new(phase)?;
@@ -129,35 +106,28 @@ fn exchange(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> {
         unsafe { timer.one.run(&Call::Zero { x }) }.map_err(MeasureError::Device)?;
     }
     let sums = Sums::default();
-    let parts = GROUPS
-        .into_iter()
-        .flat_map(|members| CollectiveRound::ALL.into_iter().map(move |round| Case::Part { round, members }));
-    let cases: Vec<(Case, u64)> = std::iter::once(Case::Copy)
-        .chain(parts)
-        .flat_map(|case| SIZES.into_iter().filter(|&bytes| bytes <= most).map(move |bytes| (case, bytes)))
-        .collect();
+    let sizes: Vec<u64> = SIZES.into_iter().filter(|&bytes| bytes <= most).collect();
+    let cases = Case::all(&sizes);
     let mut timings: Vec<Vec<f64>> = vec![Vec::new(); cases.len()];
     // The first round warms up.
     for number in 0..=MOST {
         if (phase.stop)() || (number > LEAST && Instant::now() >= phase.deadline) {
             break;
         }
-        for ((case, bytes), timings) in cases.iter().zip(&mut timings) {
-            let range = |block: &dyn Block| HostRange { address: block.address(), bytes: *bytes, shard: 0 };
+        for (case, timings) in cases.iter().zip(&mut timings) {
+            let (Case::Copy { bytes } | Case::Part { bytes, .. }) = *case;
+            let range = |block: &dyn Block| HostRange { address: block.address(), bytes, shard: 0 };
             let ranges: Vec<HostRange> = blocks.iter().map(|block| range(&**block)).collect();
-            let len = *bytes as usize / 4;
+            let len = bytes as usize / 4;
             // SAFETY: the blocks are different, live, and nobody else knows them.
             let seconds = timer.seconds(|| unsafe {
                 match *case {
-                    Case::Copy => {
+                    Case::Copy { .. } => {
                         let view = |n: usize| View::at(ranges[n].address, len, DType::U32);
                         timer.one.run(&Call::Copy { from: view(0), to: view(1) })
                     }
-                    Case::Part { round: kind, members } => {
-                        let step = match kind {
-                            CollectiveRound::Reduce => Step::Reduce,
-                            CollectiveRound::Gather => Step::Gather,
-                        };
+                    Case::Part { round: kind, members, .. } => {
+                        let (members, step) = (members as usize, step_of(kind));
                         let parts = Parts { len, part: len.div_ceil(members) };
                         let part = Part { meeting: 0, member: 0, step, groups: 1, parts, dtype: DType::F32 };
                         round(&*timer.one, &sums, &part, &ranges[..members])
@@ -170,14 +140,7 @@ fn exchange(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> {
             (phase.tick)();
         }
     }
-    let results = cases.into_iter().zip(timings).filter_map(|((case, bytes), seconds)| {
-        let subject = match case {
-            Case::Copy => Subject::Transfer { bytes },
-            Case::Part { round, members } => Subject::Collective { round, members: members as u32, bytes },
-        };
-        Summary::of(seconds).map(|summary| Measured { subject, busy_devices: 1, summary })
-    });
-    Ok(results.collect())
+    Ok(summarised(&cases, timings, 1))
 }
 
 /// What an op takes beyond its kernels where the host runs ahead: the moments before and after it. And what a message takes beyond its

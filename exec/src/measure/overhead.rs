@@ -57,18 +57,17 @@ pub(super) fn measure(phase: &mut Phase) -> Result<Vec<Measured>, MeasureError> 
     let beyond = (turns.median - TURN_NANOSECONDS as f64 * 1e-9).max(per_op.median);
     record(Overhead::SharedOp, Summary { median: beyond, ..turns }, 1);
     record(Overhead::Call, calls(phase, share), 1);
-    let hop = |phase: &mut Phase, devices| -> Result<Summary, MeasureError> {
-        let step = steps(phase, &ping_pong(devices), OP_NANOSECONDS, share)?.per(f64::from(HOPS));
+    // Each op and what follows it, less the op.
+    let hop = |phase: &mut Phase, program: &Program| -> Result<Summary, MeasureError> {
+        let step = steps(phase, program, OP_NANOSECONDS, share)?.per(f64::from(HOPS));
         let rest = step.median - OP_NANOSECONDS as f64 * 1e-9 - per_op.median;
         Ok(Summary { median: rest.max(1e-9), ..step })
     };
-    record(Overhead::SharedMessage, hop(phase, 1)?, 1);
+    record(Overhead::SharedMessage, hop(phase, &ping_pong(1))?, 1);
     if two_devices {
-        record(Overhead::Message, hop(phase, 2)?, 2);
+        record(Overhead::Message, hop(phase, &ping_pong(2))?, 2);
         // Both come at once, so that nobody falls asleep before the last round.
-        let meeting = steps(phase, &meetings(), OP_NANOSECONDS, share)?.per(f64::from(HOPS));
-        let rest = meeting.median - OP_NANOSECONDS as f64 * 1e-9 - per_op.median;
-        record(Overhead::Round, Summary { median: rest.max(1e-9), ..meeting }.per(f64::from(ROUNDS)), 2);
+        record(Overhead::Round, hop(phase, &meetings())?.per(f64::from(ROUNDS)), 2);
     }
     Ok(results)
 }
