@@ -206,7 +206,8 @@ impl<'h, 'a> Holders<'h, 'a> {
         parameters.map(|parameter| (parameter.name, parameter.shape)).collect()
     }
 
-    /// What this process holds of everything that training changes, of trained weights what its ranks update themselves; where there are others, the rest is [`UNKNOWN`].
+    /// What this process holds of everything that training changes, of trained weights what its ranks update themselves; where
+    /// there are others, the rest is [`UNKNOWN`].
     fn gather_own(&self) -> Result<ModelState, ExecError> {
         let mut state = ModelState::new();
         let blank = if self.job.mesh.is_some() { UNKNOWN } else { 0.0 };

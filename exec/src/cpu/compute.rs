@@ -39,6 +39,8 @@ impl CpuHands<'_> {
             }
             _ => None,
         };
+        let id = self.id;
+        let refused = |source| ExecError::Kernel { rank: id, op: OpId(op), source };
         let launch = Launcher {
             job,
             device,
@@ -57,10 +59,7 @@ impl CpuHands<'_> {
                     job.passes.run(&this.kind, &launch, &operands)
                 };
                 match job.lines.filter(|_| job.graphs && !self.orders.time_kernels) {
-                    Some(lines) => {
-                        let refused = |source| ExecError::Kernel { rank: self.id, op: OpId(op), source };
-                        self.graphs.run(op, &*lines.of(at).queue, &pass, refused)?;
-                    }
+                    Some(lines) => self.graphs.run(op, &*lines.of(at).queue, &pass, refused)?,
                     None => pass()?,
                 }
             }
@@ -110,11 +109,7 @@ impl CpuHands<'_> {
                     let shard = gradients.slice(place.start, place.len());
                     let mut bytes = vec![0; shard.bytes()];
                     // SAFETY: the reduction of these gradients has ended (the op waits for it).
-                    unsafe { device.download(shard, &mut bytes) }.map_err(|source| ExecError::Kernel {
-                        rank: self.id,
-                        op: OpId(op),
-                        source,
-                    })?;
+                    unsafe { device.download(shard, &mut bytes) }.map_err(refused)?;
                     let values = numbers::values(&bytes, shard.dtype());
                     self.gradients.insert((stage, unit), (own.clone(), values));
                 }
@@ -147,11 +142,7 @@ impl CpuHands<'_> {
                 if let OpKind::Validate { .. } = this.kind {
                     let mut bytes = [0; 8];
                     // SAFETY: the sum of the norm has ended (the op waits for it).
-                    unsafe { device.download(norm, &mut bytes) }.map_err(|source| ExecError::Kernel {
-                        rank: self.id,
-                        op: OpId(op),
-                        source,
-                    })?;
+                    unsafe { device.download(norm, &mut bytes) }.map_err(refused)?;
                     // All ranks see the same norm, so they decide alike.
                     stays = job.adamw(0).clip_coefficient(f64::from_ne_bytes(bytes)) == 1.0;
                     if !stays || step + 1 == self.orders.steps {
