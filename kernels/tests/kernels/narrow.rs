@@ -196,16 +196,12 @@ proptest! {
         let [a, b, before] = [m * k, k * n, m * n].map(|len| random.halves(len as usize, 1.0));
         compare(0.0, |types| {
             let (a, b) = (types.of(&a), types.of(&b));
-            let c = Types { narrow: types.narrow && !wide }.of(&before);
+            let c = types.gradients(wide, &before);
             let (transpose_a, transpose_b) = (seed & 1 == 1, seed & 2 == 2);
             run(Call::MatMul { a: a.view(), b: b.view(), c: c.view(), m, n, k, transpose_a, transpose_b, accumulate });
             vec![c]
         });
     }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(10))]
 
     #[test]
     fn projections(m in 1u32..20, eights in 1u32..5, odd in 0u32..2, k in 1u32..40, seed: u64) {

@@ -3,6 +3,9 @@
 use crate::machine::{Array, DEVICE, doubles, floats, indices, try_run};
 use paceline_kernels::{AdamW, AttentionShape, Block, Call, DType, Decays, KernelError, View};
 
+/// Numbers that no optimizer call refuses.
+const WITH: AdamW = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0, step: 1, clip: None };
+
 /// `len` floats of one shared block from `start` on, so that overlaps can be made.
 pub struct Pool(Box<dyn Block>);
 
@@ -102,7 +105,6 @@ fn overlaps() {
     try_run(Call::Sum { a, b: pool.at(4, 8), out: pool.at(200, 8) }).unwrap();
     refused(Call::Add { x: a, into: a }, &["into overlaps x"]);
     let norm = doubles(&[1.0]);
-    let with = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0, step: 1, clip: None };
     let call = Call::AdamW {
         parameters: pool.at(0, 8),
         gradients: pool.at(8, 8),
@@ -111,7 +113,7 @@ fn overlaps() {
         rounded: None,
         norm: norm.view(),
         decays: Decays::all(true),
-        with,
+        with: WITH,
     };
     refused(call, &["second overlaps first"]);
 }
@@ -159,7 +161,6 @@ fn runs_of_decaying_parameters_that_are_none() {
     let decays = Decays::new(false, &[2, 5]).unwrap();
     assert_eq!(decays.runs(8).collect::<Vec<_>>(), [(0..2, false), (2..5, true), (5..8, false)]);
     let pool = Pool::new();
-    let with = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0, step: 1, clip: None };
     let call = Call::AdamWAhead {
         parameters: pool.at(0, 5),
         kept: pool.at(8, 5),
@@ -167,7 +168,7 @@ fn runs_of_decaying_parameters_that_are_none() {
         first: pool.at(24, 5),
         second: pool.at(32, 5),
         decays,
-        with,
+        with: WITH,
     };
     refused(call, &["begins at 5", "5 parameters"]);
 }
