@@ -15,6 +15,7 @@ mod table;
 mod timeline;
 mod trace_file;
 mod training;
+mod user_folder;
 mod workshop;
 
 use clap::{Parser, Subcommand};

@@ -3,6 +3,7 @@
 
 use crate::failure::Failure;
 use crate::screen::Screen;
+use crate::user_folder::user_folder;
 use paceline_profiles::{Machine, Profile};
 use std::path::{Path, PathBuf};
 
@@ -32,9 +33,7 @@ pub fn gpu_path() -> Option<PathBuf> {
 }
 
 fn user_file(name: &str) -> Option<PathBuf> {
-    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = absolute("XDG_DATA_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/share")))?;
-    Some(base.join("paceline").join(name))
+    Some(user_folder("XDG_DATA_HOME", ".local/share")?.join(name))
 }
 
 /// Finds the profile for `here` and warns when it was made elsewhere.

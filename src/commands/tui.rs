@@ -6,6 +6,7 @@ use crate::job_source::JobSource;
 use crate::local::Local;
 use crate::profile_store;
 use crate::screen::Screen;
+use crate::user_folder::user_folder;
 use crate::workshop::LocalWorkshop;
 use paceline_tui::app::{App, Notice};
 use paceline_tui::desk::Desk;
@@ -139,8 +140,6 @@ fn background() -> Palette {
 
 /// Where the last visit to a job is kept: `$XDG_STATE_HOME` or `~/.local/state`, and there `paceline/tui/`.
 fn state_path(job: Option<&Path>) -> Option<PathBuf> {
-    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = absolute("XDG_STATE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/state")))?;
     let name = match job {
         None => "default.toml".to_string(),
         Some(job) => {
@@ -150,5 +149,5 @@ fn state_path(job: Option<&Path>) -> Option<PathBuf> {
             format!("{}-{:016x}.toml", job.file_stem().unwrap_or_default().to_string_lossy(), hasher.finish())
         }
     };
-    Some(base.join("paceline").join("tui").join(name))
+    Some(user_folder("XDG_STATE_HOME", ".local/state")?.join("tui").join(name))
 }
