@@ -10,7 +10,7 @@ use paceline_planner::configuration::Machine;
 use paceline_planner::job::Job;
 use paceline_planner::lower::Form;
 use paceline_planner::search::candidates;
-use paceline_profiles::{Family, KernelKey, KernelOp, Overhead, Predictor, Profile, Row, Source, Subject, Work};
+use paceline_profiles::{Family, KernelKey, Overhead, Predictor, Profile, Row, Source, Subject, Work};
 use paceline_sim::cost::kernels_of;
 use paceline_sim::memory::walk;
 use paceline_sim::units::RankId;
@@ -63,7 +63,7 @@ impl Local {
     pub fn with(device: CpuDevice, profile: Profile, origin: String) -> Result<Local, Failure> {
         let predictor = Predictor::new(&profile).map_err(|error| Failure::bad_input(format!("{origin}: {error}")))?;
         // A GPU is one device, which all ranks share.
-        let devices = if profile.machine.device == device.name() { cores() } else { 1 };
+        let devices = if profile.machine.is_host() { cores() } else { 1 };
         let machine = Machine { devices, flops_per_second: product_rate(&profile) };
         Ok(Local { device, profile, origin, predictor, machine })
     }
@@ -76,17 +76,13 @@ pub fn cores() -> u32 {
 
 /// The highest rate of matrix products that was measured, in FLOP/s of one device: what MFU is relative to.
 pub fn product_rate(profile: &Profile) -> Option<f64> {
-    let rate = |row: &paceline_profiles::Row| match &row.subject {
-        Subject::Kernel(key) if is_product(key.op) && row.source == Source::Measured => {
+    let rate = |row: &Row| match &row.subject {
+        Subject::Kernel(key) if key.op.family() == Family::Matmul && row.source == Source::Measured => {
             Some(Work::of(key).flops / row.median_seconds)
         }
         _ => None,
     };
     profile.rows.iter().filter_map(rate).reduce(f64::max)
-}
-
-fn is_product(op: KernelOp) -> bool {
-    op.family() == Family::Matmul
 }
 
 /// What a job asks of this machine, over all configurations that it allows.

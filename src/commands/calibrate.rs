@@ -30,7 +30,7 @@ pub struct Arguments {
     #[arg(long, value_enum, default_value_t = MeasuredDevice::Cpu)]
     device: MeasuredDevice,
 
-    /// Time for everything together (default: 30 with a job, 90 without).
+    /// Time for everything together (default: 30 with a job, without one 90, and 240 on a GPU).
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     seconds: Option<f64>,
 
@@ -105,12 +105,15 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     let begin = Instant::now();
     let output = match &arguments.output {
         Some(path) => path.clone(),
-        None if arguments.device != MeasuredDevice::Cpu => profile_store::gpu_path().ok_or_else(|| {
-            Failure::bad_input("there is no home directory to keep a profile in; name a file with -o profile.csv")
-        })?,
-        None => profile_store::user_path().ok_or_else(|| {
-            Failure::bad_input("there is no home directory to keep a profile in; name a file with -o profile.csv")
-        })?,
+        None => {
+            let kept = match arguments.device {
+                MeasuredDevice::Cpu => profile_store::user_path(),
+                MeasuredDevice::Cuda | MeasuredDevice::EmulatedGpu => profile_store::gpu_path(),
+            };
+            kept.ok_or_else(|| {
+                Failure::bad_input("there is no home directory to keep a profile in; name a file with -o profile.csv")
+            })?
+        }
     };
     let (profile, corrections) = if arguments.from_trace.is_empty() {
         (measure(screen, arguments)?, Vec::new())
@@ -147,38 +150,28 @@ fn measure(screen: &Screen, arguments: &Arguments) -> Result<Profile, Failure> {
         gpu => crate::gpu::open(gpu == MeasuredDevice::EmulatedGpu, 0)?,
     };
     let stop = interrupt::flag()?;
-    let devices = if device.is_host() { local::cores() } else { 1 };
-    let (keys, seconds, working_set) = match arguments.source.is_empty()? {
-        true if device.is_host() => (usual_shapes().into_iter().collect(), 90.0, None),
-        true => (gpu_shapes().into_iter().collect(), 240.0, None),
-        false => {
-            let demand = Demand::of(&arguments.source.read()?, devices)?;
-            (demand.keys, 30.0, Some(demand.working_set_bytes))
+    let host = device.is_host();
+    let (cores, devices) = if host { (local::cores(), arguments.devices) } else { (1, Some(1)) };
+    let budget = |usual: f64| arguments.seconds.unwrap_or(usual);
+    let (keys, mut settings) = if arguments.source.is_empty()? {
+        let (shapes, seconds) = if host { (usual_shapes(), 90.0) } else { (gpu_shapes(), 240.0) };
+        (shapes.into_iter().collect(), local::measure_settings(budget(seconds), devices))
+    } else {
+        let demand = Demand::of(&arguments.source.read()?, cores)?;
+        let settings = demand.settings(budget(30.0), devices);
+        (demand.keys, settings)
+    };
+    let on = match arguments.device {
+        MeasuredDevice::Cpu => format!("{} cores", settings.devices),
+        gpu => {
+            // Several times the largest cache, which the emulated one does not have.
+            settings.working_set_bytes = if gpu == MeasuredDevice::Cuda { 1 << 30 } else { 1 << 20 };
+            format!("{} ({})", device.name(), device.details())
         }
     };
-    if !device.is_host() {
-        let mut settings = local::measure_settings(arguments.seconds.unwrap_or(seconds), Some(1));
-        if arguments.device == MeasuredDevice::Cuda {
-            // Several times the largest cache.
-            settings.working_set_bytes = 1 << 30;
-        } else {
-            settings.working_set_bytes = 1 << 20;
-        }
-        screen.step(format!(
-            "measuring {} kernel shapes and the grid around them on {} ({}) for about {:.0} s",
-            keys.len(),
-            device.name(),
-            device.details(),
-            settings.budget.as_secs_f64()
-        ));
-        return local::calibrate(screen, &*device, &keys, &settings, &stop);
-    }
-    let mut settings = local::measure_settings(arguments.seconds.unwrap_or(seconds), arguments.devices);
-    settings.working_set_bytes = working_set.unwrap_or(settings.working_set_bytes);
     screen.step(format!(
-        "measuring {} kernel shapes and the grid around them on {} cores for about {:.0} s",
+        "measuring {} kernel shapes and the grid around them on {on} for about {:.0} s",
         keys.len(),
-        settings.devices,
         settings.budget.as_secs_f64()
     ));
     local::calibrate(screen, &*device, &keys, &settings, &stop)
