@@ -286,4 +286,4 @@ impl Configuration {
 }
 
 /// The schedule that is defined by recomputing.
-pub(crate) const RECOMPUTING: &str = "1f1b-r";
+pub const RECOMPUTING: &str = "1f1b-r";

@@ -187,12 +187,9 @@ fn published(screen: &Screen, explain: bool) -> Result<(), Failure> {
          recomputation at 65B",
     )?;
     show_gains(screen, &gains)?;
-    let explanations = if explain {
-        explain_published(&physics).map_err(|error| refused(&JobSource::default(), error))?
-    } else {
-        Vec::new()
-    };
+    let mut explanations = Vec::new();
     if explain {
+        explanations = explain_published(&physics).map_err(|error| refused(&JobSource::default(), error))?;
         show_explanations(screen, &gains, &explanations)?;
     }
     screen

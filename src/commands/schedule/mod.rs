@@ -8,6 +8,7 @@ use crate::failure::Failure;
 use crate::screen::Screen;
 use on_machine::OnMachine;
 use paceline_planner::bounds;
+use paceline_planner::configuration::RECOMPUTING;
 use paceline_planner::drawing::render_svg;
 use paceline_planner::interchange::pytorch;
 use paceline_planner::optimise::Problem;
@@ -139,9 +140,6 @@ struct Comparison {
     format: &'static str,
     schedules: Vec<Document>,
 }
-
-/// The schedule that holds less than a microbatch's activations.
-const RECOMPUTING: &str = "1f1b-r";
 
 /// Devices and microbatches where nothing says how many.
 const DEVICES: u32 = 4;
@@ -276,6 +274,7 @@ fn study_named(arguments: &Arguments, machine: Option<&OnMachine>, name: &str, p
         Some(machine) => machine.sizes(schedule, chunks)?,
         None => times::sizes(arguments, &placement, per)?,
     };
+    // That schedule holds less than a microbatch's activations.
     if let (Some(limits), false) = (&sizes.limit, name == RECOMPUTING) {
         // A schedule over a limit that others keep is shown as such; a limit that nothing can keep is a mistake.
         let least = bounds::least_peaks(&placement, &sizes.memory);

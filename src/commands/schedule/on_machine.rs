@@ -8,14 +8,11 @@ use crate::job_source::JobSource;
 use crate::local::Local;
 use crate::screen::Screen;
 use crate::size::parse_bytes;
-use paceline_planner::configuration::{Configuration, Machine};
+use paceline_planner::configuration::{Configuration, Machine, RECOMPUTING};
 use paceline_planner::job::Job;
 use paceline_planner::schedules::{Request, Schedule};
 use paceline_planner::search::bound::LayerBound;
 use std::path::Path;
-
-/// The schedule whose recomputation is part of its order.
-const RECOMPUTING: &str = "1f1b-r";
 
 /// A job, and the machine that prices it.
 pub struct OnMachine {

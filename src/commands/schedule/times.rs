@@ -77,11 +77,10 @@ pub fn sizes(arguments: &Arguments, placement: &Placement, per: Per) -> Result<S
 /// Times by stage.
 fn stage_times(arguments: &Arguments, placement: &Placement, per: Per) -> Result<StageTimes, Failure> {
     let stages = placement.stages();
-    let devices = placement.device_of_stage.iter().max().map_or(1, |last| *last as usize + 1);
     // With two copies of the model a microbatch goes through one of them only.
     let share = match per {
         Per::Stage => 1.0,
-        Per::Device => devices as f64 / placement.stages_per_copy().max(1) as f64,
+        Per::Device => placement.devices() as f64 / placement.stages_per_copy().max(1) as f64,
     };
     if !(arguments.comm.is_finite() && arguments.comm >= 0.0) {
         return Err(Failure::bad_input(format!("--comm {}: not a time of 0 or more", arguments.comm)));
@@ -96,12 +95,11 @@ fn stage_times(arguments: &Arguments, placement: &Placement, per: Per) -> Result
 
 /// Activation sizes by stage, in microbatch-stages.
 fn stage_memory(arguments: &Arguments, placement: &Placement) -> Result<StageMemory, Failure> {
-    let devices = placement.device_of_stage.iter().max().map_or(1, |last| *last as usize + 1);
     let freed_at_b = match &arguments.memory_fractions {
         None => StageMemory::FREED_AT_B,
         Some(text) => fractions(text)?,
     };
-    Ok(StageMemory::microbatch_stages(placement, devices, freed_at_b))
+    Ok(StageMemory::microbatch_stages(placement, placement.devices(), freed_at_b))
 }
 
 fn fractions(text: &str) -> Result<f64, Failure> {

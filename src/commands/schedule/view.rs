@@ -104,7 +104,7 @@ pub fn one(screen: &Screen, studied: &Studied) -> Result<(), Failure> {
             if unit == "bytes" { "" } else { unit }
         ),
     ]);
-    table.row(["generated in", &crate::table::show_seconds(document.generation_seconds)]);
+    table.row(["generated in", &show_seconds(document.generation_seconds)]);
     table.print(screen)?;
     screen.line(legend(order))
 }
