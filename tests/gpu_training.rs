@@ -10,6 +10,22 @@ use paceline_profiles::{DType, KernelKey, KernelOp, Predictor, Subject};
 use std::path::Path;
 use std::time::Duration;
 
+/// The first GPU of the driver with `PACELINE_TEST_DEVICE=cuda`, else the emulated one.
+fn gpu() -> (Box<dyn Device>, bool) {
+    match std::env::var("PACELINE_TEST_DEVICE").as_deref() {
+        Ok("cuda") => {
+            let cache = std::env::temp_dir().join("paceline-kernel-tests");
+            (Box::new(paceline_kernels::CudaDevice::open(0, &cache).unwrap()), true)
+        }
+        _ => {
+            // A bundled executable has no target folder.
+            let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
+            let cache = if target.is_dir() { target.to_path_buf() } else { std::env::temp_dir() };
+            (Box::new(EmulatedGpu::open(&cache).unwrap()), false)
+        }
+    }
+}
+
 fn train(lines: &str, steps: u64, device: &dyn Device) -> RunReport {
     let job = Job::from_table(lines.parse().unwrap(), "job.toml").unwrap();
     let configuration = Configuration::of_job(&job).unwrap();
@@ -21,6 +37,13 @@ fn train(lines: &str, steps: u64, device: &dyn Device) -> RunReport {
     run(&program, device, &settings, &data, &mut Silent).unwrap()
 }
 
+/// The norm of the difference of two tensors, and that of the expected one.
+fn apart(expected: &[f32], got: &[f32]) -> (f64, f64) {
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = &mut expected.iter().zip(got).map(|(&a, &b)| f64::from(a) - f64::from(b));
+    (norm(difference), norm(&mut expected.iter().map(|&x| f64::from(x))))
+}
+
 /// Losses, gradients (by tensor, relative to its size) and memory of both.
 fn assert_alike(lines: &str, expected: &RunReport, got: &RunReport, loss: f64, gradient: f64) {
     for (expected, got) in expected.steps.iter().zip(&got.steps) {
@@ -29,9 +52,7 @@ fn assert_alike(lines: &str, expected: &RunReport, got: &RunReport, loss: f64, g
     }
     assert_eq!(expected.gradients.len(), got.gradients.len());
     for (name, expected) in &expected.gradients {
-        let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-        let scale = norm(&mut expected.iter().map(|&x| f64::from(x)));
-        let error = norm(&mut expected.iter().zip(&got.gradients[name]).map(|(&a, &b)| f64::from(a) - f64::from(b)));
+        let (error, scale) = apart(expected, &got.gradients[name]);
         assert!(error <= gradient * scale + 1e-9, "{lines}: {name} is off by {}", error / scale);
     }
     for (expected, got) in expected.memory.iter().zip(&got.memory) {
@@ -68,28 +89,13 @@ fn narrow_values_train_on_the_gpu_as_on_the_cpu() {
     }
 }
 
-/// The first GPU of the driver with `PACELINE_TEST_DEVICE=cuda`, else the emulated one.
-fn gpu() -> (Box<dyn Device>, bool) {
-    match std::env::var("PACELINE_TEST_DEVICE").as_deref() {
-        Ok("cuda") => {
-            let cache = std::env::temp_dir().join("paceline-kernel-tests");
-            (Box::new(paceline_kernels::CudaDevice::open(0, &cache).unwrap()), true)
-        }
-        _ => {
-            // A bundled executable has no target folder.
-            let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
-            let cache = if target.is_dir() { target.to_path_buf() } else { std::env::temp_dir() };
-            (Box::new(EmulatedGpu::open(&cache).unwrap()), false)
-        }
-    }
-}
-
 /// bfloat16 on the GPU against 32 bits: every gradient of GPT-2 124M (against the CPU) and of a llama of 1.1 billion parameters (against the same
 /// GPU); on the emulated GPU, of small models.
 #[test]
 fn gradients_in_bfloat16_are_those_in_32_bits() {
     let (gpu, real) = gpu();
-    let one_billion = std::env::temp_dir().join(format!("paceline-one-billion-{}.json", std::process::id()));
+    let folder = tempfile::tempdir().unwrap();
+    let one_billion = folder.path().join("one-billion.json");
     std::fs::write(
         &one_billion,
         r#"{"model_type": "llama", "num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -113,10 +119,7 @@ fn gradients_in_bfloat16_are_those_in_32_bits() {
         let got = train(&lines("bf16-fp32-gradients"), 1, &*gpu);
         let mut worst = (0.0f64, "");
         for (name, expected) in &expected.gradients {
-            let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-            let scale = norm(&mut expected.iter().map(|&x| f64::from(x)));
-            let error =
-                norm(&mut expected.iter().zip(&got.gradients[name]).map(|(&a, &b)| f64::from(a) - f64::from(b)));
+            let (error, scale) = apart(expected, &got.gradients[name]);
             let error = error / scale.max(1e-12);
             if error > worst.0 {
                 worst = (error, name);
@@ -135,7 +138,6 @@ fn gradients_in_bfloat16_are_those_in_32_bits() {
             assert!(memory.peak_bytes <= memory.reserved_bytes, "the arena holds the peak");
         }
     }
-    std::fs::remove_file(one_billion).unwrap();
 }
 
 /// The way of `calibrate --device cuda` on the emulated GPU: every kind of row, by the device's clock, beside copies too, and a profile that predicts.

@@ -146,7 +146,7 @@ fn a_job_gives_times_bytes_and_room_of_its_stages() {
     // Stages are not alike: the last one has the head.
     let peak = |place: usize, device: usize| schedules[place]["peak"][device].as_f64().unwrap();
     assert_ne!(peak(0, 0), 2.0 * peak(0, 1));
-    // A limit counts everything that a device holds: what the leanest needs suffices it, a little less is refused.
+    // A limit counts everything that a device holds, parameters and optimizer too.
     let limited = compare(" --memory-limit 2GiB");
     assert!(limited["schedules"].as_array().unwrap().iter().all(|schedule| schedule["fits"] == true));
     fails(
