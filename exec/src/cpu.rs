@@ -2,6 +2,7 @@
 
 mod compute;
 mod launch;
+mod optimizer;
 
 use crate::bind::OpRef;
 use crate::crew::Clock;

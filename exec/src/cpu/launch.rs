@@ -124,6 +124,17 @@ pub(super) struct Launcher<'a> {
 }
 
 impl Launcher<'_> {
+    /// The device has refused the op.
+    pub(super) fn refused(&self, source: KernelError) -> ExecError {
+        ExecError::Kernel { rank: self.id, op: self.op, source }
+    }
+
+    /// Reads an operand of the op.
+    pub(super) fn read(&self, view: View, to: &mut [u8]) -> Result<(), ExecError> {
+        // SAFETY: the view is of a living buffer that the op declares, and whoever writes to it has ended: the op waits for it.
+        unsafe { self.device.download(view, to) }.map_err(|source| self.refused(source))
+    }
+
     fn run(&self, call: &Call) -> Result<(), KernelError> {
         // SAFETY: the views come from living buffers that the op declares, and the program's check has proved that no
         // other op that runs at this time writes to them.
@@ -150,6 +161,6 @@ impl Launcher<'_> {
 
 impl Launch for Launcher<'_> {
     fn launch(&self, call: Call) -> Result<(), ExecError> {
-        self.run(&call).map_err(|source| ExecError::Kernel { rank: self.id, op: self.op, source })
+        self.run(&call).map_err(|source| self.refused(source))
     }
 }
