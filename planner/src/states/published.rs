@@ -99,12 +99,13 @@ pub fn compare_published(physics: &Physics) -> Result<Vec<GainComparison>, State
 /// # Errors
 /// When a job cannot be predicted.
 pub fn published_of(request: &ClusterRequest) -> Result<Vec<GainComparison>, StatesError> {
-    let (_, layout, cluster) = any_states(request).resolve()?;
+    let request = any_states(request)?;
+    let (_, layout, cluster) = request.resolve()?;
     let job = layout.data_ranks() == 32 && layout.gpus() == 32 && cluster.gpus_per_node == 8;
     let batch = (layout.seq, layout.micro_batch, layout.microbatches) == (512, 4, 10);
     let network = cluster.gpu.name.starts_with("A100-80G") && (cluster.inter_gbps - 10.0).abs() < 1e-9;
     let same = |p: &Gain| {
-        let asked = ClusterRequest { trainable: Some(p.trainable.into()), ..any_states(request) };
+        let asked = ClusterRequest { trainable: Some(p.trainable.into()), ..request.clone() };
         let share = asked.resolve().map(|(_, asked, _)| asked.trainable).unwrap_or(f64::NAN);
         p.model == request.model && (share - layout.trainable).abs() < 1e-12
     };

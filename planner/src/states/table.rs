@@ -75,7 +75,7 @@ pub enum StatesError {
 /// # Errors
 /// When the job is no job.
 pub fn tabulate(request: &ClusterRequest, physics: &Physics) -> Result<Vec<StateRow>, StatesError> {
-    let (model, layout, cluster) = any_states(request).resolve()?;
+    let (model, layout, cluster) = any_states(request)?.resolve()?;
     StatePartition::all()
         .map(|triple| {
             let layout = Layout { sharding: triple, ..layout.clone() };
@@ -84,9 +84,12 @@ pub fn tabulate(request: &ClusterRequest, physics: &Physics) -> Result<Vec<State
         .collect()
 }
 
-/// The job under states that contradict none of its other keys.
-pub(super) fn any_states(request: &ClusterRequest) -> ClusterRequest {
-    ClusterRequest { states: Some("zero3".into()), ..request.clone() }
+/// The job under states that contradict none of its other keys. Its own have to be states all the same.
+pub(super) fn any_states(request: &ClusterRequest) -> Result<ClusterRequest, RequestError> {
+    if let Some(states) = &request.states {
+        states.parse::<StatePartition>()?;
+    }
+    Ok(ClusterRequest { states: Some("zero3".into()), ..request.clone() })
 }
 
 /// What the closed-form guideline says of a job whose time is predicted.
