@@ -1,42 +1,32 @@
-//! Training: a program, step after step, from the first parameters or a checkpoint to the last step, the stop flag or an
-//! error.
+//! Preparing a run: what it begins from, whether it fits, and who takes part in it; then it trains ([`training`]).
+
+mod training;
 
 use crate::bind::Bound;
-use crate::checkpoint::{self, Progress};
-use crate::cpu::{CpuHands, Job, StepOrders};
+use crate::checkpoint;
+use crate::cpu::{CpuHands, Job};
 use crate::crew::{Clock, with_crew};
 use crate::data::Dataset;
 use crate::device_exchange;
 use crate::error::{CheckpointError, ExecError};
-use crate::evaluate::held_out_loss;
 use crate::fabric::Fabric;
 use crate::host_effects::HostEffects;
-use crate::kernel_times::KernelTally;
 use crate::lines::Lines;
-use crate::memory::{ALIGNMENT, MemoryReport};
-use crate::processes::{Mesh, ProcessError};
-use crate::report::{Observer, RunReport, StepReport};
+use crate::memory::ALIGNMENT;
+use crate::processes::Mesh;
+use crate::report::{Observer, RunReport};
 use crate::seam::Passes;
 use crate::settings::RunSettings;
 use crate::state::Holders;
-use crate::timeline::StepRecord;
-use paceline_kernels::{Device, KernelError};
+use paceline_kernels::Device;
 use paceline_sim::arena;
 use paceline_sim::memory::walk;
 use paceline_sim::program::{MemoryClass, OpKind, Program};
-use paceline_sim::trace::RankTrace;
-use paceline_sim::units::{OpId, RankId, show_bytes};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::path::PathBuf;
+use paceline_sim::units::{RankId, show_bytes};
+use std::collections::BTreeSet;
 use std::sync::Mutex;
-use std::sync::atomic::Ordering;
+use training::Training;
 
-/// Steps whose timelines are kept, to choose the median one from.
-const KEPT_STEPS: usize = 64;
-/// Kernels of a device that runs behind the host's back are timed in one of so many steps, and in the last.
-const TIMED_EVERY: u64 = 8;
 /// How often a thread looks for work before it sleeps, where each device has a core: some tens of microseconds.
 pub(crate) const SPINS: u32 = 2000;
 
@@ -200,295 +190,4 @@ fn train_here(
     let fabric = Fabric::new(&bound, effects, spins);
     let training = Training { settings, seed, data: data.name(), holders: &holders, fabric: &fabric };
     with_crew(&fabric, clock, &hands, pin, |lead| training.train(done, lead, observer))
-}
-
-/// What a run has gathered.
-#[derive(Default)]
-struct SoFar {
-    steps: Vec<StepReport>,
-    held_out: Vec<(u64, f64)>,
-    /// The latest runs of the program, by the number of their first step, and whether they came to their end.
-    records: VecDeque<(u64, StepRecord, bool)>,
-    /// Nanoseconds of compute ops in each of the steps whose kernels are counted.
-    busy: Vec<u64>,
-    checkpoint: Option<PathBuf>,
-    stopped: bool,
-}
-
-struct Training<'t, 'p, 'a> {
-    settings: &'t RunSettings,
-    seed: u64,
-    data: &'t str,
-    holders: &'t Holders<'t, 'a>,
-    fabric: &'t Fabric<'p, HostEffects<'a>>,
-}
-
-impl Training<'_, '_, '_> {
-    fn train(
-        &self,
-        done: u64,
-        lead: &crate::crew::Lead<HostEffects<'_>>,
-        observer: &mut dyn Observer,
-    ) -> Result<RunReport, ExecError> {
-        let (settings, program) = (self.settings, self.holders.job.program);
-        let tokens_per_step = self.tokens_per_step();
-        let mut so_far = SoFar::default();
-        self.evaluate(done, &mut so_far, observer)?;
-        let mut step = done;
-        while step < settings.steps && !so_far.stopped {
-            let wanted = self.steps_to_do(step, done);
-            let next = step + u64::from(wanted);
-            let time_kernels = self.holders.job.device.is_host()
-                || next == settings.steps
-                || (step..next).any(|step| step % TIMED_EVERY == 1);
-            let capture_gradients = settings.capture_gradients;
-            let orders = StepOrders { step, steps: wanted, capture_gradients, time_kernels };
-            // What was done between steps is not on the ranks' queues.
-            let job = self.holders.job;
-            job.device.complete().map_err(ExecError::Device)?;
-            self.each(|hands| hands.prepare(orders))?;
-            // All processes begin together, so that their times can be compared.
-            self.tell(())?;
-            job.lines.map_or(Ok(()), Lines::begin).map_err(ExecError::Device)?;
-            let mut times = lead.step()?;
-            if let Some(source) = self.fabric.effects.take_failure() {
-                return Err(ExecError::Kernel { rank: RankId(0), op: OpId(0), source });
-            }
-            if let Some(lines) = job.lines {
-                // Threads that have left a step early may have queued something for others since.
-                let finish = |rank| lines.finish(rank as u32);
-                let finished = self.holders.hosted().try_for_each(finish);
-                finished.and_then(|()| lines.resolve(self.fabric, times.begin)).map_err(ExecError::Device)?;
-            }
-            self.each(|hands| hands.conclude())?;
-            let ended = self.holders.lock(self.holders.hosted().next().unwrap_or(0)).done();
-            let told = self.tell(self.word(times.end - times.begin, ended))?;
-            times.end = times.begin + told.iter().map(|word| word.nanoseconds).max().unwrap_or(0);
-            let seconds = times.seconds() / f64::from(ended);
-            for n in 0..ended {
-                let (loss, gradient_norm) = results(&told, n as usize);
-                let number = step + u64::from(n);
-                let report = StepReport {
-                    step: number + 1,
-                    seconds,
-                    loss,
-                    gradient_norm,
-                    learning_rate: settings.optimizer.learning_rate.at(number),
-                    tokens_per_second: tokens_per_step as f64 / seconds,
-                };
-                observer.step(&report);
-                so_far.steps.push(report);
-                for (what, value) in [("the loss", loss), ("the gradient norm", gradient_norm)] {
-                    if !value.is_finite() {
-                        return Err(ExecError::Diverged { step: number + 1, what, value });
-                    }
-                }
-            }
-            // Several processes stop together: after the step in which all have heard of it.
-            so_far.stopped = match self.holders.job.mesh {
-                None => self.asked_to_stop(),
-                Some(_) => told.iter().any(|word| word.stopped),
-            };
-            let first = step + 1;
-            step += u64::from(ended);
-            let last = step == settings.steps || so_far.stopped;
-            let hosts = |rank| self.holders.job.hosts(rank);
-            let curve = |rank| {
-                let records = self.fabric.records(rank as u32);
-                let times = |op: u32| {
-                    let record = &records[op as usize];
-                    (record.ready.load(Ordering::Relaxed), record.end.load(Ordering::Relaxed))
-                };
-                self.holders.lock(rank).take_curve(times)
-            };
-            let curves = (0..program.ranks.len()).map(|rank| if hosts(rank) { curve(rank) } else { Vec::new() });
-            let record = StepRecord::take(self.fabric, times, curves.collect());
-            observer.timeline(step, &|| record.trace(program, &self.memory()));
-            if first == done + 1 && !last {
-                // The first step pays for fresh memory: it is not representative.
-                self.fabric.exchanges.clear();
-                self.each(|hands| {
-                    hands.kernels.clear();
-                    Ok(())
-                })?;
-            } else {
-                if time_kernels {
-                    so_far.busy.push(record.busy(program));
-                }
-                so_far.records.push_back((first, record, ended == self.holders.job.steps));
-                if so_far.records.len() > KEPT_STEPS {
-                    so_far.records.pop_front();
-                }
-            }
-            let due = |every: Option<u64>| last || every.is_some_and(|every| every > 0 && step.is_multiple_of(every));
-            if due(settings.evaluation.map(|evaluation| evaluation.every)) {
-                self.evaluate(step, &mut so_far, observer)?;
-            }
-            if let Some(place) = settings.checkpoint.as_ref().filter(|place| due(place.every)) {
-                let (seed, digest) = (self.seed, self.holders.job.passes.digest());
-                let progress = Progress { step, seed, digest, data: self.data.into() };
-                let state = self.holders.gather()?;
-                // Of several processes the first one writes.
-                if self.holders.job.hosts(0) {
-                    let path = checkpoint::save(&place.directory, &progress, &state)?;
-                    observer.saved(&path);
-                    so_far.checkpoint = Some(path);
-                }
-            }
-        }
-        self.report(so_far, tokens_per_step)
-    }
-
-    /// How many steps of the program to do before something has to be done between two steps. The first step goes alone.
-    fn steps_to_do(&self, step: u64, done: u64) -> u32 {
-        let settings = self.settings;
-        let due = [
-            settings.evaluation.map(|evaluation| evaluation.every),
-            settings.checkpoint.as_ref().and_then(|place| place.every),
-        ];
-        let until = |every: u64| every - step % every;
-        let pauses = due.into_iter().flatten().filter(|&every| every > 0).map(until);
-        let most = if step == done { 1 } else { u64::from(self.holders.job.steps) };
-        pauses.chain([settings.steps - step]).fold(most, u64::min) as u32
-    }
-
-    fn evaluate(&self, step: u64, so_far: &mut SoFar, observer: &mut dyn Observer) -> Result<(), ExecError> {
-        let Some(evaluation) = self.settings.evaluation else { return Ok(()) };
-        self.holders.refresh()?;
-        let loss = held_out_loss(self.holders, evaluation.sequences)?;
-        so_far.held_out.push((step, loss));
-        observer.evaluated(step, loss);
-        Ok(())
-    }
-
-    fn report(&self, so_far: SoFar, tokens_per_step: u64) -> Result<RunReport, ExecError> {
-        let program = self.holders.job.program;
-        let known = self.memory();
-        let own: Vec<MemoryReport> = self.holders.hosted().map(|rank| known[rank].clone()).collect();
-        let memory: Vec<MemoryReport> = self.tell(own)?.concat();
-        let hands: Vec<_> = self.holders.hosted().map(|rank| self.holders.lock(rank)).collect();
-        let in_kernels: u64 = hands.iter().map(|hands| hands.kernels.total()).sum();
-        let kernels = KernelTally::merge(hands.iter().map(|hands| &hands.kernels));
-        drop(hands);
-        let mut records = Vec::from(so_far.records);
-        if records.iter().any(|(_, _, whole)| *whole) {
-            records.retain(|(_, _, whole)| *whole);
-        }
-        records.sort_by_key(|(_, record, _)| record.times.end - record.times.begin);
-        let (trace_step, record, _) = &records[records.len() / 2];
-        let (mut gradients, mut parameters) = (BTreeMap::new(), BTreeMap::new());
-        if self.settings.capture_gradients {
-            gradients = self.holders.gradients()?;
-            parameters = self.holders.gather()?.into_iter().map(|(name, tensor)| (name, tensor.values)).collect();
-        }
-        let mut trace = record.trace(program, &memory);
-        let own: Vec<RankTrace> = self.holders.hosted().map(|rank| trace.ranks[rank].clone()).collect();
-        trace.ranks = self.tell(own)?.concat();
-        Ok(RunReport {
-            steps: so_far.steps,
-            held_out: so_far.held_out,
-            tokens_per_step,
-            trace,
-            trace_step: *trace_step,
-            memory,
-            kernels,
-            // What a device does behind the host's back, the host's clock does not tell.
-            exchanges: if self.holders.job.device.is_host() { self.fabric.exchanges.times() } else { Vec::new() },
-            outside_kernels: 1.0 - in_kernels as f64 / so_far.busy.iter().sum::<u64>().max(1) as f64,
-            busy_seconds: so_far.busy.iter().map(|&nanoseconds| nanoseconds as f64 * 1e-9).collect(),
-            stopped: so_far.stopped,
-            checkpoint: so_far.checkpoint,
-            gradients,
-            parameters,
-        })
-    }
-
-    /// What each rank holds and held at most.
-    fn memory(&self) -> Vec<MemoryReport> {
-        let unknown = MemoryReport { peak_bytes: 0, peak_by_class: BTreeMap::new(), reserved_bytes: 0 };
-        let of =
-            |rank| if self.holders.job.hosts(rank) { self.holders.lock(rank).memory.report() } else { unknown.clone() };
-        (0..self.holders.job.program.ranks.len()).map(of).collect()
-    }
-
-    fn tokens_per_step(&self) -> u64 {
-        let job = self.holders.job;
-        let replicas = job.program.ranks.iter().map(|rank| rank.coordinates.data + 1).max().unwrap_or(1);
-        u64::from(replicas)
-            * u64::from(job.program.microbatches)
-            * u64::from(job.passes.sequences())
-            * u64::from(job.passes.seq())
-    }
-
-    fn asked_to_stop(&self) -> bool {
-        self.settings.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed))
-    }
-
-    /// What this process has to say of steps that have ended.
-    fn word(&self, nanoseconds: u64, ended: u32) -> Word {
-        let stopped = self.asked_to_stop();
-        let mut ranks = Vec::new();
-        for rank in self.holders.hosted() {
-            let hands = self.holders.lock(rank);
-            let of = |result: &crate::cpu::StepResult| RankWord {
-                losses: result.losses.iter().map(|&loss| f64::from(loss)).sum::<f64>().to_bits(),
-                count: result.losses.len() as u32,
-                squared_norm: result.squared_norm.map(f64::to_bits),
-            };
-            ranks.push(hands.results[..ended as usize].iter().map(of).collect());
-        }
-        Word { nanoseconds, stopped, ranks }
-    }
-
-    /// The words of all processes, in order; that of this one alone where it is the only one.
-    fn tell<T: Serialize + DeserializeOwned>(&self, own: T) -> Result<Vec<T>, ExecError> {
-        let Some(mesh) = self.holders.job.mesh else { return Ok(vec![own]) };
-        let damaged = |error: serde_json::Error| ProcessError::System {
-            doing: "reading the results of another process",
-            why: error.to_string(),
-        };
-        let bytes = serde_json::to_vec(&own).map_err(damaged)?;
-        let all = mesh.all(bytes)?;
-        Ok(all.iter().map(|bytes| serde_json::from_slice(bytes)).collect::<Result<_, _>>().map_err(damaged)?)
-    }
-
-    fn each(&self, mut act: impl FnMut(&mut CpuHands) -> Result<(), KernelError>) -> Result<(), ExecError> {
-        for rank in self.holders.hosted() {
-            act(&mut self.holders.lock(rank)).map_err(|source| ExecError::Kernel {
-                rank: RankId(rank as u32),
-                op: OpId(0),
-                source,
-            })?;
-        }
-        Ok(())
-    }
-}
-
-/// What a process tells the others of steps that have ended.
-#[derive(Debug, Serialize, Deserialize)]
-struct Word {
-    nanoseconds: u64,
-    /// Its stop flag is set.
-    stopped: bool,
-    /// By rank and step.
-    ranks: Vec<Vec<RankWord>>,
-}
-
-/// Sums as bits, which travel unchanged.
-#[derive(Debug, Serialize, Deserialize)]
-struct RankWord {
-    losses: u64,
-    count: u32,
-    squared_norm: Option<u64>,
-}
-
-/// Mean loss and gradient norm of a step of the program that has ended.
-fn results(told: &[Word], step: usize) -> (f64, f64) {
-    let (mut sum, mut count, mut squared) = (0.0, 0u32, None);
-    for word in told.iter().flat_map(|word| &word.ranks).map(|steps| &steps[step]) {
-        sum += f64::from_bits(word.losses);
-        count += word.count;
-        squared = squared.or(word.squared_norm.map(f64::from_bits));
-    }
-    (sum / f64::from(count), squared.unwrap_or(f64::NAN).sqrt())
 }
