@@ -57,113 +57,9 @@ const NONE: Overlap =
 const DATA: Overlap = Overlap { gradients: true, input_gradients: true, parameters: true, ..NONE };
 const ALL: Overlap = Overlap { tensor: true, ..DATA };
 
-/// The defaults of a run's framework.
+/// The defaults of a run's framework, and what the run says of itself.
 pub fn recipe(row: &Row) -> Recipe {
-    let framework = row.text("framework").to_ascii_lowercase();
-    let sharding = row.text("zero_stage_or_fsdp").to_ascii_lowercase();
-    let has = |word: &str| framework.contains(word);
-    let generation = find_gpu(row.text("gpu")).map(|gpu| gpu.generation);
-    let blackwell = matches!(generation, Ok(Generation::Blackwell));
-    let recent = blackwell || matches!(generation, Ok(Generation::Hopper));
-    let flash = if recent && (has("bridge") || has("nemo") || has("te ") || (has("megatron") && !has("deepspeed"))) {
-        AttentionKernel::Flash3
-    } else {
-        AttentionKernel::Flash2
-    };
-    let base = Recipe {
-        numerics: Numerics::MIXED,
-        loss: LossKernel::InPlace,
-        partition: Partition::Even,
-        overlap: NONE,
-        bucket_bytes: None,
-        dropout: false,
-        flash: true,
-        attention: flash,
-        messages: MessageBuffers::Shared,
-        vocabulary: VocabularyPasses::default(),
-        fused_kernels: true,
-        slices: false,
-        fused_norms: true,
-        scatters: true,
-        sharding: StatePartition::ZERO1,
-        sequence_parallel: false,
-        by_operator: false,
-        launches: Launches::Eager,
-        context: ContextExchange::ZigZag,
-    };
-    let mut recipe = if has("nanotron") {
-        Recipe {
-            numerics: Numerics::MIXED_FP32_ACCUMULATION,
-            partition: Partition::ByCost,
-            // PyTorch's distributed data parallel; its sharded optimizer reduces everything at once.
-            bucket_bytes: (!sharding.contains('1')).then_some(25.0 * (1 << 20) as f64),
-            // Its asynchronous mode overlaps the gathering with nothing but itself, and sharded optimizers reduce at the end.
-            overlap: Overlap { gradients: !sharding.contains('1'), ..NONE },
-            sequence_parallel: true,
-            // Until a fix, the host waited for every message between stages. After it, it waits once an iteration.
-            messages: if row.noted("after_pp_fix=True") {
-                MessageBuffers::FreedLate
-            } else if row.noted("after_pp_fix=False") && matches!(row.text("pp"), "" | "1") {
-                MessageBuffers::FreedLateAcrossIterations
-            } else {
-                MessageBuffers::Shared
-            },
-            fused_kernels: false,
-            slices: true,
-            ..base
-        }
-    } else if has("fsdp") || has("torchtitan") || has("composer") || sharding.contains("fsdp") {
-        // Composer's recipes take the fused loss of FlashAttention.
-        let loss = if has("composer") { LossKernel::Fused } else { LossKernel::InPlace };
-        // Its models carry linear biases, which only the Triton port of the first FlashAttention took.
-        let attention = if has("composer") { AttentionKernel::Flash1 } else { flash };
-        // torchtitan compiles its blocks and gathers keys and values.
-        let (launches, context) =
-            if has("titan") { (Launches::Fused, ContextExchange::AllGather) } else { (base.launches, base.context) };
-        let by_operator = has("titan");
-        Recipe {
-            numerics: Numerics::GATHERED_16_BIT,
-            overlap: DATA,
-            loss,
-            attention,
-            launches,
-            context,
-            by_operator,
-            ..base
-        }
-    } else if has("deepspeed") {
-        // 16-bit gradients, reduced in 16 bits; no FlashAttention in the Megatron-DeepSpeed of its time.
-        let summed = row.noted("fp32 grad") || row.noted("fp32 accumul");
-        let numerics = if summed { Numerics::MIXED_FP32_ACCUMULATION } else { Numerics::MIXED };
-        // Fully sharded, it fetches ahead and reduces behind.
-        let overlap = if sharding.contains('3') { DATA } else { base.overlap };
-        // No kernel of its own for rotary embeddings and gates, in the models that have them.
-        let fused_kernels = !any(&letters(row.text("model")), &["neox", "pythia", "glm", "llama", "gptj", "falcon"]);
-        Recipe { numerics, dropout: true, flash: false, scatters: false, overlap, fused_kernels, ..base }
-    } else if has("bridge") || has("nemo") {
-        // Its recipes reduce gradients in 16 bits; on Blackwell they record graphs.
-        let launches = if has("bridge") && blackwell { Launches::Graph } else { Launches::Fused };
-        Recipe { overlap: ALL, sequence_parallel: true, launches, ..base }
-    } else if has("intern") {
-        Recipe { overlap: DATA, ..base }
-    } else if has("megatron") {
-        // Until 2022: dropout, no FlashAttention, nothing of the data-parallel communication overlapped. Its releases for Hopper and
-        // later run Transformer Engine's layers.
-        let old = has("2021") || has("2022") || (row.text("flash_attn").is_empty() && !recent);
-        // It sums gradients in 32 bits with bf16, and not with fp16 unless told so.
-        let bf16 = row.text("precision").eq_ignore_ascii_case("bf16") || row.noted("fp32 grad");
-        let numerics = if bf16 { Numerics::MIXED_FP32_GRADIENTS } else { Numerics::MIXED };
-        let inputs = Overlap { input_gradients: !has("2021") && !row.text("flash_attn").is_empty(), ..NONE };
-        let overlap = if recent { ALL } else { inputs };
-        let engine = recent || has("te ") || has("transformer engine");
-        let launches = if engine { Launches::Fused } else { Launches::Eager };
-        let sharding = if recent { StatePartition::ZERO1 } else { StatePartition::NONE };
-        // Sequence parallelism came in 2022 and costs nothing (arXiv 2205.05198).
-        let sequence_parallel = !old;
-        Recipe { dropout: old, flash: !old, numerics, overlap, launches, sharding, sequence_parallel, ..base }
-    } else {
-        Recipe { overlap: DATA, ..base }
-    };
+    let mut recipe = Told::of(row).defaults();
     if letters(row.text("schedule")).contains("dualpipe") {
         // Its purpose: a microbatch's dispatch to experts and back beside another's passes (arXiv 2412.19437, section 3.2.1).
         recipe.overlap.experts = true;
@@ -171,47 +67,211 @@ pub fn recipe(row: &Row) -> Recipe {
     if row.noted("overlap off") {
         recipe.overlap = NONE;
     }
-    match row.note("method") {
-        Some("redis") => recipe.partition = Partition::Balanced,
-        Some(method @ ("vocab-1" | "vocab-2" | "interlaced")) => {
-            recipe.partition = Partition::VocabularySpread;
-            recipe.vocabulary = match method {
-                "vocab-1" => VocabularyPasses::TwoBarriers,
-                "vocab-2" => VocabularyPasses::OneBarrier,
-                _ => VocabularyPasses::Interlaced,
-            };
-        }
-        _ => {}
-    }
-    if let Some(kernel) = row.note("kernel").map(str::to_ascii_lowercase) {
-        // Sweeps over attention kernels say which one; a fused norm is one of the things that they try.
-        recipe.fused_norms = kernel.contains("rms");
-        recipe.attention = match kernel.as_str() {
-            k if k.contains("flash") && k.contains("1.0") => AttentionKernel::Flash1,
-            k if k.contains("flash_attn1") || k.contains("flash1") => AttentionKernel::Flash1,
-            k if k.contains("flash") => recipe.attention,
-            k if k.contains("torch") || k.contains("naive") => AttentionKernel::Naive,
-            _ => AttentionKernel::FusedSoftmax,
-        };
-        recipe.flash = kernel.contains("flash");
-    }
-    let told = format!("{framework}; {}", row.text("notes").to_ascii_lowercase());
-    let says = |words: &[&str]| words.iter().any(|word| told.contains(word));
-    if says(&["torch.compile", "compiled", "compile=true", "+ compile"]) && recipe.launches == Launches::Eager {
-        recipe.launches = Launches::Fused;
-    }
-    if says(&["cuda graph", "cudagraph", "cuda-graph"]) && !says(&["no cuda graph", "graphs off", "graph off"]) {
-        recipe.launches = Launches::Graph;
-    }
-    if says(&["cp=a2a", "cp=alltoall", "cp=all-to-all", "ulysses"]) {
-        recipe.context = ContextExchange::AllToAll;
-    } else if says(&["cp=allgather", "cp=all-gather", "cp=all_gather"]) {
-        recipe.context = ContextExchange::AllGather;
-    } else if says(&["cp=p2p", "cp=ring", "zigzag", "zig-zag"]) {
-        recipe.context = ContextExchange::ZigZag;
-    }
+    recipe.take_method(row);
+    recipe.take_kernel(row);
+    recipe.take_launches(row);
     if row.noted("CE fusion") {
         recipe.loss = LossKernel::Fused;
     }
     recipe
+}
+
+/// What the defaults of frameworks hang on.
+struct Told<'r> {
+    row: &'r Row,
+    /// In lower case.
+    framework: String,
+    /// In lower case.
+    sharding: String,
+    blackwell: bool,
+    /// Hopper or later.
+    recent: bool,
+}
+
+impl Told<'_> {
+    fn of(row: &Row) -> Told<'_> {
+        let generation = find_gpu(row.text("gpu")).map(|gpu| gpu.generation);
+        let blackwell = matches!(generation, Ok(Generation::Blackwell));
+        Told {
+            row,
+            framework: row.text("framework").to_ascii_lowercase(),
+            sharding: row.text("zero_stage_or_fsdp").to_ascii_lowercase(),
+            blackwell,
+            recent: blackwell || matches!(generation, Ok(Generation::Hopper)),
+        }
+    }
+
+    fn has(&self, word: &str) -> bool {
+        self.framework.contains(word)
+    }
+
+    fn defaults(&self) -> Recipe {
+        let fsdp = ["fsdp", "torchtitan", "composer"].iter().any(|name| self.has(name));
+        if self.has("nanotron") {
+            self.nanotron()
+        } else if fsdp || self.sharding.contains("fsdp") {
+            self.fsdp()
+        } else if self.has("deepspeed") {
+            self.deepspeed()
+        } else if self.has("bridge") || self.has("nemo") {
+            // Its recipes reduce gradients in 16 bits; on Blackwell they record graphs.
+            let launches = if self.has("bridge") && self.blackwell { Launches::Graph } else { Launches::Fused };
+            Recipe { overlap: ALL, sequence_parallel: true, launches, ..self.base() }
+        } else if self.has("megatron") && !self.has("intern") {
+            self.megatron()
+        } else {
+            Recipe { overlap: DATA, ..self.base() }
+        }
+    }
+
+    /// What holds where a framework does nothing else.
+    fn base(&self) -> Recipe {
+        let megatron = self.has("megatron") && !self.has("deepspeed");
+        let newest = self.recent && (megatron || ["bridge", "nemo", "te "].iter().any(|name| self.has(name)));
+        Recipe {
+            numerics: Numerics::MIXED,
+            loss: LossKernel::InPlace,
+            partition: Partition::Even,
+            overlap: NONE,
+            bucket_bytes: None,
+            dropout: false,
+            flash: true,
+            attention: if newest { AttentionKernel::Flash3 } else { AttentionKernel::Flash2 },
+            messages: MessageBuffers::Shared,
+            vocabulary: VocabularyPasses::default(),
+            fused_kernels: true,
+            slices: false,
+            fused_norms: true,
+            scatters: true,
+            sharding: StatePartition::ZERO1,
+            sequence_parallel: false,
+            by_operator: false,
+            launches: Launches::Eager,
+            context: ContextExchange::ZigZag,
+        }
+    }
+
+    fn nanotron(&self) -> Recipe {
+        // PyTorch's distributed data parallel; its sharded optimizer reduces everything at once, at the end.
+        let buckets = !self.sharding.contains('1');
+        Recipe {
+            numerics: Numerics::MIXED_FP32_ACCUMULATION,
+            partition: Partition::ByCost,
+            bucket_bytes: buckets.then_some(25.0 * (1 << 20) as f64),
+            // Its asynchronous mode overlaps the gathering with nothing but itself.
+            overlap: Overlap { gradients: buckets, ..NONE },
+            sequence_parallel: true,
+            // Until a fix, the host waited for every message between stages. After it, it waits once an iteration.
+            messages: if self.row.noted("after_pp_fix=True") {
+                MessageBuffers::FreedLate
+            } else if self.row.noted("after_pp_fix=False") && matches!(self.row.text("pp"), "" | "1") {
+                MessageBuffers::FreedLateAcrossIterations
+            } else {
+                MessageBuffers::Shared
+            },
+            fused_kernels: false,
+            slices: true,
+            ..self.base()
+        }
+    }
+
+    fn fsdp(&self) -> Recipe {
+        let mut recipe = Recipe { numerics: Numerics::GATHERED_16_BIT, overlap: DATA, ..self.base() };
+        if self.has("composer") {
+            // Its recipes take the fused loss of FlashAttention. Its models carry linear biases, which only the Triton port of the first
+            // FlashAttention took.
+            (recipe.loss, recipe.attention) = (LossKernel::Fused, AttentionKernel::Flash1);
+        }
+        if self.has("titan") {
+            // torchtitan compiles its blocks and gathers keys and values.
+            (recipe.launches, recipe.context) = (Launches::Fused, ContextExchange::AllGather);
+            recipe.by_operator = true;
+        }
+        recipe
+    }
+
+    fn deepspeed(&self) -> Recipe {
+        // 16-bit gradients, reduced in 16 bits; no FlashAttention in the Megatron-DeepSpeed of its time.
+        let summed = self.row.noted("fp32 grad") || self.row.noted("fp32 accumul");
+        let numerics = if summed { Numerics::MIXED_FP32_ACCUMULATION } else { Numerics::MIXED };
+        // Fully sharded, it fetches ahead and reduces behind.
+        let overlap = if self.sharding.contains('3') { DATA } else { NONE };
+        // No kernel of its own for rotary embeddings and gates, in the models that have them.
+        let gated = ["neox", "pythia", "glm", "llama", "gptj", "falcon"];
+        let fused_kernels = !any(&letters(self.row.text("model")), &gated);
+        Recipe { numerics, dropout: true, flash: false, scatters: false, overlap, fused_kernels, ..self.base() }
+    }
+
+    fn megatron(&self) -> Recipe {
+        let (row, recent) = (self.row, self.recent);
+        let unsaid = row.text("flash_attn").is_empty();
+        // Until 2022: dropout, no FlashAttention, nothing of the data-parallel communication overlapped. Its releases for Hopper and
+        // later run Transformer Engine's layers.
+        let old = self.has("2021") || self.has("2022") || (unsaid && !recent);
+        // It sums gradients in 32 bits with bf16, and not with fp16 unless told so.
+        let bf16 = row.text("precision").eq_ignore_ascii_case("bf16") || row.noted("fp32 grad");
+        let inputs = Overlap { input_gradients: !self.has("2021") && !unsaid, ..NONE };
+        let engine = recent || self.has("te ") || self.has("transformer engine");
+        Recipe {
+            numerics: if bf16 { Numerics::MIXED_FP32_GRADIENTS } else { Numerics::MIXED },
+            overlap: if recent { ALL } else { inputs },
+            dropout: old,
+            flash: !old,
+            launches: if engine { Launches::Fused } else { Launches::Eager },
+            sharding: if recent { StatePartition::ZERO1 } else { StatePartition::NONE },
+            // Sequence parallelism came in 2022 and costs nothing (arXiv 2205.05198).
+            sequence_parallel: !old,
+            ..self.base()
+        }
+    }
+}
+
+impl Recipe {
+    /// A paper's method, where the run is one of a comparison of methods.
+    fn take_method(&mut self, row: &Row) {
+        let spread = match row.note("method") {
+            Some("redis") => {
+                self.partition = Partition::Balanced;
+                return;
+            }
+            Some("vocab-1") => VocabularyPasses::TwoBarriers,
+            Some("vocab-2") => VocabularyPasses::OneBarrier,
+            Some("interlaced") => VocabularyPasses::Interlaced,
+            _ => return,
+        };
+        (self.partition, self.vocabulary) = (Partition::VocabularySpread, spread);
+    }
+
+    /// Sweeps over attention kernels say which one; a fused norm is one of the things that they try.
+    fn take_kernel(&mut self, row: &Row) {
+        let Some(kernel) = row.note("kernel").map(str::to_ascii_lowercase) else { return };
+        self.fused_norms = kernel.contains("rms");
+        self.flash = kernel.contains("flash");
+        let first = any(&kernel, &["flash_attn1", "flash1"]) || kernel.contains("1.0");
+        self.attention = match self.flash {
+            true if first => AttentionKernel::Flash1,
+            true => self.attention,
+            false if any(&kernel, &["torch", "naive"]) => AttentionKernel::Naive,
+            false => AttentionKernel::FusedSoftmax,
+        };
+    }
+
+    /// How kernels reach the GPU and how contexts are exchanged, in the framework's name or the notes.
+    fn take_launches(&mut self, row: &Row) {
+        let told = format!("{}; {}", row.text("framework"), row.text("notes")).to_ascii_lowercase();
+        let says = |words: &[&str]| any(&told, words);
+        if says(&["torch.compile", "compiled", "compile=true", "+ compile"]) && self.launches == Launches::Eager {
+            self.launches = Launches::Fused;
+        }
+        if says(&["cuda graph", "cudagraph", "cuda-graph"]) && !says(&["no cuda graph", "graphs off", "graph off"]) {
+            self.launches = Launches::Graph;
+        }
+        if says(&["cp=a2a", "cp=alltoall", "cp=all-to-all", "ulysses"]) {
+            self.context = ContextExchange::AllToAll;
+        } else if says(&["cp=allgather", "cp=all-gather", "cp=all_gather"]) {
+            self.context = ContextExchange::AllGather;
+        } else if says(&["cp=p2p", "cp=ring", "zigzag", "zig-zag"]) {
+            self.context = ContextExchange::ZigZag;
+        }
+    }
 }
