@@ -39,42 +39,21 @@ pub(super) unsafe fn run(machine: &impl Machine, call: &Call) -> Result<(), Kern
                 // SAFETY: as above.
                 unsafe { machine.launch(&by_row(kernel("add_losses"), 1, THREADS, arguments)) }?;
             }
+            Ok(())
         }
         Call::HeadBackward { x, weight, targets, lse, dx, d_weight, scratch, rows, cols, vocab, chunk, scale } => {
             let narrow = x.dtype() == DType::BF16;
-            let backward = Backward { machine, x, weight, targets, lse, cols, scale };
-            let slabs = d_weight.and_then(|_| slab_width(scratch, dx.filter(|_| narrow), [rows, vocab]));
-            let Some(width) = slabs else {
-                for chunk in chunks(rows, chunk) {
-                    let part = Part::of_rows(scratch, &chunk, vocab);
-                    let dx = dx.map(|dx| (chunk.of(dx, cols), false));
-                    // SAFETY: as above.
-                    unsafe { backward.part(&part, &chunk, dx, d_weight) }?;
+            let backward = Backward { machine, x, weight, targets, lse, scratch, cols, vocab, scale };
+            // SAFETY: the caller's promise.
+            unsafe {
+                match d_weight.and_then(|_| slab_width(scratch, dx.filter(|_| narrow), [rows, vocab])) {
+                    None => backward.by_rows(chunks(rows, chunk), dx, d_weight),
+                    Some(width) => backward.by_tokens(&Rows { first: 0, rows }, width, dx, d_weight),
                 }
-                return Ok(());
-            };
-            // Gradients of the input add up over slabs: in 32 bits.
-            let sums = dx.map(|dx| if narrow && width < vocab { scratch.slice(0, dx.len()) } else { dx });
-            let logits = match sums.filter(|_| narrow && width < vocab) {
-                Some(sums) => scratch.slice(sums.len(), scratch.len() - sums.len()),
-                None => scratch,
-            };
-            let all = Rows { first: 0, rows };
-            for first in (0..vocab).step_by(width as usize) {
-                let tokens = width.min(vocab - first);
-                let part = Part { logits, first, tokens, stride: width.next_multiple_of(HEAD_ALIGNMENT) };
-                // SAFETY: as above.
-                unsafe { backward.part(&part, &all, sums.map(|sums| (sums, first > 0)), d_weight) }?;
-            }
-            match (sums, dx) {
-                // SAFETY: as above.
-                (Some(sums), Some(dx)) if sums != dx => unsafe { machine.launch(&cast(sums, dx)) }?,
-                _ => {}
             }
         }
-        _ => {}
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// How much of the vocabulary fits the scratch with all rows, beside 32-bit sums for `dx` where these are needed; `None` where
@@ -96,11 +75,63 @@ struct Backward<'m, M> {
     weight: View,
     targets: View,
     lse: View,
+    scratch: View,
     cols: u32,
+    vocab: u32,
     scale: f32,
 }
 
 impl<M: Machine> Backward<'_, M> {
+    /// Some rows at a time, with the whole vocabulary.
+    ///
+    /// # Safety
+    /// As for [`run`].
+    unsafe fn by_rows(
+        &self,
+        chunks: impl Iterator<Item = Rows>,
+        dx: Option<View>,
+        d_weight: Option<View>,
+    ) -> Result<(), KernelError> {
+        for chunk in chunks {
+            let part = Part::of_rows(self.scratch, &chunk, self.vocab);
+            let dx = dx.map(|dx| (chunk.of(dx, self.cols), false));
+            // SAFETY: the caller's promise.
+            unsafe { self.part(&part, &chunk, dx, d_weight) }?;
+        }
+        Ok(())
+    }
+
+    /// `width` tokens of the vocabulary at a time, with all rows. Gradients of the input add up over them: narrow ones in 32 bits, at the
+    /// begin of the scratch.
+    ///
+    /// # Safety
+    /// As for [`run`].
+    unsafe fn by_tokens(
+        &self,
+        all: &Rows,
+        width: u32,
+        dx: Option<View>,
+        d_weight: Option<View>,
+    ) -> Result<(), KernelError> {
+        let (scratch, vocab) = (self.scratch, self.vocab);
+        let apart = dx.filter(|_| self.x.dtype() == DType::BF16 && width < vocab);
+        let (sums, logits) = match apart {
+            Some(dx) => (Some(scratch.slice(0, dx.len())), scratch.slice(dx.len(), scratch.len() - dx.len())),
+            None => (dx, scratch),
+        };
+        for first in (0..vocab).step_by(width as usize) {
+            let tokens = width.min(vocab - first);
+            let part = Part { logits, first, tokens, stride: width.next_multiple_of(HEAD_ALIGNMENT) };
+            // SAFETY: the caller's promise.
+            unsafe { self.part(&part, all, sums.map(|sums| (sums, first > 0)), d_weight) }?;
+        }
+        match (sums, apart) {
+            // SAFETY: as above.
+            (Some(sums), Some(dx)) => unsafe { self.machine.launch(&cast(sums, dx)) },
+            _ => Ok(()),
+        }
+    }
+
     /// The gradients of a part: of its rows into `dx`, or added to it; of its tokens added to `d_weight`.
     ///
     /// # Safety

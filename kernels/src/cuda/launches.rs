@@ -95,19 +95,12 @@ pub(super) fn dense(
     Product::new(shape, a.address(), b.address(), c.address())
 }
 
-/// Queues a call. `parts` is the address of [`PARTS_BYTES`] bytes that calls of this machine alone use, one after the other.
+/// A product and what follows it: one kernel where the machine has it, else its parts one after the other. Other calls do nothing.
 ///
 /// # Safety
-/// The call has passed its check, its views come from living memory of this machine, and nobody else touches them until it has ended.
-pub(super) unsafe fn run(machine: &impl Machine, call: &Call, parts: u64) -> Result<(), KernelError> {
-    use Argument::{F32, F64, U32, U64};
-    // SAFETY: the arguments follow the kernels' declarations, and the caller promises the rest.
-    let launch = |launch: Launch| unsafe { machine.launch(&launch) };
+/// As for [`run`].
+unsafe fn project(machine: &impl Machine, call: &Call, parts: u64) -> Result<(), KernelError> {
     match *call {
-        Call::MatMul { a, b, c, m, n, k, transpose_a, transpose_b, accumulate } => {
-            // SAFETY: as above.
-            unsafe { machine.multiply(&dense([a, b, c], [m, n, k], [transpose_a, transpose_b], accumulate)) }
-        }
         Call::Project { x, weight, bias, base, input, out, m, n, k } => {
             // Where there is an input, there is no base.
             let sum = input.unwrap_or(out);
@@ -128,12 +121,11 @@ pub(super) unsafe fn run(machine: &impl Machine, call: &Call, parts: u64) -> Res
                 beside: input.map_or(0, |view| view.address()),
                 ..product
             };
-            if (bias.is_some() || input.is_none()) && machine.fuses(&fused)? {
-                // SAFETY: as above.
-                return unsafe { machine.multiply(&fused) };
-            }
-            // SAFETY: as above, for the parts of the call one after the other.
+            // SAFETY: the caller's promise, for each part of the call.
             unsafe {
+                if (bias.is_some() || input.is_none()) && machine.fuses(&fused)? {
+                    return machine.multiply(&fused);
+                }
                 machine.multiply(&product)?;
                 if let Some(bias) = bias {
                     run(machine, &Call::AddBias { x: sum, bias, rows: m, cols: n }, parts)?;
@@ -154,6 +146,25 @@ pub(super) unsafe fn run(machine: &impl Machine, call: &Call, parts: u64) -> Res
                 run(machine, &Call::GeluBackward { x: input, d_out: d_input, d_x: d_input }, parts)
             }
         }
+        _ => Ok(()),
+    }
+}
+
+/// Queues a call. `parts` is the address of [`PARTS_BYTES`] bytes that calls of this machine alone use, one after the other.
+///
+/// # Safety
+/// The call has passed its check, its views come from living memory of this machine, and nobody else touches them until it has ended.
+pub(super) unsafe fn run(machine: &impl Machine, call: &Call, parts: u64) -> Result<(), KernelError> {
+    use Argument::{F32, F64, U32, U64};
+    // SAFETY: the arguments follow the kernels' declarations, and the caller promises the rest.
+    let launch = |launch: Launch| unsafe { machine.launch(&launch) };
+    match *call {
+        Call::MatMul { a, b, c, m, n, k, transpose_a, transpose_b, accumulate } => {
+            // SAFETY: as above.
+            unsafe { machine.multiply(&dense([a, b, c], [m, n, k], [transpose_a, transpose_b], accumulate)) }
+        }
+        // SAFETY: as above.
+        Call::Project { .. } | Call::ProjectBackGelu { .. } => unsafe { project(machine, call, parts) },
         Call::AddBias { x, bias, cols, .. } => {
             let arguments = smallvec![address(x), address(bias), U32(cols), U64(x.len() as u64)];
             launch(pointwise("add_bias", &[x, bias], cols as usize, x.len(), arguments))

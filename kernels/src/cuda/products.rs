@@ -207,6 +207,19 @@ impl Products {
         {
             return Ok(Plan { product, left, right, out, algorithm });
         }
+        let algorithm = self.preferred(product, [left, right, out], [b, a, c])?;
+        let workspace = algorithm.workspaceSize as u64;
+        algorithms.keep(key, Chosen { words: algorithm.algo.data, workspace });
+        Ok(Plan { product, left, right, out, algorithm })
+    }
+
+    /// What the library's heuristics prefer, where left and right operand and result are aligned so.
+    fn preferred(
+        &self,
+        product: sys::cublasLtMatmulDesc_t,
+        [left, right, out]: [sys::cublasLtMatrixLayout_t; 3],
+        [for_left, for_right, for_out]: [u32; 3],
+    ) -> Result<sys::cublasLtMatmulHeuristicResult_t, CublasError> {
         let preference = result::create_matmul_pref()?;
         use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
         let workspace = WORKSPACE as u64;
@@ -219,23 +232,20 @@ impl Products {
                 8,
             )?;
             for (attribute, bytes) in [
-                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, b),
-                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, a),
-                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c),
-                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, c),
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, for_left),
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, for_right),
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, for_out),
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, for_out),
             ] {
                 result::set_matmul_pref_attribute(preference, attribute, (&raw const bytes).cast(), 4)?;
             }
         }
-        // SAFETY: all of these were created above.
+        // SAFETY: the caller's descriptors live, the preference was created above.
         let algorithm =
             unsafe { result::get_matmul_algo_heuristic(self.handle, product, left, right, out, out, preference) };
         // SAFETY: created above, used no more.
         unsafe { result::destroy_matmul_pref(preference) }?;
-        let algorithm = algorithm?;
-        let workspace = algorithm.workspaceSize as u64;
-        algorithms.keep(key, Chosen { words: algorithm.algo.data, workspace });
-        Ok(Plan { product, left, right, out, algorithm })
+        algorithm
     }
 
     /// A choice of an earlier run, if the library says that it can do the product so.
