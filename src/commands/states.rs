@@ -122,7 +122,6 @@ fn show(screen: &Screen, request: &ClusterRequest, rows: &[StateRow], all: bool)
         "",
     ]);
     for row in shown {
-        let parts = &row.parts;
         let style = if best.is_some_and(|best| best.triple == row.triple) {
             Some(Style::Good)
         } else if row.fits {
@@ -130,31 +129,8 @@ fn show(screen: &Screen, request: &ClusterRequest, rows: &[StateRow], all: bool)
         } else {
             Some(Style::Dim)
         };
-        let verdict = match (&row.dominated_by, row.fits) {
-            (Some(by), true) => format!("dominated by {by}"),
-            (Some(by), false) => format!("does not fit, dominated by {by}"),
-            (None, false) => "does not fit".into(),
-            (None, true) => String::new(),
-        };
-        table.styled(
-            style,
-            [
-                row.triple.clone(),
-                row.names.iter().find(|name| !name.starts_with("paro")).map_or(String::new(), |name| (*name).into()),
-                show_seconds(row.iteration_seconds),
-                format!("{:.1}", row.samples_per_second),
-                show_bytes(row.memory_bytes.round() as u64),
-                show_bytes(row.state_bytes.round() as u64),
-                or_nothing(parts.parameter_gather),
-                or_nothing(parts.gradient_reduction),
-                or_nothing(parts.gradient_sync),
-                or_nothing(parts.parameter_sync),
-                or_nothing(parts.exposed),
-                show_seconds(row.guideline_seconds),
-                if row.fits { place(row).to_string() } else { String::new() },
-                verdict,
-            ],
-        );
+        let place = if row.fits { place(row).to_string() } else { String::new() };
+        table.styled(style, cells(row, place));
     }
     table.print(screen)?;
     screen.line(
@@ -171,6 +147,32 @@ fn show(screen: &Screen, request: &ClusterRequest, rows: &[StateRow], all: bool)
     } else {
         screen.line("  none fits; try --recompute full, more nodes, or tensor or pipeline parallelism")
     }
+}
+
+fn cells(row: &StateRow, place: String) -> [String; 14] {
+    let parts = &row.parts;
+    let verdict = match (&row.dominated_by, row.fits) {
+        (Some(by), true) => format!("dominated by {by}"),
+        (Some(by), false) => format!("does not fit, dominated by {by}"),
+        (None, false) => "does not fit".into(),
+        (None, true) => String::new(),
+    };
+    [
+        row.triple.clone(),
+        row.names.iter().find(|name| !name.starts_with("paro")).map_or(String::new(), |name| (*name).into()),
+        show_seconds(row.iteration_seconds),
+        format!("{:.1}", row.samples_per_second),
+        show_bytes(row.memory_bytes.round() as u64),
+        show_bytes(row.state_bytes.round() as u64),
+        or_nothing(parts.parameter_gather),
+        or_nothing(parts.gradient_reduction),
+        or_nothing(parts.gradient_sync),
+        or_nothing(parts.parameter_sync),
+        or_nothing(parts.exposed),
+        show_seconds(row.guideline_seconds),
+        place,
+        verdict,
+    ]
 }
 
 fn or_nothing(seconds: f64) -> String {
