@@ -1,6 +1,7 @@
 //! Holds predictions against measured runs of other people: errors by source, verdicts, and fits of the few parameters.
 
 mod case;
+mod columns;
 mod fit;
 mod plot;
 mod recipe;
