@@ -35,8 +35,8 @@ pub struct Exchange {
     pub arrangement: Arrangement,
 }
 
-/// One exchange: the link between fast groups is busy for `link` as soon as it is free, `wire` passes (on the link, or until a waiting thread is awake), then `work` occupies the device of each
-/// receiver (zero where hardware moves data beside compute).
+/// One exchange: the link between fast groups is busy for `link` as soon as it is free, `wire` passes (on the link, or until a waiting
+/// thread is awake), then `work` occupies the device of each receiver (zero where hardware moves data beside compute).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Round {
     /// Time that the links between fast groups on its way are busy, which serve one exchange after the other ([`crate::program::Links`]).
