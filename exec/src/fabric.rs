@@ -10,6 +10,7 @@
 //! One lock is held at a time, never while work is done.
 
 mod carriage;
+mod wakes;
 mod work;
 
 use crate::bind::{Bound, OpRef, Partner};
@@ -70,7 +71,11 @@ struct RankState {
     granted: AtomicBool,
     /// The thread sleeps until somebody wakes it.
     asleep: AtomicBool,
+    /// Ranks of its own device that the thread has yet to wake, see [`Fabric::pay`].
+    owed: Mutex<Ranks>,
 }
+
+type Ranks = SmallVec<[u32; 8]>;
 
 #[derive(Default)]
 struct TransferState {
@@ -148,7 +153,12 @@ enum Consequence {
     },
 }
 
-type Consequences = SmallVec<[Consequence; 8]>;
+/// What is to be worked off, and whom to wake after it.
+#[derive(Default)]
+struct Consequences {
+    queue: SmallVec<[Consequence; 8]>,
+    wakes: Ranks,
+}
 
 /// The state that ranks share.
 pub(crate) struct Fabric<'p, E> {
@@ -190,6 +200,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
             thread: OnceLock::new(),
             granted: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
+            owed: Mutex::default(),
         });
         let meetings = bound.meetings.iter().map(|meeting| MeetingState {
             ranges: std::iter::repeat_with(AtomicRange::default).take(meeting.members.len()).collect(),
@@ -271,20 +282,6 @@ impl<'p, E: Effects> Fabric<'p, E> {
         self.error.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    fn wake_all(&self) {
-        (0..self.ranks.len()).for_each(|rank| self.wake(rank as u32));
-    }
-
-    fn wake(&self, rank: u32) {
-        let RankState { thread, asleep, .. } = &self.ranks[rank as usize];
-        if let Some(thread) = thread.get() {
-            if asleep.swap(false, Ordering::Relaxed) {
-                self.devices[self.bound.device(rank)].awake.fetch_add(1, Ordering::Relaxed);
-            }
-            thread.unpark();
-        }
-    }
-
     /// Whether an op has ended in the present step.
     pub fn has_ended(&self, rank: u32, op: u32) -> bool {
         self.ranks[rank as usize].records[op as usize].ended.load(Ordering::Acquire)
@@ -302,10 +299,11 @@ impl<'p, E: Effects> Fabric<'p, E> {
             if self.aborted() {
                 return Err(Aborted);
             }
+            self.pay(rank);
             if !self.is_abandoned()
                 && let Some(work) = slot.take()
             {
-                self.perform(device, work);
+                self.perform(rank, work);
                 continue;
             }
             // While the device is idle and none of its other threads could run, its core has nothing better to do than to
@@ -341,6 +339,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
     /// A rank ends its program here, and all others end theirs at the same place. Waits for them, and works for them
     /// meanwhile. What nobody takes any more is dropped by [`Fabric::reset`].
     pub fn leave(&self, rank: u32) -> Result<(), Aborted> {
+        self.pay(rank);
         if self.left.fetch_add(1, Ordering::AcqRel) + 1 == self.ranks.len() as u32 {
             self.abandoned.store(true, Ordering::Release);
             self.wake_all();
@@ -402,20 +401,23 @@ impl<'p, E: Effects> Fabric<'p, E> {
         Ok((queued, self.devices[device].free_at.load(Ordering::Relaxed)))
     }
 
-    /// Gives the device of `rank` up at time `at`.
+    /// Gives the device of `rank` up at time `at`. Who has it next is woken when the thread pays.
     pub fn release(&self, rank: u32, at: u64) {
-        self.release_device(self.bound.device(rank), at);
+        if let Some(next) = self.release_device(self.bound.device(rank), at) {
+            self.owe(rank, next);
+        }
     }
 
-    fn release_device(&self, device: usize, at: u64) {
+    /// Gives a device up; returns the rank that has it next, and is to be woken.
+    fn release_device(&self, device: usize, at: u64) -> Option<u32> {
         self.devices[device].free_at.store(at, Ordering::Relaxed);
         match self.devices[device].slot.release() {
             Next::Granted(rank) => {
                 self.ranks[rank as usize].granted.store(true, Ordering::Release);
-                self.wake(rank);
+                Some(rank)
             }
             // The releasing thread comes to its next wait or turn on this device soon, and does the work there.
-            Next::Idle | Next::Work => {}
+            Next::Idle | Next::Work => None,
         }
     }
 
@@ -438,7 +440,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
         }
         let state = &self.ranks[rank as usize];
         state.outstanding.fetch_add(1, Ordering::Relaxed);
-        let mut consequences = Consequences::new();
+        let mut consequences = Consequences::default();
         {
             let stream = self.bound.program.ranks[rank as usize].ops[op as usize].stream.0 as usize;
             let mut streams = state.streams.lock().unwrap_or_else(PoisonError::into_inner);
@@ -447,7 +449,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
                 self.advance(rank, &mut streams, &mut consequences);
             }
         }
-        self.settle(consequences);
+        self.settle(Some(rank), consequences);
     }
 
     /// When the last communication op of a rank ended (or will, in a paced run).
@@ -480,18 +482,19 @@ impl<'p, E: Effects> Fabric<'p, E> {
             record.set_wait(last.filter(|_| waited_until > ready).map(|&wait| WaitReason::Op(wait)));
             let at = self.effects.at(ready.max(waited_until));
             record.arrived.store(at, Ordering::Relaxed);
-            consequences.push(Consequence::Arrived { op: OpRef { rank, op: head.op }, at });
+            consequences.queue.push(Consequence::Arrived { op: OpRef { rank, op: head.op }, at });
         }
     }
 
-    /// Works consequences off until there are no more.
-    fn settle(&self, mut consequences: Consequences) {
-        while let Some(consequence) = consequences.pop() {
+    /// Works consequences off until there are no more, on the thread of rank `waker` or on one of no rank.
+    fn settle(&self, waker: Option<u32>, mut consequences: Consequences) {
+        while let Some(consequence) = consequences.queue.pop() {
             match consequence {
                 Consequence::Arrived { op, at } => self.arrive(op, at, &mut consequences),
                 Consequence::Ended { op, met, start, end } => self.finish(op, met, start, end, &mut consequences),
             }
         }
+        self.wake_by(waker, &consequences.wakes);
     }
 
     fn arrive(&self, op: OpRef, at: u64, consequences: &mut Consequences) {
@@ -555,7 +558,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
             self.advance(op.rank, &mut streams, consequences);
         }
         state.outstanding.fetch_sub(1, Ordering::Release);
-        self.wake(op.rank);
+        consequences.wakes.push(op.rank);
     }
 }
 

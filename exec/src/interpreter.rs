@@ -73,6 +73,7 @@ pub(crate) fn run_step<E: Effects>(
             }
             fabric.effects.reach(waited_until);
             let (queued, free_at) = fabric.acquire(rank)?;
+            fabric.pay(rank);
             let start = fabric.effects.at(waited_until.max(free_at));
             let end = hands.compute(index, start).map_err(stopped)?;
             let observed = fabric.effects.reach(end);
@@ -99,6 +100,7 @@ pub(crate) fn run_step<E: Effects>(
         }
     }
     fabric.drive(rank, || fabric.is_quiet(rank))?;
+    fabric.pay(rank);
     hands.finish().map_err(stopped)?;
     fabric.effects.reach(fabric.streams_end(rank));
     Ok(())
