@@ -38,6 +38,10 @@ pub struct Cluster {
     /// Whether every step of a ring over several nodes takes as long as one between nodes; elsewhere hops inside a node are taken
     /// as fast as they are.
     pub paced: bool,
+    /// How much longer a ring over several nodes that takes several GPUs of each has its links busy than its bytes alone would, as a
+    /// share, in the limit of many nodes: over N nodes 1 - 1/N of that. 0 where such rings were not measured.
+    #[serde(default)]
+    pub ring_crowding: f64,
     /// Where the figures come from.
     pub source: String,
     /// Bandwidths that were measured, on this cluster or on one like it, by the names of their keys; the others are datasheets' or
@@ -109,6 +113,8 @@ struct Entry {
     #[serde(default)]
     host_pace_us: f64,
     paced: Option<bool>,
+    #[serde(default)]
+    ring_crowding: f64,
     source: String,
 }
 
@@ -184,6 +190,7 @@ impl Entry {
             host_pace_us: self.host_pace_us,
             // Bandwidths measured over EFA say so (p5 in the shipped clusters).
             paced: self.paced.unwrap_or(self.fabric == Fabric::Efa),
+            ring_crowding: self.ring_crowding,
             source: self.source,
             measured,
             physics: BTreeMap::new(),
@@ -262,6 +269,7 @@ impl Cluster {
             inter_latency_us: self.inter_latency_us,
             host_pace_us: self.host_pace_us,
             paced: Some(self.paced),
+            ring_crowding: self.ring_crowding,
             source: self.source.clone(),
         };
         toml::to_string(&Own { format: 1, cluster: entry, gpu: Some(self.gpu.clone()), physics: self.physics.clone() })
@@ -284,9 +292,10 @@ impl Cluster {
                 return Err(ClusterError::Value { cluster: self.name.clone(), key, value });
             }
         }
-        if !(self.host_pace_us.is_finite() && self.host_pace_us >= 0.0) {
-            let value = self.host_pace_us;
-            return Err(ClusterError::Value { cluster: self.name.clone(), key: "host_pace_us", value });
+        for (key, value) in [("host_pace_us", self.host_pace_us), ("ring_crowding", self.ring_crowding)] {
+            if !(value.is_finite() && value >= 0.0) {
+                return Err(ClusterError::Value { cluster: self.name.clone(), key, value });
+            }
         }
         if let Some((name, &value)) = self.physics.iter().find(|(_, value)| !value.is_finite()) {
             return Err(ClusterError::Physics { cluster: self.name.clone(), name: name.clone(), value });
@@ -327,6 +336,7 @@ impl Cluster {
             inter_latency_us: 14.0,
             host_pace_us: 0.0,
             paced: false,
+            ring_crowding: 0.0,
             source: "assumed: the usual network of this generation".into(),
             measured: gpu.measured.iter().cloned().collect(),
             physics: BTreeMap::new(),

@@ -42,6 +42,8 @@ struct Microbatch<'a> {
     pub blocks: &'a [Vec<Module>],
     /// Which of them are computed again.
     pub again: &'a [bool],
+    /// The first of them that the backward pass goes through.
+    pub reached: usize,
     /// Limits.
     pub limits: Coordinator,
     /// Elements after which gathers ahead stop for a module.
@@ -92,24 +94,32 @@ impl Timer<'_> {
             let whole = layout.recompute == Recompute::Full;
             (0..blocks.len()).map(|n| whole && (1..=computed).contains(&n)).collect()
         };
+        let frozen = layout.frozen_blocks(model.layers);
+        // Behind the embedding.
+        let reached = if frozen > 0 { frozen as usize + 1 } else { 0 };
+        // What is trained lies in the blocks that are reached.
+        let trained = layout.trainable * model.layers as f64 / (model.layers - frozen).max(1) as f64;
         let microbatch = Microbatch {
             blocks: &blocks,
             again: &again,
+            reached,
             limits,
             gather_bucket: layout.gather_bytes.map_or(f64::INFINITY, |bytes| bytes / wire),
             reduce_bucket: layout.bucket_bytes.map_or(f64::INFINITY, |bytes| bytes / numerics.reduced),
-            trained: if reduction.is_some() { layout.trainable } else { 0.0 },
+            trained: if reduction.is_some() { trained.min(1.0) } else { 0.0 },
             gather: &|elements| seconds(gather, elements * wire),
             reduce: &|elements| reduction.map_or(0.0, |e| seconds(e, elements * numerics.reduced)),
             one_group: reduction.is_some_and(|e| e.scope == gather.scope),
             beside: layout.overlap.parameters && layout.overlap.gradients,
         };
         let replayed = microbatch.replay();
-        let computed = |pass: usize| blocks.iter().flatten().map(|module| module.seconds[pass]).sum::<f64>();
-        let twice: f64 =
-            blocks.iter().zip(&again).filter(|(_, again)| **again).flat_map(|(b, _)| b).map(|m| m.seconds[0]).sum();
+        let computed = |pass: usize, from: usize| {
+            blocks.iter().skip(from).flatten().map(|module| module.seconds[pass]).sum::<f64>()
+        };
+        let recomputed = blocks.iter().zip(&again).skip(reached).filter(|(_, again)| **again);
+        let twice: f64 = recomputed.flat_map(|(block, _)| block).map(|module| module.seconds[0]).sum();
         let [forward, end] = replayed.ends;
-        let exposed = [forward - computed(0), end - forward - computed(1) - twice];
+        let exposed = [forward - computed(0, 0), end - forward - computed(1, reached) - twice];
         // What runs beside computation slows it down.
         let beside = (replayed.communication[0] + replayed.communication[1] - exposed[0] - exposed[1]).max(0.0);
         let slower = self.physics.contention * beside;
@@ -124,8 +134,9 @@ impl Timer<'_> {
         let vocabulary = (model.vocab * model.hidden) as f64 / cut;
         let head = if model.tied { 0.0 } else { vocabulary };
         let block: f64 = matrices.iter().sum();
-        let computing = block * model.layers as f64 + vocabulary;
-        let passes = [times.forward, times.backward + times.weights].map(|seconds| seconds / computing);
+        let computing = |blocks: u64| block * blocks as f64 + vocabulary;
+        let back = computing(model.layers - layout.frozen_blocks(model.layers));
+        let passes = [times.forward / computing(model.layers), (times.backward + times.weights) / back];
         let (forward, backward) = self.launched(&work::block(model, layout, 0));
         let launches = [forward.host, backward.host].map(|host| host / matrices.len() as f64);
         let hook = layout.runtime.hook;
@@ -222,7 +233,8 @@ impl Microbatch<'_> {
         let forward = |module| Step { module, pass: Pass::Forward };
         let mut steps: Vec<Step> = (0..modules.len()).map(forward).collect();
         let end_of_forward = steps.len();
-        for (block, (&start, &again)) in self.blocks.iter().zip(starts.iter().zip(self.again)).rev() {
+        for (block, (&start, &again)) in self.blocks.iter().zip(starts.iter().zip(self.again)).skip(self.reached).rev()
+        {
             let range = start..start + block.len();
             if again {
                 steps.extend(range.clone().map(forward));
@@ -389,6 +401,7 @@ mod tests {
         Microbatch {
             blocks,
             again: &[false; 3],
+            reached: 0,
             limits: Coordinator { live, reuse: 0.0 },
             gather_bucket: 10.0,
             reduce_bucket: 10.0,
@@ -441,6 +454,14 @@ mod tests {
             calls.get()
         };
         assert!(count(f64::INFINITY) < count(12.0), "{} {}", count(f64::INFINITY), count(12.0));
+    }
+
+    /// Where the first blocks are frozen, neither their backward passes nor gathers for them are made.
+    #[test]
+    fn the_backward_pass_ends_where_nothing_before_is_trained() {
+        let blocks = vec![vec![module(10.0, 2.0)], vec![module(10.0, 2.0)], vec![module(10.0, 2.0)]];
+        let last = Microbatch { reached: 2, ..microbatch(&blocks, f64::INFINITY) }.replay();
+        assert_eq!((last.ends, last.communication[0]), ([7.0, 11.0], 3.0));
     }
 
     /// Gradients of 10 take a second to reduce behind passes of four; of the last bucket nothing hides.

@@ -287,16 +287,20 @@ impl Timer<'_> {
         let dense_at = stage.blocks.clone().find(|l| !self.model.routed(*l));
         let routed_at = stage.blocks.clone().find(|l| self.model.routed(*l));
         let kinds = [(dense_at, dense, dense_again), (routed_at, routed, again as f64 - dense_again)];
+        let frozen = self.layout.frozen_blocks(self.model.layers);
+        let reached = stage.blocks.end.saturating_sub(stage.blocks.start.max(frozen)) as f64 / blocks.max(1) as f64;
         for (layer, count, again) in kinds {
             if let Some(layer) = layer {
-                self.add(&mut times, &work::block(self.model, self.layout, layer), count, again);
+                let work = work::block(self.model, self.layout, layer);
+                self.add(&mut times, &work, [count, count * reached], again * reached);
             }
         }
         if stage.embedding > 0.0 {
-            self.add(&mut times, &work::embedding(self.model, self.layout), 1.0, 0.0);
+            let back = if frozen > 0 { 0.0 } else { 1.0 };
+            self.add(&mut times, &work::embedding(self.model, self.layout), [1.0, back], 0.0);
         }
         if stage.head > 0.0 {
-            self.add(&mut times, &work::head(self.model, self.layout, stage.head), 1.0, 0.0);
+            self.add(&mut times, &work::head(self.model, self.layout, stage.head), [1.0, 1.0], 0.0);
         }
         if self.layout.partition == Partition::VocabularySpread && stage.head > 0.0 {
             self.add_vocabulary_exchanges(&mut times);
@@ -325,8 +329,8 @@ impl Timer<'_> {
         times.backward += backward;
     }
 
-    /// Adds `count` layers of some work, `again` of which are computed once more in the backward pass.
-    fn add(&self, times: &mut PassTimes, work: &Work, count: f64, again: f64) {
+    /// Adds `count` layers of some work, `back` of which the backward pass goes through, and `again` of which are computed once more in it.
+    fn add(&self, times: &mut PassTimes, work: &Work, [count, back]: [f64; 2], again: f64) {
         let layer = self.layer(work);
         let physics = self.physics;
         let (forward, backward, weights) = (layer.forward, layer.backward, layer.weights);
@@ -353,22 +357,22 @@ impl Timer<'_> {
         // The host launches ahead; where it is slower than the GPU with its communication, the GPU waits.
         let pace = |passing: Passing, communication: f64| passing.gpu.max(passing.host - communication);
         times.forward += count * pace(forward, tensor_forward);
-        times.backward += count * pace(backward, tensor_backward);
+        times.backward += back * pace(backward, tensor_backward);
         times.weights += count * weights.seconds();
-        for part in [forward, backward, weights] {
+        for (part, count) in [(forward, count), (backward, back), (weights, count)] {
             times.products += count * (part.products - part.attention);
             times.attention += count * part.attention;
             times.memory_bound += count * (part.gpu - part.products);
         }
         times.tensor[0] += count * tensor_forward;
-        times.tensor[1] += count * tensor_backward;
+        times.tensor[1] += back * tensor_backward;
         times.context[0] += count * context_forward;
-        times.context[1] += count * context_backward;
+        times.context[1] += back * context_backward;
         let experts_beside = |behind: f64| {
             if overlap.experts { exposed(layer.experts, behind, physics) } else { layer.experts }
         };
         times.experts[0] += count * experts_beside(forward.gpu);
-        times.experts[1] += count * experts_beside(backward.gpu + weights.gpu);
+        times.experts[1] += back * experts_beside(backward.gpu + weights.gpu);
         if again > 0.0 {
             times.recompute += again * self.recompute(work, forward, tensor_forward + context_forward + layer.experts);
         }

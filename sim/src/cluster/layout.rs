@@ -42,6 +42,10 @@ pub struct Layout {
     /// Share of the parameters that are trained; the others have neither gradients nor optimizer states.
     #[serde(default = "all")]
     pub trainable: f64,
+    /// Last blocks of the model that the backward pass goes through, where what lies before them is frozen; all without. Times only:
+    /// memory is that of a backward pass through all.
+    #[serde(default)]
+    pub backward_blocks: Option<u64>,
     /// How blocks are spread over the stages.
     pub partition: Partition,
     /// Name of the pipeline schedule, as the registry of the planner knows it.
@@ -412,6 +416,7 @@ impl Layout {
             keep_gathered: false,
             runtime: Runtime::FUSED,
             trainable: 1.0,
+            backward_blocks: None,
             partition: Partition::Even,
             schedule: "1f1b".into(),
             seq,
@@ -475,6 +480,11 @@ impl Layout {
             Recompute::None => 0,
             _ => self.recomputed_blocks.map_or(blocks, |most| most.min(blocks)),
         }
+    }
+
+    /// Of a model of `layers` blocks, the first ones that the backward pass does not go through.
+    pub fn frozen_blocks(&self, layers: u64) -> u64 {
+        layers - self.backward_blocks.unwrap_or(layers).min(layers)
     }
 
     /// By how much the norms' tensors are cut.

@@ -84,6 +84,8 @@ pub struct Network {
     /// Whether every step of a ring over several nodes takes as long as one between nodes; elsewhere hops inside a node are
     /// taken as fast as they are (NCCL's tuning model).
     pub paced: bool,
+    /// How much longer rings that take several GPUs of each of many nodes have their links busy, as a share.
+    pub crowding: f64,
 }
 
 impl Network {
@@ -97,6 +99,7 @@ impl Network {
             intra_step: if cluster.gpu.nvlink_gbps.is_some() { NVLINK_STEP } else { PCIE_STEP },
             inter_step: (cluster.inter_latency_us + cluster.host_pace_us) * 1e-6,
             paced: cluster.paced,
+            crowding: cluster.ring_crowding,
         }
     }
 
@@ -104,8 +107,9 @@ impl Network {
     fn ring(&self, span: Span, inside: f64) -> (f64, f64) {
         if span.nodes() > 1 {
             let rails = self.inter * span.per_node as f64;
+            let crowded = 1.0 + self.crowding * (1.0 - 1.0 / span.nodes() as f64);
             // A ring enters and leaves a node once; with one member per node it never uses the links inside.
-            let slowest = if span.per_node > 1 { rails.min(inside) } else { rails };
+            let slowest = if span.per_node > 1 { (rails / crowded).min(inside) } else { rails };
             (slowest, self.inter_step)
         } else {
             (inside, self.intra_step)
@@ -174,6 +178,18 @@ impl Network {
         let between = self.inter_step + bytes / span.ranks as f64 / self.inter;
         let inside = (members - 1.0) * (self.intra_step + bytes / span.ranks as f64 / self.gathers);
         START + inside + (nodes - 1.0) * between.max(inside)
+    }
+
+    /// The same as PaRO's released code does it (`InterIntraCommInfo` in `deepspeed/comm/comm.py`): all of the first level, then the second
+    /// in one collective for each node's part.
+    pub fn gather_in_two_steps(&self, span: Span, bytes: f64) -> f64 {
+        let (nodes, members) = (span.nodes() as f64, span.per_node as f64);
+        if nodes <= 1.0 || members <= 1.0 || bytes <= 0.0 {
+            return self.gather(span, bytes);
+        }
+        let between = Span { ranks: span.nodes(), per_node: 1 };
+        let inside = Span { ranks: span.per_node, per_node: span.per_node };
+        self.gather(between, bytes / members) + nodes * self.gather(inside, bytes / nodes)
     }
 
     /// All-to-all in which every rank sends `bytes` in all: in the faster of both ways.
@@ -289,6 +305,22 @@ mod tests {
         assert!((n.reduce(wide, 8e12) / (8e12 / 80e9) - 1.0).abs() < 1e-3);
         assert!((n.reduce(wide, 1e-3) - (START + 31.0 * 75e-6)).abs() < 1e-9);
         assert_eq!(n.reduce(Span::strided(1, 1, 8), 1e9), 0.0);
+    }
+
+    /// Rings that take several GPUs of each node are crowded, those of one GPU of each are not. In two steps, an all-gather is one between nodes
+    /// and one in the node for every node's part.
+    #[test]
+    fn crowded_rings_and_gathers_in_two_steps() {
+        let n = network("paro-a100-roce");
+        let crowded = Network { crowding: 0.5, ..n };
+        let wide = Span::strided(32, 1, 8);
+        assert!((crowded.gather(wide, 8e12) / n.gather(wide, 8e12) - 1.375).abs() < 1e-3);
+        let narrow = Span::strided(4, 8, 8);
+        assert_eq!(crowded.gather(narrow, 1e9), n.gather(narrow, 1e9));
+        let steps = n.gather(narrow, 1e9) + 4.0 * n.gather(Span::strided(8, 1, 8), 2e9);
+        assert_eq!(crowded.gather_in_two_steps(wide, 8e9), steps);
+        assert!(steps > n.gather_in_two_levels(wide, 8e9));
+        assert_eq!(n.gather_in_two_steps(narrow, 1e9), n.gather(narrow, 1e9));
     }
 
     /// Bus bandwidths of all-gathers over 16 to 512 GPUs that runs of the Ultra-Scale Playbook measured over EFA, if
