@@ -7,7 +7,7 @@ use paceline_sim::cluster::{
     Overlap, Partition, PhysicsError, Recompute, Routing, Runtime, ZooError,
 };
 use paceline_sim::model::{Trainable, TrainableError};
-use paceline_sim::partition::{Level, PartitionError};
+use paceline_sim::partition::{Level, PartitionError, StatePartition};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -205,6 +205,11 @@ pub enum RequestError {
         "keep_gathered = true with states = {states}, which leaves parameters whole on every rank, so that none is gathered; it goes with states whose first letter is I or G (mics, IIG, zero3, ...): take one of them, or leave keep_gathered out"
     )]
     NothingGathered { states: String },
+    /// A partition within groups where there are none.
+    #[error(
+        "states = {states} cuts within groups, and group_size = {group} of {ranks} data-parallel ranks leaves none; set a group_size between 1 and {ranks}, or take states = {same}, which is the same here"
+    )]
+    NoGroups { states: StatePartition, group: u64, ranks: u64, same: String },
     /// The layout.
     #[error(transparent)]
     Layout(#[from] LayoutError),
@@ -453,6 +458,13 @@ impl ClusterRequest {
             let states = self.states.clone().unwrap_or_else(|| "zero1 (the default)".into());
             return Err(RequestError::NothingGathered { states });
         }
+        let ranks = layout.data_ranks();
+        let none = |group: &u64| layout.sharding.has_groups() && ranks > 1 && (*group == 1 || *group == ranks);
+        if let Some(group) = layout.group.filter(none) {
+            let states = layout.sharding;
+            let same = states.letters().replace('I', if group == 1 { "N" } else { "G" });
+            return Err(RequestError::NoGroups { states, group, ranks, same });
+        }
         let stages = pp * layout.chunks;
         if stages > model.layers {
             return Err(RequestError::Word {
@@ -477,7 +489,6 @@ fn best_flash(cluster: &Cluster) -> AttentionKernel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use paceline_sim::partition::StatePartition;
 
     fn request() -> ClusterRequest {
         ClusterRequest {
@@ -535,6 +546,14 @@ mod tests {
             (error(&|r| r.global_batch = 65), "take 64"),
             (error(&|r| r.states = Some("zero9".into())), "zero1"),
             (error(&|r| r.group_size = Some(5)), "group_size = 5 does not divide the 16"),
+            (
+                error(&|r| (r.group_size, r.states) = (Some(16), Some("IIG".into()))),
+                "group_size = 16 of 16 data-parallel ranks leaves none; set a group_size between 1 and 16, or take states = GGG",
+            ),
+            (
+                error(&|r| (r.group_size, r.states) = (Some(1), Some("mics".into()))),
+                "take states = NNN, which is the same",
+            ),
             (error(&|r| r.trainable = Some("2".into())), "trainable = \"2\""),
             (error(&|r| r.trainable = Some("lora:0".into())), "rank R of at least 1"),
             (error(&|r| r.trainable = Some("lora:8:q,z".into())), "no matrix \"z\" in llama-3-8b"),

@@ -3,7 +3,7 @@
 use super::request::{ClusterRequest, RequestError};
 use super::{ClusterPrediction, predict_cluster};
 use crate::states::{GuidelineRank, rank_layout};
-use paceline_sim::cluster::{Architecture, Physics};
+use paceline_sim::cluster::{Architecture, LayoutError, Physics};
 use paceline_sim::partition::{Level, StatePartition};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -172,6 +172,16 @@ pub fn sweep_clusters_while(
     if candidates.is_empty() && requests.iter().any(|request| request.keep_gathered == Some(true)) {
         let named = requests.iter().filter_map(|request| request.states.clone()).collect::<Vec<_>>().join(", ");
         return Err(RequestError::NothingGathered { states: named });
+    }
+    // A size of groups that suits no candidate is told as such.
+    let layouts = || candidates.iter().map(|candidate| candidate.layout(&model, &cluster));
+    if layouts().all(|layout| layout.is_err()) {
+        let groups = |error: &RequestError| {
+            matches!(error, RequestError::Layout(LayoutError::Group { .. }) | RequestError::NoGroups { .. })
+        };
+        if let Some(error) = layouts().filter_map(Result::err).find(groups) {
+            return Err(error);
+        }
     }
     let numerics =
         candidates.iter().find_map(|c| c.layout(&model, &cluster).ok()).map(|layout| layout.numerics.compute);
@@ -401,6 +411,10 @@ mod tests {
         );
         let refused = sweep_clusters(&[stay("zero1"), stay("NII")], &Physics::default(), 3).unwrap_err().to_string();
         assert!(refused.contains("keep_gathered = true with states = zero1, NII"), "{refused}");
+        // Groups of seven suit no number of ranks.
+        let seven = ClusterRequest { group_size: Some(7), ..request("llama-3-8b", 2) };
+        let refused = sweep_cluster(&seven, &Physics::default(), 3).unwrap_err().to_string();
+        assert!(refused.contains("group_size = 7 does not divide"), "{refused}");
     }
 
     #[test]
