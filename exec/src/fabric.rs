@@ -10,7 +10,6 @@
 //! One lock is held at a time, never while work is done.
 
 mod carriage;
-mod wakes;
 mod work;
 
 use crate::bind::{Bound, OpRef, Partner};
@@ -71,11 +70,9 @@ struct RankState {
     granted: AtomicBool,
     /// The thread sleeps until somebody wakes it.
     asleep: AtomicBool,
-    /// Ranks of its own device that the thread has yet to wake, see [`Fabric::pay`].
-    owed: Mutex<Ranks>,
+    /// The rank that has the device after it, and that it has yet to wake, see [`Fabric::pay`].
+    owed: Mutex<Option<u32>>,
 }
-
-type Ranks = SmallVec<[u32; 8]>;
 
 #[derive(Default)]
 struct TransferState {
@@ -153,12 +150,7 @@ enum Consequence {
     },
 }
 
-/// What is to be worked off, and whom to wake after it.
-#[derive(Default)]
-struct Consequences {
-    queue: SmallVec<[Consequence; 8]>,
-    wakes: Ranks,
-}
+type Consequences = SmallVec<[Consequence; 8]>;
 
 /// The state that ranks share.
 pub(crate) struct Fabric<'p, E> {
@@ -282,6 +274,20 @@ impl<'p, E: Effects> Fabric<'p, E> {
         self.error.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
+    fn wake_all(&self) {
+        (0..self.ranks.len()).for_each(|rank| self.wake(rank as u32));
+    }
+
+    fn wake(&self, rank: u32) {
+        let RankState { thread, asleep, .. } = &self.ranks[rank as usize];
+        if let Some(thread) = thread.get() {
+            if asleep.swap(false, Ordering::Relaxed) {
+                self.devices[self.bound.device(rank)].awake.fetch_add(1, Ordering::Relaxed);
+            }
+            thread.unpark();
+        }
+    }
+
     /// Whether an op has ended in the present step.
     pub fn has_ended(&self, rank: u32, op: u32) -> bool {
         self.ranks[rank as usize].records[op as usize].ended.load(Ordering::Acquire)
@@ -303,7 +309,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
             if !self.is_abandoned()
                 && let Some(work) = slot.take()
             {
-                self.perform(rank, work);
+                self.perform(device, work);
                 continue;
             }
             // While the device is idle and none of its other threads could run, its core has nothing better to do than to
@@ -401,14 +407,22 @@ impl<'p, E: Effects> Fabric<'p, E> {
         Ok((queued, self.devices[device].free_at.load(Ordering::Relaxed)))
     }
 
-    /// Gives the device of `rank` up at time `at`. Who has it next is woken when the thread pays.
+    /// Gives the device of `rank` up at time `at`. Who has it next shares the core: woken at once, it may compute for a whole op before
+    /// this thread has told others what it has done and asked for its next turn. So it is woken when this thread pays.
     pub fn release(&self, rank: u32, at: u64) {
-        if let Some(next) = self.release_device(self.bound.device(rank), at) {
-            self.owe(rank, next);
+        let next = self.release_device(self.bound.device(rank), at);
+        *self.ranks[rank as usize].owed.lock().unwrap_or_else(PoisonError::into_inner) = next;
+    }
+
+    /// Wakes whom the thread of `rank` owes it: before it computes, works or sleeps.
+    pub fn pay(&self, rank: u32) {
+        let owed = self.ranks[rank as usize].owed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(next) = owed {
+            self.wake(next);
         }
     }
 
-    /// Gives a device up; returns the rank that has it next, and is to be woken.
+    /// Gives a device up; returns the rank that has it next, which is to be woken.
     fn release_device(&self, device: usize, at: u64) -> Option<u32> {
         self.devices[device].free_at.store(at, Ordering::Relaxed);
         match self.devices[device].slot.release() {
@@ -440,7 +454,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
         }
         let state = &self.ranks[rank as usize];
         state.outstanding.fetch_add(1, Ordering::Relaxed);
-        let mut consequences = Consequences::default();
+        let mut consequences = Consequences::new();
         {
             let stream = self.bound.program.ranks[rank as usize].ops[op as usize].stream.0 as usize;
             let mut streams = state.streams.lock().unwrap_or_else(PoisonError::into_inner);
@@ -449,7 +463,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
                 self.advance(rank, &mut streams, &mut consequences);
             }
         }
-        self.settle(Some(rank), consequences);
+        self.settle(consequences);
     }
 
     /// When the last communication op of a rank ended (or will, in a paced run).
@@ -482,19 +496,18 @@ impl<'p, E: Effects> Fabric<'p, E> {
             record.set_wait(last.filter(|_| waited_until > ready).map(|&wait| WaitReason::Op(wait)));
             let at = self.effects.at(ready.max(waited_until));
             record.arrived.store(at, Ordering::Relaxed);
-            consequences.queue.push(Consequence::Arrived { op: OpRef { rank, op: head.op }, at });
+            consequences.push(Consequence::Arrived { op: OpRef { rank, op: head.op }, at });
         }
     }
 
-    /// Works consequences off until there are no more, on the thread of rank `waker` or on one of no rank.
-    fn settle(&self, waker: Option<u32>, mut consequences: Consequences) {
-        while let Some(consequence) = consequences.queue.pop() {
+    /// Works consequences off until there are no more.
+    fn settle(&self, mut consequences: Consequences) {
+        while let Some(consequence) = consequences.pop() {
             match consequence {
                 Consequence::Arrived { op, at } => self.arrive(op, at, &mut consequences),
                 Consequence::Ended { op, met, start, end } => self.finish(op, met, start, end, &mut consequences),
             }
         }
-        self.wake_by(waker, &consequences.wakes);
     }
 
     fn arrive(&self, op: OpRef, at: u64, consequences: &mut Consequences) {
@@ -558,7 +571,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
             self.advance(op.rank, &mut streams, consequences);
         }
         state.outstanding.fetch_sub(1, Ordering::Release);
-        consequences.wakes.push(op.rank);
+        self.wake(op.rank);
     }
 }
 

@@ -76,9 +76,9 @@ impl<E: Effects> Fabric<'_, E> {
             match unsafe { self.effects.carry(partner, range) } {
                 Err(error) => return self.abort(error),
                 Ok(Span { start, effective: end, .. }) => {
-                    let mut consequences = Consequences::default();
-                    consequences.queue.push(Consequence::Ended { op, met: start, start, end });
-                    self.settle(None, consequences);
+                    let mut consequences = Consequences::new();
+                    consequences.push(Consequence::Ended { op, met: start, start, end });
+                    self.settle(consequences);
                 }
             }
         }

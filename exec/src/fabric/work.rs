@@ -42,7 +42,7 @@ impl<E: Effects> Fabric<'_, E> {
             }
         }
         if slot.push(work) {
-            consequences.wakes.push(rank);
+            self.wake(rank);
         }
     }
 
@@ -55,7 +55,7 @@ impl<E: Effects> Fabric<'_, E> {
             self.effects.close_meeting(meeting as usize);
             let met = state.began.load(Ordering::Relaxed);
             let end = self.effects.at(state.since.load(Ordering::Relaxed));
-            consequences.queue.extend(bound.members.iter().map(|&op| Consequence::Ended { op, met, start: met, end }));
+            consequences.extend(bound.members.iter().map(|&op| Consequence::Ended { op, met, start: met, end }));
             return;
         }
         match self.effects.open_round(meeting as usize, round, state.since.load(Ordering::Relaxed)) {
@@ -121,7 +121,7 @@ impl<E: Effects> Fabric<'_, E> {
                 self.note_due(&wire);
                 (at, passing)
             };
-            let mut consequences = Consequences::default();
+            let mut consequences = Consequences::new();
             match passing {
                 Passing::Transfer(transfer) => {
                     self.transfers[transfer as usize].passed.store(at, Ordering::Relaxed);
@@ -132,7 +132,7 @@ impl<E: Effects> Fabric<'_, E> {
                     self.work_on_round(meeting, &mut consequences);
                 }
             }
-            self.settle(None, consequences);
+            self.settle(consequences);
         }
     }
 
@@ -171,14 +171,16 @@ impl<E: Effects> Fabric<'_, E> {
         }
     }
 
-    /// Does work on the device of `rank`, which its thread has taken for that, and gives the device up.
-    pub(super) fn perform(&self, rank: u32, work: Work) {
-        let device = self.bound.device(rank);
-        let mut consequences = Consequences::default();
+    /// Does work on a device that the calling thread has taken, and gives the device up.
+    pub(super) fn perform(&self, device: usize, work: Work) {
+        let mut consequences = Consequences::new();
         let free_at = self.devices[device].free_at.load(Ordering::Relaxed);
         let end = self.effect(work, free_at, &mut consequences);
-        consequences.wakes.extend(self.release_device(device, end));
-        self.settle(Some(rank), consequences);
+        let next = self.release_device(device, end);
+        self.settle(consequences);
+        if let Some(next) = next {
+            self.wake(next);
+        }
     }
 
     /// Does work on a device that is free from `free_at` on; returns when it is free again.
@@ -197,7 +199,7 @@ impl<E: Effects> Fabric<'_, E> {
                 }
                 let bound = &self.bound.transfers[t as usize];
                 for op in [bound.from, bound.to] {
-                    consequences.queue.push(Consequence::Ended { op, met, start: span.start, end: span.effective });
+                    consequences.push(Consequence::Ended { op, met, start: span.start, end: span.effective });
                 }
                 span.end
             }
