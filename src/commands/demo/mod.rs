@@ -166,14 +166,14 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
         arguments.rounds
     ));
     let rounds = Rounds { number: arguments.rounds, steps: arguments.steps };
-    let mut teachers = configurations::teachers();
-    let taught = teachers.len();
-    teachers.extend(configurations::tested());
-    let mut teachers = bench.run(screen, teachers, rounds)?;
+    let mut all = configurations::teachers();
+    let taught = all.len();
+    all.extend(configurations::tested());
+    let mut teachers = bench.run(screen, all, rounds)?;
     let tested = teachers.split_off(taught);
     let disturbed = teachers.iter().chain(&tested).map(|trial| trial.disturbed).sum();
 
-    screen.step("recalibrate: correct the profile by the first of them");
+    screen.step("recalibrate: correct the profile by those that teach");
     let mut rows: Vec<Row> = Vec::new();
     let mut taught_by = Vec::new();
     for trial in teachers {
@@ -186,7 +186,7 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
     calibrate::show_corrections(screen, &corrected.classes)?;
     let after = Predictor::new(&corrected.profile).map_err(Failure::internal)?;
 
-    screen.step("validate: the others, which the correction has not seen");
+    screen.step("validate: those that test, which the correction has not seen");
     let runs: Vec<Run> =
         tested.into_iter().map(|trial| held_against(&bench, trial, &after)).collect::<Result<_, _>>()?;
     let errors = |error: fn(&Run) -> f64| runs.iter().map(|run| error(run).abs()).collect::<Vec<f64>>();
