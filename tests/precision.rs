@@ -241,31 +241,48 @@ fn a_run_goes_on_from_a_checkpoint_with_the_same_bits_and_in_other_formats() {
     assert!((found.loss / expected.loss - 1.0).abs() < 1e-3, "{} {}", found.loss, expected.loss);
 }
 
+/// Losses of two formats drift apart as those of any two roundings do: after a hundred steps by half a percent either way, where
+/// the seed says so by two. So it is the mean over seeds that has to be the same, and the text is one that no commit changes.
 #[test]
 fn the_loss_falls_as_in_32_bits() {
     const STEPS: u64 = 120;
+    const SEEDS: u64 = 8;
     let model =
         ModelConfig { layers: 2, hidden: 32, heads: 2, kv_heads: 1, head_dim: 16, intermediate: 64, ..odd("demo-1m") };
     let model = ModelConfig { max_positions: 32, vocab: 256, ..model };
+    let text = Dataset::from_text("license", include_bytes!("../LICENSE-APACHE").to_vec());
+    let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+    // The mean loss of each step over the seeds, and of each seed over its last steps.
     let losses = |precision, dp| {
         let program = lowered(&Case { dp, states: "zero1", ..alone(precision) }, model.clone(), 32);
-        let mut settings = settings(STEPS);
-        settings.optimizer.learning_rate = LearningRate::constant(3e-3);
-        settings.optimizer.epsilon = OptimizerSettings::default().epsilon;
-        let report = run(&program, &CpuDevice::new(), &settings, &Dataset::bundled(), &mut Silent).unwrap();
-        report.steps.iter().map(|step| step.loss).collect::<Vec<f64>>()
+        let runs: Vec<Vec<f64>> = (0..SEEDS)
+            .map(|seed| {
+                let mut settings = RunSettings { seed, ..settings(STEPS) };
+                settings.optimizer.learning_rate = LearningRate::constant(3e-3);
+                settings.optimizer.epsilon = OptimizerSettings::default().epsilon;
+                let report = run(&program, &CpuDevice::new(), &settings, &text, &mut Silent).unwrap();
+                report.steps.iter().map(|step| step.loss).collect()
+            })
+            .collect();
+        let steps: Vec<f64> =
+            (0..STEPS as usize).map(|k| mean(&runs.iter().map(|run| run[k]).collect::<Vec<_>>())).collect();
+        (steps, runs.iter().map(|run| mean(&run[100..])).collect::<Vec<f64>>())
     };
-    let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
-    let exact = losses(Precision::Fp32, 1);
+    let (exact, exact_last) = losses(Precision::Fp32, 1);
+    let expected = mean(&exact_last);
     for (precision, dp) in [(Precision::Bf16, 1), (Precision::Bf16, 4), (Precision::Bf16Fp32Gradients, 4)] {
-        let narrow = losses(precision, dp);
-        let apart = |(narrow, exact): (&f64, &f64)| (narrow / exact - 1.0).abs();
-        let most = narrow.iter().zip(&exact).map(apart).fold(0.0, f64::max);
-        let (last, expected) = (mean(&narrow[100..]), mean(&exact[100..]));
-        println!("{precision} dp {dp}: {:.4} to {last:.4}, 32-bit {expected:.4}, most apart {most:.4}", narrow[0]);
-        assert!(last < 0.8 * narrow[0], "{precision}: {} to {last}", narrow[0]);
-        assert!((last / expected - 1.0).abs() < 0.01, "{precision}: {last} instead of {expected}");
-        assert!(most < 0.05, "{precision}: a step is {most} away");
+        let (narrow, narrow_last) = losses(precision, dp);
+        let most = |narrow: &[f64], exact: &[f64]| {
+            narrow.iter().zip(exact).map(|(narrow, exact)| (narrow / exact - 1.0).abs()).fold(0.0, f64::max)
+        };
+        let (step, seed, last) = (most(&narrow, &exact), most(&narrow_last, &exact_last), mean(&narrow_last));
+        let apart = last / expected - 1.0;
+        println!("{precision} dp {dp}: {:.4} to {last:.4}, 32-bit {expected:.4}, {apart:+.4}", narrow[0]);
+        println!("    most apart: a step {step:.4}, a seed {seed:.4}");
+        assert!(last < 0.6 * narrow[0], "{precision}: {} to {last}", narrow[0]);
+        assert!(apart.abs() < 0.01, "{precision}: {last} instead of {expected}");
+        assert!(step < 0.03, "{precision}: a step is {step} away");
+        assert!(seed < 0.05, "{precision}: a seed is {seed} away");
     }
 }
 
