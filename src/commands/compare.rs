@@ -119,10 +119,22 @@ fn predicted_trace(screen: &Screen, path: &Path, profile: Option<&Path>) -> Resu
     let plan = Plan::read(path).map_err(Failure::bad_input)?;
     let local = Local::open(screen, profile)?;
     let program = plan.program().map_err(Failure::bad_input)?;
-    let (_, trace) =
+    let (now, trace) =
         predict(&program, &local.predictor, plan.machine, plan.job.memory_limit).map_err(Failure::internal)?;
+    let [then, now] = [plan.prediction.iteration_seconds, now.iteration_seconds];
+    if (now / then - 1.0).abs() > OTHER_PROFILE {
+        screen.warn(format!(
+            "{} was made with other times: it says {} per step, this profile {}; `--profile` names the one it was made with",
+            path.display(),
+            show_seconds(then),
+            show_seconds(now)
+        ));
+    }
     Ok((trace, Some((program, local))))
 }
+
+/// Relative difference from which on a plan was made with another profile, or an earlier state of it.
+const OTHER_PROFILE: f64 = 1e-3;
 
 /// Every rank's peak is what was predicted.
 pub fn peaks_equal(comparison: &Comparison) -> bool {

@@ -141,6 +141,10 @@ fn a_plan_runs_resumes_compares_and_corrects_the_profile() {
         assert!(corrected["trace_rows"].as_u64().unwrap() > 0);
         assert!(!corrected["corrections"].as_array().unwrap().is_empty());
         folder.json(&format!("predict {SMALL} --profile corrected.csv --json"));
+        // A plan is held against what it was made with; another profile is told.
+        let warnings = |line| String::from_utf8(folder.run(line).stderr).unwrap();
+        assert!(!warnings("compare plan.json run.json --json").contains("--profile"));
+        says(&warnings("compare plan.json run.json --profile corrected.csv --json"), &["plan.json", "--profile"]);
     }
     says(&folder.fails(2, "calibrate --from-trace p.json"), &["p.json", "paceline.trace/1"]);
 
