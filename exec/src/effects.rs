@@ -2,6 +2,7 @@
 
 use crate::bind::Partner;
 use crate::error::ExecError;
+use paceline_sim::cost::Pauses;
 
 /// When a piece of work ran, in nanoseconds since the run began.
 #[derive(Debug, Clone, Copy)]
@@ -40,6 +41,26 @@ pub(crate) trait Effects: Sync {
 
     /// Returns at `time` (paced), or at once (real); tells the clock's reading (paced), or `time` (real).
     fn reach(&self, time: u64) -> u64;
+
+    /// Whether times are those of a plan: an op that has ended may have its effect later.
+    fn is_planned(&self) -> bool {
+        false
+    }
+
+    /// How late a rank begins what it had to wait for, by plan.
+    fn pauses(&self, _rank: u32) -> Pauses {
+        Pauses::default()
+    }
+
+    /// How late the copy of a transfer begins on a device that was idle, by plan.
+    fn late_transfer(&self, _transfer: usize) -> u64 {
+        0
+    }
+
+    /// How late the work of a round of a collective begins on a device that was idle, by plan.
+    fn late_round(&self, _meeting: usize, _round: usize) -> u64 {
+        0
+    }
 
     /// Both sides of a transfer have arrived, the later one at `since`: gives it to the links between fast groups, if it crosses.
     fn open_transfer(&self, transfer: usize, since: u64) -> Passage;

@@ -1,8 +1,10 @@
-//! Times of communication as it happens in a run: a member's part of a round, and how long work lies before an idle device until it
-//! begins. What `calibrate --from-trace` learns of messages and collectives, beside the copies that the trace itself shows.
+//! Times of communication as it happens in a run: a member's part of a round, how long work lies before an idle device until it
+//! begins, and how late ops begin that waited. What `calibrate --from-trace` learns of messages and collectives, beside the copies that the
+//! trace itself shows.
 
 use crate::bind::{Bound, Meeting};
 use paceline_profiles::{CollectiveRound, Overhead, Subject};
+use paceline_sim::cost::Pause;
 use paceline_sim::program::{Element, Step, rounds};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -18,6 +20,9 @@ pub struct ExchangeTimes {
     /// Sum over all times.
     pub total_seconds: f64,
 }
+
+/// Nanoseconds from which on a pause is not the executor's.
+const DISTURBED: u64 = 200_000;
 
 /// Gathers them, from all threads.
 #[derive(Debug, Default)]
@@ -80,6 +85,18 @@ impl ExchangeTally {
         // On one device, one member waits for the work of the other.
         if self.apart[meeting] {
             self.add(Subject::Overhead(Overhead::Round), waited);
+        }
+    }
+
+    /// An op that had waited began so late.
+    pub fn pause(&self, pause: Pause, lateness: u64) {
+        // No thread needs as long as that: something else had the core.
+        if lateness < DISTURBED {
+            let kind = match pause {
+                Pause::Turn => Overhead::Turn,
+                Pause::Wake => Overhead::Wake,
+            };
+            self.add(Subject::Overhead(kind), lateness);
         }
     }
 

@@ -10,6 +10,7 @@
 //! One lock is held at a time, never while work is done.
 
 mod carriage;
+mod turns;
 mod work;
 
 use crate::bind::{Bound, OpRef, Partner};
@@ -17,7 +18,7 @@ use crate::effects::{Effects, HostRange, Passage};
 use crate::error::ExecError;
 use crate::exchange_times::ExchangeTally;
 use crate::record::Record;
-use crate::slot::{Next, Slot};
+use crate::slot::Slot;
 use carriage::Carriage;
 use paceline_sim::trace::WaitReason;
 use paceline_sim::units::{OpId, RankId};
@@ -27,6 +28,8 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
+use turns::Standing;
+pub(crate) use turns::Turn;
 use work::Watch;
 
 /// Communication work for a device.
@@ -68,6 +71,7 @@ struct RankState {
     outstanding: AtomicU32,
     thread: OnceLock<Thread>,
     granted: AtomicBool,
+    standing: Mutex<Standing>,
     /// The thread sleeps until somebody wakes it.
     asleep: AtomicBool,
     /// The rank that has the device after it, and that it has yet to wake, see [`Fabric::pay`].
@@ -131,6 +135,8 @@ struct DeviceState {
     slot: Slot<Work>,
     /// When the device was last given up (paced runs start the next turn there).
     free_at: AtomicU64,
+    /// When a rank last asked for it, by plan.
+    asked: AtomicU64,
     /// Threads of its ranks that are not asleep.
     awake: AtomicU32,
 }
@@ -191,6 +197,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
             outstanding: AtomicU32::new(0),
             thread: OnceLock::new(),
             granted: AtomicBool::new(false),
+            standing: Mutex::default(),
             asleep: AtomicBool::new(false),
             owed: Mutex::default(),
         });
@@ -201,6 +208,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
         let devices = bound.program.devices.iter().map(|_| DeviceState {
             slot: Slot::default(),
             free_at: AtomicU64::new(0),
+            asked: AtomicU64::new(0),
             awake: AtomicU32::new(0),
         });
         Fabric {
@@ -240,6 +248,7 @@ impl<'p, E: Effects> Fabric<'p, E> {
 
     /// Lets all ranks begin the next step.
     pub fn begin_step(&self) {
+        self.ask_for_first();
         self.epoch.fetch_add(1, Ordering::Release);
         self.wake_all();
     }
@@ -366,6 +375,8 @@ impl<'p, E: Effects> Fabric<'p, E> {
                 stream.arrived = false;
             }
             rank.outstanding.store(0, Ordering::Relaxed);
+            rank.granted.store(false, Ordering::Relaxed);
+            *rank.standing.lock().unwrap_or_else(PoisonError::into_inner) = Standing::Elsewhere;
         }
         self.transfers.iter().for_each(|transfer| transfer.arrived.store(0, Ordering::Relaxed));
         self.meetings.iter().for_each(|meeting| meeting.arrived.store(0, Ordering::Relaxed));
@@ -393,46 +404,6 @@ impl<'p, E: Effects> Fabric<'p, E> {
             }
         }
         if all.is_empty() { "no communication is under way".into() } else { all.join("; ") }
-    }
-
-    /// Takes the device for a compute op of `rank`; tells whether others had it, and from when on it was free.
-    pub fn acquire(&self, rank: u32) -> Result<(bool, u64), Aborted> {
-        let device = self.bound.device(rank);
-        let queued = !self.devices[device].slot.acquire(rank);
-        if queued {
-            let granted = &self.ranks[rank as usize].granted;
-            self.drive(rank, || granted.load(Ordering::Acquire))?;
-            granted.store(false, Ordering::Relaxed);
-        }
-        Ok((queued, self.devices[device].free_at.load(Ordering::Relaxed)))
-    }
-
-    /// Gives the device of `rank` up at time `at`. Who has it next shares the core: woken at once, it may compute for a whole op before
-    /// this thread has told others what it has done and asked for its next turn. So it is woken when this thread pays.
-    pub fn release(&self, rank: u32, at: u64) {
-        let next = self.release_device(self.bound.device(rank), at);
-        *self.ranks[rank as usize].owed.lock().unwrap_or_else(PoisonError::into_inner) = next;
-    }
-
-    /// Wakes whom the thread of `rank` owes it: before it computes, works or sleeps.
-    pub fn pay(&self, rank: u32) {
-        let owed = self.ranks[rank as usize].owed.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(next) = owed {
-            self.wake(next);
-        }
-    }
-
-    /// Gives a device up; returns the rank that has it next, which is to be woken.
-    fn release_device(&self, device: usize, at: u64) -> Option<u32> {
-        self.devices[device].free_at.store(at, Ordering::Relaxed);
-        match self.devices[device].slot.release() {
-            Next::Granted(rank) => {
-                self.ranks[rank as usize].granted.store(true, Ordering::Release);
-                Some(rank)
-            }
-            // The releasing thread comes to its next wait or turn on this device soon, and does the work there.
-            Next::Idle | Next::Work => None,
-        }
     }
 
     /// Records that a compute-stream op has ended.
@@ -500,14 +471,22 @@ impl<'p, E: Effects> Fabric<'p, E> {
         }
     }
 
-    /// Works consequences off until there are no more.
+    /// Works consequences off until there are no more. Only then ranks go on, those first whose ops ended last, as in the simulator: what
+    /// they compute would have its turn before the exchanges that follow at once. Nor is a thread woken before: it may take this one's core.
     fn settle(&self, mut consequences: Consequences) {
+        let mut ended: SmallVec<[u32; 8]> = SmallVec::new();
         while let Some(consequence) = consequences.pop() {
             match consequence {
                 Consequence::Arrived { op, at } => self.arrive(op, at, &mut consequences),
-                Consequence::Ended { op, met, start, end } => self.finish(op, met, start, end, &mut consequences),
+                Consequence::Ended { op, met, start, end } => {
+                    self.finish(op, met, start, end, &mut consequences);
+                    ended.push(op.rank);
+                }
             }
         }
+        ended.reverse();
+        ended.retain(|rank| self.ask_for(*rank));
+        ended.into_iter().for_each(|rank| self.wake(rank));
     }
 
     fn arrive(&self, op: OpRef, at: u64, consequences: &mut Consequences) {
@@ -571,7 +550,6 @@ impl<'p, E: Effects> Fabric<'p, E> {
             self.advance(op.rank, &mut streams, consequences);
         }
         state.outstanding.fetch_sub(1, Ordering::Release);
-        self.wake(op.rank);
     }
 }
 

@@ -2,8 +2,9 @@
 
 use crate::effects::{Effects, HostRange};
 use crate::error::ExecError;
-use crate::fabric::{Aborted, Fabric, NOTICEABLE};
-use paceline_sim::program::{OpKind, Stream};
+use crate::fabric::{Aborted, Fabric, NOTICEABLE, Turn};
+use paceline_sim::cost::Pause;
+use paceline_sim::program::Stream;
 use paceline_sim::trace::WaitReason;
 use std::sync::atomic::Ordering;
 
@@ -53,7 +54,7 @@ pub(crate) fn run_step<E: Effects>(
         if !op.alloc.is_empty() {
             hands.allocate(index, issued).map_err(stopped)?;
         }
-        if let OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } = op.kind {
+        if op.kind.communicates() {
             fabric.issue(rank, index, hands.range(index).map_err(stopped)?, issued);
             if op.stream != Stream::COMPUTE {
                 continue;
@@ -62,19 +63,12 @@ pub(crate) fn run_step<E: Effects>(
             clock = records[o].end.load(Ordering::Relaxed);
         } else {
             let record = &records[o];
-            let mut waited_for = None;
-            let mut waited_until = clock;
-            for &wait in &op.waits {
-                fabric.drive(rank, || fabric.has_ended(rank, wait.0))?;
-                let end = records[wait.index()].end.load(Ordering::Relaxed);
-                if end > waited_until {
-                    (waited_for, waited_until) = (Some(wait), end);
-                }
-            }
-            fabric.effects.reach(waited_until);
-            let (queued, free_at) = fabric.acquire(rank)?;
+            let Turn { waited_for, waited_until, possible, pause } = fabric.await_turn(rank, index, clock)?;
             fabric.pay(rank);
-            let start = fabric.effects.at(waited_until.max(free_at));
+            let start = fabric.effects.at(possible + fabric.effects.pauses(rank).of(pause).0);
+            if let Some(pause) = pause {
+                fabric.exchanges.pause(pause, start.saturating_sub(possible));
+            }
             let end = hands.compute(index, start).map_err(stopped)?;
             let observed = fabric.effects.reach(end);
             fabric.release(rank, end);
@@ -82,7 +76,7 @@ pub(crate) fn run_step<E: Effects>(
             record.start.store(start, Ordering::Relaxed);
             record.end.store(end, Ordering::Relaxed);
             record.observed_end.store(observed, Ordering::Relaxed);
-            let for_device = if queued { start - waited_until } else { 0 };
+            let for_device = if pause == Some(Pause::Turn) { start - waited_until } else { 0 };
             record.set_wait(if for_device > NOTICEABLE.max(waited_until - clock) {
                 Some(WaitReason::Device)
             } else {

@@ -14,7 +14,7 @@ use crate::interpreter::Hands;
 use crate::memory::{MemoryReport, RankMemory};
 use crate::timeline::StepRecord;
 use paceline_kernels::{Block, Call, Device, KernelError, View};
-use paceline_sim::cost::{CostModel, Exchange, Round};
+use paceline_sim::cost::{CostModel, Exchange, Pauses, Round};
 use paceline_sim::program::{Links, Program, RankProgram, Way};
 use paceline_sim::trace::Trace;
 use paceline_sim::units::{Nanos, OpId, RankId};
@@ -82,6 +82,8 @@ struct Pace {
     clock: Clock,
     transfers: Vec<Round>,
     meetings: Vec<SmallVec<[Round; 2]>>,
+    /// By rank.
+    pauses: Vec<Pauses>,
     /// By transfer, and by meeting.
     ways: (Vec<Way>, Vec<Way>),
     /// The links between fast groups, by plan.
@@ -104,6 +106,7 @@ impl Pace {
                 bound.meetings.iter().map(|m| program.way_of_round(&program.groups[m.group].ranks)).collect(),
             ),
             links: Mutex::default(),
+            pauses: (0..program.ranks.len()).map(|rank| costs.pauses(program, RankId(rank as u32))).collect(),
             transfers: transfers
                 .map(|t| costs.transfer(program, RankId(t.from.rank), RankId(t.to.rank), t.bytes))
                 .collect(),
@@ -147,6 +150,22 @@ impl Effects for Pace {
             }
             std::thread::sleep(Duration::from_nanos(time - now));
         }
+    }
+
+    fn is_planned(&self) -> bool {
+        true
+    }
+
+    fn pauses(&self, rank: u32) -> Pauses {
+        self.pauses[rank as usize]
+    }
+
+    fn late_transfer(&self, transfer: usize) -> u64 {
+        self.transfers[transfer].late.0
+    }
+
+    fn late_round(&self, meeting: usize, round: usize) -> u64 {
+        self.meetings[meeting][round].late.0
     }
 
     fn open_transfer(&self, transfer: usize, since: u64) -> Passage {

@@ -4,7 +4,7 @@
 //! 1. a curve per operator through the points measured while the usual number of devices worked;
 //! 2. the ratio to that when another number of devices works (they share caches and bandwidth);
 //! 3. what other work of the machine adds at the mean ([`Overhead::Interference`]): a row is a median, a step is a sum;
-//! 4. the ratio of times inside real runs to times measured alone, by the context of the run.
+//! 4. the ratio of times inside real runs to times measured alone, by the context of the run as far as the operator meets it.
 //!
 //! A layer that has the very shape answers for it; a ratio is the median over the shapes that both layers have, of
 //! the operator, else of its family, else of all. A shape that runs of other contexts showed keeps its own ratio, moved as
@@ -77,7 +77,10 @@ impl Predictor {
         for row in &profile.rows {
             let subject = row.subject.clone();
             match row.source {
-                Source::Trace => traced.insert((subject, row.busy_devices, row.context), row.median_seconds),
+                Source::Trace => {
+                    let context = row.context.map(|context| context.met_by(Class::of(&subject)));
+                    traced.insert((subject, row.busy_devices, context), row.median_seconds)
+                }
                 source => exact.insert((subject, row.busy_devices, source), row.median_seconds),
             };
         }
@@ -212,15 +215,17 @@ impl Predictor {
         self.shapes = shapes;
     }
 
-    /// The runs most like those that are asked about: of the same context with about as many devices at work, else of those
-    /// that compute the same again. `None` where no run was like that.
-    fn like(&self, under: Conditions) -> Option<Run> {
+    /// The runs most like those that are asked about: of the same context with about as many devices at work, else, of those
+    /// that compute the same again, the ones like them in most other respects. `None` where no run was like that.
+    fn like(&self, class: Class, under: Conditions) -> Option<Run> {
         let wanted = under.context?;
-        let of = |fits: &dyn Fn(Context) -> bool| {
-            let fitting = self.runs.keys().filter(|(context, _)| context.is_some_and(fits));
-            nearest(&fitting.map(|&run| (run.1, run)).collect(), under.busy).copied()
+        let likeness = |run: &Run| {
+            let context = run.0.filter(|context| context.recomputed == wanted.recomputed)?;
+            Some((context.likeness(wanted), context == wanted || self.runs[run].classes.contains_key(&class)))
         };
-        of(&|context| context == wanted).or_else(|| of(&|context| context.recomputed == wanted.recomputed))
+        let most = self.runs.keys().filter_map(likeness).max()?;
+        let fitting = self.runs.keys().filter(|run| likeness(run) == Some(most));
+        nearest(&fitting.map(|&run| (run.1, run)).collect(), under.busy).copied()
     }
 
     /// What runs of some kind say of other numbers of devices at work: how the ratios of a class differ between these numbers in
@@ -230,7 +235,9 @@ impl Predictor {
         if from == to {
             return 1.0;
         }
-        let changes = self.runs.iter().filter(|((_, busy), _)| *busy == from).filter_map(|((context, _), before)| {
+        let meets = |context: Option<Context>| context.is_none_or(|context| context.met_by(class) == context);
+        let runs = self.runs.iter().filter(|((context, busy), _)| *busy == from && meets(*context));
+        let changes = runs.filter_map(|((context, _), before)| {
             let after = self.runs.get(&(*context, to))?;
             after.over(before, class)
         });
@@ -241,13 +248,13 @@ impl Predictor {
     /// like them.
     fn class_inside(&self, class: Class, under: Conditions) -> f64 {
         let of_run = |run: Run| Some(self.runs.get(&run)?.of(class) * self.between_counts(run.1, under.busy, class));
-        self.like(under).and_then(of_run).unwrap_or_else(|| self.all_runs.of(class))
+        self.like(class, under).and_then(of_run).unwrap_or_else(|| self.all_runs.of(class))
     }
 
     /// How much longer a subject lasts in runs than alone, where runs showed anything.
     fn inside(&self, subject: &Subject, under: Conditions) -> f64 {
         let class = Class::of(subject);
-        let like = self.like(under);
+        let like = self.like(class, under);
         let counts = like.map_or(1.0, |(_, busy)| self.between_counts(busy, under.busy, class));
         let moved = |&(run, ratio): &(Run, f64)| match like {
             Some(like) if like != run => Some(ratio * self.between.get(&(run, like, class))?),
@@ -264,7 +271,9 @@ impl Predictor {
     /// operands as the calls that were measured in both formats; a product with something fused into it that was not measured is the
     /// sum of its parts.
     pub fn kernel(&self, key: &KernelKey, under: impl Into<Conditions>) -> Estimate {
-        let under = under.into();
+        let asked = under.into();
+        let class = Class::Kernel(key.op, key.dtype);
+        let under = asked.met_by(class);
         let found = self.narrow_by_wide(key, under).or_else(|| self.seconds(&Subject::Kernel(key.clone()), under));
         if let Some(found) = found {
             return found;
@@ -273,12 +282,11 @@ impl Predictor {
         let seconds = if parts.is_empty() {
             let Work { flops, bytes } = Work::of(key);
             let line = self.families.get(&key.op.family()).unwrap_or(&self.general);
-            let class = Class::Kernel(key.op, key.dtype);
             let contention = nearest(&self.busy, under.busy).map_or(1.0, |ratios| ratios.of(class));
             let inside = self.class_inside(class, under);
             line.seconds(flops, bytes) * contention * self.interference(under.busy) * inside
         } else {
-            parts.iter().map(|part| self.kernel(part, under).seconds).sum()
+            parts.iter().map(|part| self.kernel(part, asked).seconds).sum()
         };
         Estimate { seconds, provenance: Provenance::Assumed }
     }
@@ -334,8 +342,8 @@ impl Predictor {
 
     /// A cost of the executor; nothing (assumed) where the profile does not know it.
     pub fn overhead(&self, overhead: Overhead, under: impl Into<Conditions>) -> Estimate {
-        let Conditions { busy, context } = under.into();
         let subject = Subject::Overhead(overhead);
+        let Conditions { busy, context } = under.into().met_by(Class::of(&subject));
         let inside = |like: &dyn Fn(Option<Context>) -> bool| {
             let times = self.traced.iter().filter(|((of, _, run), _)| *of == subject && like(*run));
             nearest(&times.map(|((_, busy, _), &seconds)| (*busy, seconds)).collect(), busy).copied()
@@ -344,7 +352,14 @@ impl Predictor {
             let times = self.exact.iter().filter(|((of, _, s), _)| *of == subject && *s == source);
             nearest(&times.map(|((_, busy, _), &seconds)| (*busy, seconds)).collect(), busy).copied()
         };
-        let of_runs = inside(&|run| run == context).or_else(|| inside(&|_| true)).map(|s| (s, Source::Trace));
+        // What is measured alone of ops on a shared device has the pauses between them in it, so they are added only where runs like the
+        // one that is asked about told both apart.
+        let paused = matches!(overhead, Overhead::Turn | Overhead::Wake);
+        let alike = |run: Option<Context>| match (run, context) {
+            (Some(run), Some(context)) => !paused || run.shared == context.shared,
+            _ => true,
+        };
+        let of_runs = inside(&|run| run == context).or_else(|| inside(&alike)).map(|s| (s, Source::Trace));
         let of_source = |source| stated(source).map(|seconds| (seconds, source));
         match of_runs.or_else(|| of_source(Source::Measured)).or_else(|| of_source(Source::Datasheet)) {
             Some((seconds, source)) => Estimate { seconds, provenance: provenance(source) },
@@ -367,7 +382,7 @@ impl Predictor {
 
     /// Through all layers; `None` where nothing of the class was measured.
     pub fn seconds(&self, subject: &Subject, under: impl Into<Conditions>) -> Option<Estimate> {
-        let under = under.into();
+        let under = under.into().met_by(Class::of(subject));
         if let Some(&seconds) = self.traced.get(&(subject.clone(), under.busy, under.context)) {
             return Some(Estimate { seconds, provenance: Provenance::Measured });
         }

@@ -55,6 +55,10 @@ pub enum Overhead {
     SharedMessage,
     /// From the end of a round of a collective to the start of the next, where everybody is awake.
     Round,
+    /// From the moment when an op gets its device after another one to its begin, in runs.
+    Turn,
+    /// From the end of the op that an op waited for to its begin, in runs.
+    Wake,
     /// What other work of the machine takes from a second of kernels, in seconds: how much longer calls last at the mean than at
     /// the median while so many devices work.
     Interference,
@@ -75,13 +79,15 @@ impl CollectiveRound {
 
 impl Overhead {
     /// All of them.
-    pub const ALL: [Overhead; 7] = [
+    pub const ALL: [Overhead; 9] = [
         Overhead::Op,
         Overhead::SharedOp,
         Overhead::Call,
         Overhead::Message,
         Overhead::SharedMessage,
         Overhead::Round,
+        Overhead::Turn,
+        Overhead::Wake,
         Overhead::Interference,
     ];
 
@@ -94,6 +100,8 @@ impl Overhead {
             Overhead::Message => "message",
             Overhead::SharedMessage => "shared-message",
             Overhead::Round => "round",
+            Overhead::Turn => "turn",
+            Overhead::Wake => "wake",
             Overhead::Interference => "interference",
         }
     }

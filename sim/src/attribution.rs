@@ -5,7 +5,7 @@
 //! Sums of op times do not tell this: an op that nobody waits for may take as long as it likes.
 
 use crate::compare::{CompareError, compare, op_class};
-use crate::cost::{CostModel, Exchange, Round};
+use crate::cost::{CostModel, Exchange, Pauses, Round};
 use crate::engine::{EngineError, simulate};
 use crate::program::{Collective, Group, Op, OpKind, Program};
 use crate::trace::Trace;
@@ -52,7 +52,7 @@ pub enum Cause {
     Begin,
     /// The step ends late: nobody computes any more.
     End,
-    /// Time between ops: from the end of what an op waits for to its begin.
+    /// Time between ops, beyond what is foretold of it: from the end of what an op waits for to its begin.
     HandOver,
 }
 
@@ -256,10 +256,14 @@ impl CostModel for Replay<'_> {
         if let Some(&scale) = self.scales.get(&(exchange.collective, exchange.bytes, group.size)) {
             let scaled = |time: Nanos| Nanos::from_seconds(time.seconds() * scale);
             for round in &mut rounds {
-                *round = Round { link: round.link, wire: scaled(round.wire), work: scaled(round.work) };
+                *round = Round { wire: scaled(round.wire), work: scaled(round.work), ..*round };
             }
         }
         rounds
+    }
+
+    fn pauses(&self, program: &Program, rank: RankId) -> Pauses {
+        self.costs.pauses(program, rank)
     }
 }
 

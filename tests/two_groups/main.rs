@@ -2,16 +2,16 @@
 //! bandwidth and latency. Step times of state partitions and collective algorithms, predicted and measured, are printed; what
 //! is asserted is what no machine can undercut.
 //!
-//! The predictor is corrected by two teachers, NNN and IIG without a slow link, so that what the link costs is foretold. Kernels find parameters
-//! that a rank holds whole elsewhere than gathered ones, so those of each kind are taught by the teacher of that kind. Teachers and tested
-//! run in the same rounds. More rounds take longer and print steadier figures: `PACELINE_ROUNDS=6 cargo test --test two_groups -- --nocapture`.
+//! The predictor is corrected by two teachers, NNN and IIG without a slow link, so that what the link costs is foretold. Kernels find weights and
+//! gradients that a rank holds whole elsewhere than gathered ones and those that are reduced at once, so there is one of each. Teachers and
+//! tested run in the same rounds. More rounds take longer and print steadier figures: `PACELINE_ROUNDS=6 cargo test --test two_groups -- --nocapture`.
 
 mod rounds;
 
 use paceline_exec::measure::rows_of_runs;
 use paceline_planner::lower::{Blueprint, Form, Sharing, States, Substance, cut, forward_flops, lower};
 use paceline_planner::schedules::{self, Request};
-use paceline_profiles::{Conditions, Predictor, Profile, Subject, recalibrate};
+use paceline_profiles::{Conditions, Predictor, Profile, Row, recalibrate};
 use paceline_sim::attribution::Attribution;
 use paceline_sim::cost::ProfileCost;
 use paceline_sim::engine::simulate;
@@ -22,7 +22,7 @@ use paceline_sim::program::{
 };
 use paceline_sim::units::{Nanos, RankId};
 use rounds::{Runs, measure, median};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::LazyLock;
 
@@ -119,8 +119,7 @@ const PARTS: [f64; 3] = [1.0, 4.0, 16.0];
 
 /// Everything that is held against its prediction, measured in the same rounds.
 struct Bench {
-    /// Of programs that hold parameters whole, and of those that gather them.
-    predictors: [Predictor; 2],
+    predictor: Predictor,
     /// What a rank copies from another one's memory in a second, while all devices copy.
     within: f64,
     /// By bandwidth, in the order of [`RANKED`].
@@ -135,17 +134,15 @@ static BENCH: LazyLock<Bench> = LazyLock::new(|| {
     let rounds = std::env::var("PACELINE_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(3);
     let profile = shipped();
     let before = Predictor::new(&profile).unwrap();
-    // All that the first shows, and of the second what the first does not.
-    let taught = |first: &Runs, second: &Runs| {
-        let [mut rows, others] = [first, second].map(|runs| rows_of_runs(&runs.program, &runs.reports, Some(&before)));
-        let known: BTreeSet<Subject> = rows.iter().map(|row| row.subject.clone()).collect();
-        rows.extend(others.into_iter().filter(|row| !known.contains(&row.subject)));
+    let taught = |teachers: &[Runs]| {
+        let rows: Vec<Row> =
+            teachers.iter().flat_map(|runs| rows_of_runs(&runs.program, &runs.reports, Some(&before))).collect();
         Predictor::new(&recalibrate(&profile, &rows).unwrap().profile).unwrap()
     };
     let teachers = || ["NNN", "IIG"].map(|states| program(states, Algorithm::TwoLevel, None)).to_vec();
     let under = Conditions { busy: 2, context: None };
     let begin = measure(teachers(), 1);
-    let within = (1 << 20) as f64 / taught(&begin[1], &begin[0]).transfer(1 << 20, under).seconds;
+    let within = (1 << 20) as f64 / taught(&begin).transfer(1 << 20, under).seconds;
     let link = |part: f64| Some(Link { latency: Nanos(20_000), bytes_per_second: (within / part) as u64 });
 
     let mut programs = teachers();
@@ -155,10 +152,9 @@ static BENCH: LazyLock<Bench> = LazyLock::new(|| {
         .extend(PARTS.iter().flat_map(|&part| RANKED.map(|states| program(states, Algorithm::TwoLevel, link(part)))));
     let mut runs = measure(programs, rounds).into_iter();
     let mut two = || [runs.next(), runs.next()].map(Option::unwrap);
-    let ([whole, gathered], pipelines, gathers) = (two(), two(), two());
-    let predictors = [taught(&whole, &gathered), taught(&gathered, &whole)];
+    let (teachers, pipelines, gathers) = (two(), two(), two());
     let ranked = PARTS.map(|_| runs.by_ref().take(RANKED.len()).collect());
-    Bench { predictors, within, ranked, gathers, pipelines }
+    Bench { predictor: taught(&teachers), within, ranked, gathers, pipelines }
 });
 
 const PIPELINE_LINK: Link = Link { latency: Nanos(50_000), bytes_per_second: 4 << 20 };
@@ -168,13 +164,13 @@ fn shipped() -> Profile {
 }
 
 impl Bench {
-    /// Predicted seconds of a step under these states.
-    fn predicted(&self, states: &str, runs: &Runs) -> f64 {
-        simulate(&runs.program, &self.costs(states, runs)).unwrap().makespan.seconds()
+    /// Predicted seconds of a step.
+    fn predicted(&self, runs: &Runs) -> f64 {
+        simulate(&runs.program, &self.costs(runs)).unwrap().makespan.seconds()
     }
 
-    fn costs(&self, states: &str, runs: &Runs) -> ProfileCost {
-        ProfileCost::new(&self.predictors[usize::from(!states.starts_with('N'))], &runs.program).unwrap()
+    fn costs(&self, runs: &Runs) -> ProfileCost {
+        ProfileCost::new(&self.predictor, &runs.program).unwrap()
     }
 }
 
@@ -212,8 +208,7 @@ fn state_partitions_over_a_slow_link() {
     let mut errors = Vec::new();
     println!("within a group {:.1} GB/s", bench.within / 1e9);
     for (part, ranked) in PARTS.iter().zip(&bench.ranked) {
-        let predicted: Vec<f64> =
-            RANKED.iter().zip(ranked).map(|(states, runs)| bench.predicted(states, runs)).collect();
+        let predicted: Vec<f64> = ranked.iter().map(|runs| bench.predicted(runs)).collect();
         println!("between groups 1/{part} of that");
         for ((states, runs), &predicted) in RANKED.iter().zip(ranked).zip(&predicted) {
             let least = busy(&runs.program);
@@ -251,8 +246,8 @@ fn state_partitions_over_a_slow_link() {
 fn causes(bench: &Bench, ranked: &[Runs]) -> String {
     let mut sums: BTreeMap<String, f64> = BTreeMap::new();
     let traces: usize = ranked.iter().map(|runs| runs.reports.len()).sum();
-    for (states, runs) in RANKED.iter().zip(ranked) {
-        let costs = bench.costs(states, runs);
+    for runs in ranked {
+        let costs = bench.costs(runs);
         for report in &runs.reports {
             for part in Attribution::of(&runs.program, &costs, &report.trace).unwrap().parts {
                 *sums.entry(part.cause.to_string()).or_default() += part.seconds * 1e3 / traces as f64;
@@ -283,7 +278,7 @@ fn two_levels_against_the_flat_ring_over_a_slow_link() {
     let bench = &*BENCH;
     let [ring, two_level] = [0, 1].map(|n| {
         let runs = &bench.gathers[n];
-        let (least, predicted) = (busy(&runs.program), bench.predicted("GGG", runs));
+        let (least, predicted) = (busy(&runs.program), bench.predicted(runs));
         let name = ["flat ring", "two levels"][n];
         println!("{name}: predicted {:.1} ms, measured {:.1} ms", predicted * 1e3, runs.seconds * 1e3);
         assert!(runs.seconds >= least && predicted >= least);
@@ -307,7 +302,7 @@ fn messages_between_stages_over_a_slow_link() {
     let least = busy_with_messages(&held.program);
     // For each of 16 microbatches of 16 tokens an activation of 192 elements each leaves the first group.
     assert_eq!(least, 16.0 * PIPELINE_LINK.busy(16 * 192 * 4).seconds());
-    let (without, predicted) = (bench.predicted("NNG", free), bench.predicted("NNG", held));
+    let (without, predicted) = (bench.predicted(free), bench.predicted(held));
     println!(
         "pipeline over two groups: predicted {:.1} ms, measured {:.1} ms, link busy {:.1} ms each way; without it {:.1} and {:.1} ms",
         predicted * 1e3,

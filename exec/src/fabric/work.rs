@@ -111,6 +111,20 @@ impl<E: Effects> Fabric<'_, E> {
         Watch::Met
     }
 
+    /// Lets everything begin its work that has passed its links meanwhile. Who asks for a device or gives one up does this first: what
+    /// has passed before takes its turn before, as the simulator has it.
+    pub(super) fn meet_due(&self) {
+        let at = self.due.load(Ordering::Relaxed);
+        // Where the clock is a plan's, nothing is awaited.
+        if at == u64::MAX {
+            return;
+        }
+        let now = self.effects.at(0);
+        if now >= at {
+            self.pass(now);
+        }
+    }
+
     /// Lets everything begin its work that has passed its links.
     fn pass(&self, now: u64) {
         loop {
@@ -191,9 +205,9 @@ impl<E: Effects> Fabric<'_, E> {
                 let met = state.latest.load(Ordering::Relaxed);
                 let passed = state.passed.load(Ordering::Relaxed);
                 // SAFETY: both ops have arrived and neither has ended, so the program lets nobody else touch the ranges.
-                let span = unsafe {
-                    self.effects.transfer(t as usize, state.from.load(), state.to.load(), passed.max(free_at))
-                };
+                let receiver = self.bound.transfers[t as usize].to.rank;
+                let earliest = self.begin(receiver, passed, free_at, self.effects.late_transfer(t as usize));
+                let span = unsafe { self.effects.transfer(t as usize, state.from.load(), state.to.load(), earliest) };
                 if state.to_idle.load(Ordering::Relaxed) {
                     self.exchanges.message(t as usize, span.start.saturating_sub(passed));
                 }
@@ -206,7 +220,9 @@ impl<E: Effects> Fabric<'_, E> {
             Work::Round { meeting, member } => {
                 let state = &self.meetings[meeting as usize];
                 let round = state.round.load(Ordering::Relaxed) as usize;
-                let since = state.since.load(Ordering::Relaxed).max(free_at);
+                let late = self.effects.late_round(meeting as usize, round);
+                let rank = self.bound.meetings[meeting as usize].members[member as usize].rank;
+                let since = self.begin(rank, state.since.load(Ordering::Relaxed), free_at, late);
                 let ranges: SmallVec<[HostRange; 8]> = state.ranges.iter().map(AtomicRange::load).collect();
                 // SAFETY: all members are in this round and stay until each has done its part.
                 let span = unsafe { self.effects.round(meeting as usize, round, member as usize, &ranges, since) };
@@ -226,5 +242,15 @@ impl<E: Effects> Fabric<'_, E> {
                 span.end
             }
         }
+    }
+
+    /// When work for a rank begins that could begin at `since`, on a device that is free from `free_at` on: `late`, by plan, if the device
+    /// was idle before and no rank asks for it meanwhile.
+    fn begin(&self, rank: u32, since: u64, free_at: u64, late: u64) -> u64 {
+        if free_at > since {
+            return free_at;
+        }
+        let asked = self.devices[self.bound.device(rank)].asked.load(Ordering::Relaxed);
+        if asked < since { since + late } else { asked.min(since + late) }
     }
 }

@@ -2,8 +2,9 @@
 //! took besides.
 
 use super::machine;
+use super::samples::Summary;
 use crate::report::RunReport;
-use paceline_profiles::{Conditions, Overhead, Predictor, Row, Source, Subject};
+use paceline_profiles::{Class, Conditions, Overhead, Predictor, Row, Source, Subject};
 use paceline_sim::cost::context_of;
 use paceline_sim::program::{OpKind, Program, Stream};
 use std::collections::BTreeMap;
@@ -16,9 +17,9 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
     let busy_devices = program.busy_devices();
     let context = context_of(program);
     let row = |subject, seconds: f64, spread: f64, repetitions| Row {
+        context: context.map(|context| context.met_by(Class::of(&subject))),
         subject,
         busy_devices,
-        context,
         median_seconds: seconds.max(1e-9),
         spread_seconds: spread,
         repetitions,
@@ -47,7 +48,7 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
         }
     }
     for (bytes, seconds) in copies {
-        if let Some(summary) = super::samples::Summary::of(seconds).filter(|_| bytes > 0) {
+        if let Some(summary) = Summary::of(seconds).filter(|_| bytes > 0) {
             rows.push(row(Subject::Transfer { bytes }, summary.median, summary.spread, summary.count));
         }
     }
@@ -91,13 +92,15 @@ pub fn rows_of_run(program: &Program, report: &RunReport, measured: Option<&Pred
 }
 
 /// The rows of several runs of one program: of each subject the run in the middle, so that one run in a slow minute of the machine does
-/// not count. Repetitions are those of all runs.
+/// not count. Kernels together take as long as in the run that is in the middle by that: where each run is slow in other ones, the sum of
+/// their medians lies below it. Repetitions are those of all runs.
 pub fn rows_of_runs(program: &Program, reports: &[RunReport], measured: Option<&Predictor>) -> Vec<Row> {
+    let each: Vec<Vec<Row>> = reports.iter().map(|report| rows_of_run(program, report, measured)).collect();
+    let runs = reports.len() as f64;
+    let in_kernels: Vec<f64> = each.iter().map(|rows| kernel_seconds(rows)).collect();
     let mut by_subject: BTreeMap<Subject, Vec<Row>> = BTreeMap::new();
-    for report in reports {
-        for row in rows_of_run(program, report, measured) {
-            by_subject.entry(row.subject.clone()).or_default().push(row);
-        }
+    for row in each.into_iter().flatten() {
+        by_subject.entry(row.subject.clone()).or_default().push(row);
     }
     let middle = |mut rows: Vec<Row>| {
         rows.sort_by(|a, b| a.median_seconds.total_cmp(&b.median_seconds));
@@ -110,7 +113,20 @@ pub fn rows_of_runs(program: &Program, reports: &[RunReport], measured: Option<&
             ..below.clone()
         }
     };
-    by_subject.into_values().map(middle).collect()
+    let mut rows: Vec<Row> = by_subject.into_values().map(middle).collect();
+    if let Some(usual) = Summary::of(in_kernels).filter(|_| kernel_seconds(&rows) > 0.0) {
+        let together = usual.median * runs / kernel_seconds(&rows);
+        for row in rows.iter_mut().filter(|row| matches!(row.subject, Subject::Kernel(_))) {
+            row.median_seconds *= together;
+        }
+    }
+    rows
+}
+
+/// Time of all calls of kernels.
+fn kernel_seconds(rows: &[Row]) -> f64 {
+    let kernels = rows.iter().filter(|row| matches!(row.subject, Subject::Kernel(_)));
+    kernels.map(|row| row.median_seconds * row.repetitions as f64).sum()
 }
 
 /// A run whose [`disturbance`] is above this shared its cores with other work and teaches nothing about the machine.

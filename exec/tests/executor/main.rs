@@ -4,3 +4,4 @@ mod heap;
 mod rehearsal;
 mod toy;
 mod training;
+mod turns;

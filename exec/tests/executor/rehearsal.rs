@@ -3,9 +3,10 @@
 
 use crate::toy::{Layout, program};
 use paceline_exec::{Rehearsal, rehearse};
-use paceline_sim::cost::{CostModel, Exchange, Round};
+use paceline_sim::cost::{CostModel, Exchange, Pauses, Round};
+use paceline_sim::engine::simulate;
 use paceline_sim::program::{Group, Op, OpKind, Pass, Program};
-use paceline_sim::trace::{Origin, WaitReason};
+use paceline_sim::trace::{Origin, Trace, WaitReason};
 use paceline_sim::units::{Nanos, RankId};
 use smallvec::{SmallVec, smallvec};
 use std::sync::atomic::AtomicBool;
@@ -21,6 +22,27 @@ struct Given {
     round: u64,
 }
 
+/// Given times, and a pause of this before each op that had to wait and each copy that finds its device idle.
+struct Pausing(Given, u64);
+
+impl CostModel for Pausing {
+    fn compute(&self, program: &Program, rank: RankId, op: &Op) -> Nanos {
+        self.0.compute(program, rank, op)
+    }
+
+    fn transfer(&self, program: &Program, from: RankId, to: RankId, bytes: u64) -> Round {
+        Round { late: Nanos(self.1), ..self.0.transfer(program, from, to, bytes) }
+    }
+
+    fn collective(&self, program: &Program, exchange: Exchange, group: &Group) -> SmallVec<[Round; 2]> {
+        self.0.collective(program, exchange, group)
+    }
+
+    fn pauses(&self, _: &Program, _: RankId) -> Pauses {
+        Pauses { turn: Nanos(self.1), wake: Nanos(self.1) }
+    }
+}
+
 impl CostModel for Given {
     fn compute(&self, _: &Program, _: RankId, op: &Op) -> Nanos {
         Nanos(match op.kind {
@@ -31,7 +53,7 @@ impl CostModel for Given {
     }
 
     fn transfer(&self, _: &Program, _: RankId, _: RankId, _: u64) -> Round {
-        Round { link: Nanos::ZERO, wire: Nanos(self.wire), work: Nanos(self.work) }
+        Round { wire: Nanos(self.wire), work: Nanos(self.work), ..Round::default() }
     }
 
     fn collective(&self, _: &Program, exchange: Exchange, _: &Group) -> SmallVec<[Round; 2]> {
@@ -39,7 +61,7 @@ impl CostModel for Given {
         if exchange.bytes == 8 {
             return SmallVec::new();
         }
-        let round = Round { link: Nanos::ZERO, wire: Nanos(self.round), work: Nanos::ZERO };
+        let round = Round { wire: Nanos(self.round), ..Round::default() };
         smallvec![round, round]
     }
 }
@@ -70,6 +92,27 @@ fn the_wire_lengthens_every_hop_of_a_single_microbatch() {
     // 4 f + 4 bw + 6 hops.
     let costs = Given { f: 10 * MS, bw: 20 * MS, wire: 15 * MS, work: 0, round: 0 };
     assert_pace(&layout, &costs, 40 + 80 + 90);
+}
+
+#[test]
+fn who_waits_begins_after_a_pause() {
+    // As without pauses, and two on each way of a single microbatch, before the copy and after it: three stages forward, three backward.
+    let layout = Layout { pipeline: 4, stages: 4, devices: 4, microbatches: 1, ..Layout::SINGLE };
+    let costs = Pausing(Given { f: 10 * MS, bw: 20 * MS, wire: 0, work: 15 * MS, round: 0 }, MS);
+    let program = program(&layout);
+    let rehearsal = rehearse(&program, &costs, 1, None).unwrap();
+    let starts = |trace: &Trace| {
+        trace.ranks.iter().flat_map(|rank| &rank.events).map(|event| (event.op, event.start)).collect::<Vec<_>>()
+    };
+    let simulated = simulate(&program, &costs).unwrap();
+    assert_eq!(starts(&rehearsal.trace), starts(&simulated));
+    let last = simulated.ranks[0]
+        .events
+        .iter()
+        .filter(|event| matches!(event.kind, OpKind::Compute { pass: Pass::BW, .. }))
+        .map(|e| e.end)
+        .max();
+    assert_eq!(last, Some(Nanos((40 + 80 + 90 + 12) * MS)));
 }
 
 #[test]

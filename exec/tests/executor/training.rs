@@ -14,12 +14,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-fn data() -> Dataset {
+pub fn data() -> Dataset {
     let tokens: Vec<u16> = (0..2000u32).map(|k| ((k * k + k / 7) % VOCAB as u32) as u16).collect();
     Dataset::from_tokens("toy", &tokens)
 }
 
-fn settings(steps: u64) -> RunSettings {
+pub fn settings(steps: u64) -> RunSettings {
     RunSettings {
         optimizer: OptimizerSettings {
             learning_rate: LearningRate { peak: 0.02, floor: 0.002, warmup_steps: 3, total_steps: 12 },

@@ -188,7 +188,7 @@ mod tests {
                 link.map_or(Nanos::ZERO, |link| link.busy(step.crossing(members, groups, part)))
             };
             let steps = rounds(exchange.collective, exchange.arrangement.algorithm, members, groups);
-            steps.into_iter().map(|step| Round { link: link(step), wire: self.hand_over, work: Nanos::ZERO }).collect()
+            steps.into_iter().map(|step| Round { link: link(step), wire: self.hand_over, ..Round::default() }).collect()
         }
     }
 

@@ -29,11 +29,11 @@ impl CostModel for ByFlops {
         _: paceline_sim::units::RankId,
         bytes: u64,
     ) -> Round {
-        Round { link: Nanos::ZERO, wire: Nanos(bytes), work: Nanos::ZERO }
+        Round { wire: Nanos(bytes), ..Round::default() }
     }
 
     fn collective(&self, _: &Program, exchange: Exchange, _: &Group) -> SmallVec<[Round; 2]> {
-        smallvec![Round { link: Nanos::ZERO, wire: Nanos(exchange.bytes), work: Nanos::ZERO }]
+        smallvec![Round { wire: Nanos(exchange.bytes), ..Round::default() }]
     }
 }
 

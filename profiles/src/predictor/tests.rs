@@ -232,7 +232,7 @@ proptest! {
 
 #[test]
 fn times_inside_runs_are_told_apart_by_context() {
-    let context = |recomputed, shared| Some(Context { recomputed, shared });
+    let context = |recomputed, shared| Some(Context { recomputed, shared, ..Context::default() });
     let (kept, again) = (context(Recomputed::Nothing, false), context(Recomputed::Blocks, false));
     let alone = |n: u32| f64::from(n) * 1e-9;
     let traced = |n: u32, context, ratio: f64| Row {
@@ -302,7 +302,7 @@ fn other_work_of_the_machine_lengthens_what_was_measured_alone_and_not_what_runs
 
 #[test]
 fn contexts_differ_by_the_shapes_that_both_showed() {
-    let context = |recomputed| Some(Context { recomputed, shared: false });
+    let context = |recomputed| Some(Context { recomputed, ..Context::default() });
     let (kept, again) = (context(Recomputed::Nothing), context(Recomputed::Blocks));
     let alone = |n: u32| f64::from(n) * 1e-9;
     let traced = |n: u32, context, ratio: f64| Row {
@@ -336,7 +336,7 @@ fn contexts_differ_by_the_shapes_that_both_showed() {
 /// What was measured while two devices worked is half as long again as it should be, as runs on two show; what was measured with one is right.
 #[test]
 fn what_runs_say_of_one_number_of_devices_is_not_said_of_another() {
-    let context = |recomputed| Some(Context { recomputed, shared: false });
+    let context = |recomputed| Some(Context { recomputed, ..Context::default() });
     let (kept, again) = (context(Recomputed::Nothing), context(Recomputed::Blocks));
     let [small, large, unseen] = [1u32 << 10, 1 << 14, 1 << 16];
     let alone = |n: u32| f64::from(n) * 1e-9;
@@ -390,4 +390,50 @@ fn narrow_calls_follow_their_wide_twins() {
     let product = some.kernel(&narrow(product), 2);
     assert!(close(product.seconds, 1.5 * wide), "{product:?}");
     assert_eq!(product.provenance, Provenance::Assumed, "of another operator");
+}
+
+/// A run that keeps weights and gradients whole and one that cuts both tell of one that cuts gradients only: products that read weights are
+/// as in the first, products that add to gradients as in the second.
+#[test]
+fn each_kernel_is_as_in_runs_that_hold_alike_what_it_touches() {
+    let [forward, weight] = [KernelOp::MatmulNt, KernelOp::MatmulTn].map(|op| key(op, &[128, 256, 256]));
+    let unseen = key(KernelOp::MatmulTn, &[256, 256, 256]);
+    let whole = Context::default();
+    let cut = Context { gathered: true, reduced: true, ..whole };
+    let alone = 1e-4;
+    let mut rows = measured(2);
+    rows.retain(|row| ![&forward, &weight, &unseen].iter().any(|&key| row.subject == Subject::Kernel(key.clone())));
+    for key in [&forward, &weight, &unseen] {
+        rows.push(row(Subject::Kernel(key.clone()), 2, Source::Measured, alone));
+    }
+    let run = |key: &KernelKey, context: Context, ratio: f64| {
+        let subject = Subject::Kernel(key.clone());
+        let context = Some(context.met_by(Class::of(&subject)));
+        Row { context, ..row(subject, 2, Source::Trace, ratio * alone) }
+    };
+    rows.extend([run(&forward, whole, 1.2), run(&weight, whole, 1.3), run(&forward, cut, 0.8), run(&weight, cut, 0.9)]);
+    let predictor = Predictor::new(&profile(rows)).unwrap();
+    let ratio = |key: &KernelKey, gathered, reduced| {
+        let context = Some(Context { gathered, reduced, ..whole });
+        predictor.kernel(key, Conditions { busy: 2, context }).seconds / alone
+    };
+    for (gathered, reduced) in [(false, false), (false, true), (true, false), (true, true)] {
+        assert!(close(ratio(&forward, gathered, reduced), if gathered { 0.8 } else { 1.2 }));
+        for key in [&weight, &unseen] {
+            assert!(close(ratio(key, gathered, reduced), if reduced { 0.9 } else { 1.3 }));
+        }
+    }
+}
+
+/// What is measured alone of ops on a shared device has the pauses in it: they are added only where runs on shared devices told them apart.
+#[test]
+fn pauses_are_known_from_runs_like_the_one_asked_about() {
+    let run = |shared| Some(Context { shared, ..Context::default() });
+    let mut rows = measured(2);
+    rows.push(Row { context: run(false), ..row(Subject::Overhead(Overhead::Wake), 2, Source::Trace, 3e-5) });
+    rows.push(Row { context: run(false), ..row(Subject::Overhead(Overhead::Message), 2, Source::Trace, 2e-5) });
+    let predictor = Predictor::new(&profile(rows)).unwrap();
+    let seconds = |kind, shared| predictor.overhead(kind, Conditions { busy: 2, context: run(shared) }).seconds;
+    assert_eq!([seconds(Overhead::Wake, false), seconds(Overhead::Wake, true)], [3e-5, 0.0]);
+    assert_eq!([seconds(Overhead::Message, false), seconds(Overhead::Message, true)], [2e-5, 2e-5]);
 }

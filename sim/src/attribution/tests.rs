@@ -24,11 +24,11 @@ impl CostModel for Given {
     }
 
     fn transfer(&self, _: &Program, _: RankId, _: RankId, _: u64) -> Round {
-        Round { link: Nanos(0), wire: Nanos(self.message.0), work: Nanos(self.message.1) }
+        Round { wire: Nanos(self.message.0), work: Nanos(self.message.1), ..Round::default() }
     }
 
     fn collective(&self, _: &Program, _: Exchange, _: &Group) -> SmallVec<[Round; 2]> {
-        let round = Round { link: Nanos(0), wire: Nanos(self.collective.0), work: Nanos(self.collective.1) };
+        let round = Round { wire: Nanos(self.collective.0), work: Nanos(self.collective.1), ..Round::default() };
         smallvec![round]
     }
 }

@@ -60,11 +60,11 @@ impl CostModel for FixedTimes {
     }
 
     fn transfer(&self, _: &Program, _: RankId, _: RankId, _: u64) -> Round {
-        Round { link: Nanos::ZERO, wire: self.transfer, work: Nanos::ZERO }
+        Round { wire: self.transfer, ..Round::default() }
     }
 
     fn collective(&self, _: &Program, _: Exchange, _: &Group) -> SmallVec<[Round; 2]> {
-        smallvec![Round { link: Nanos::ZERO, wire: self.collective, work: Nanos::ZERO }]
+        smallvec![Round { wire: self.collective, ..Round::default() }]
     }
 }
 
@@ -98,10 +98,7 @@ mod tests {
         let cost = |pass, stage| times.compute(&program, RankId(0), &op(pass, stage, 0, 1)).0;
         let costs: Vec<u64> = [Pass::F, Pass::B, Pass::W, Pass::BW, Pass::R].map(|pass| cost(pass, 2)).to_vec();
         assert_eq!(costs, [10, 20, 7, 27, 10]);
-        assert_eq!(
-            times.transfer(&program, RankId(0), RankId(1), 99),
-            Round { link: Nanos::ZERO, wire: Nanos(3), work: Nanos(0) }
-        );
+        assert_eq!(times.transfer(&program, RankId(0), RankId(1), 99), Round { wire: Nanos(3), ..Round::default() });
         let mut uneven = times.clone();
         uneven.stages.push(StageTimes { forward: Nanos(11), ..StageTimes::default() });
         let cost = |stage| uneven.compute(&program, RankId(0), &op(Pass::F, stage, 0, 1)).0;

@@ -1,11 +1,11 @@
 //! Costs from a profile: an op is the sum of its kernels, as measured, and of what the executor adds.
 
-use super::{CostModel, Exchange, Round};
+use super::{CostModel, Exchange, Pauses, Round};
 use crate::model::ModelPass;
 use crate::model::parameters::{decay_groups, tied_matrix, unit_layout};
 use crate::program::{
     Arrangement, Element, Group, Op, OpKind, Pass, Piece, Program, RankProgram, Recompute, Shares, SharesError, Step,
-    TransformerWorkload, Workload, begun_gradients, gradient_sources, rounds, shares, tree_parts, update,
+    Tensor, TransformerWorkload, Workload, begun_gradients, gradient_sources, rounds, shares, tree_parts, update,
 };
 use crate::units::{BufferId, Nanos, RankId, StageId};
 use paceline_profiles::{
@@ -47,6 +47,8 @@ struct Overheads {
     message: Estimate,
     shared_message: Estimate,
     round: Estimate,
+    turn: Estimate,
+    wake: Estimate,
 }
 
 /// Passes that cost the same: the microbatch does not matter.
@@ -98,6 +100,8 @@ impl ProfileCost {
                 message: overhead(Overhead::Message),
                 shared_message: overhead(Overhead::SharedMessage),
                 round: overhead(Overhead::Round),
+                turn: overhead(Overhead::Turn),
+                wake: overhead(Overhead::Wake),
             },
             shared: ranks_of.into_iter().map(|ranks| ranks > 1).collect(),
             passes: HashMap::new(),
@@ -227,8 +231,9 @@ impl CostModel for ProfileCost {
         let way = link.map_or(Nanos::ZERO, |link| link.latency);
         Round {
             link: link.map_or(Nanos::ZERO, |link| link.busy(bytes)),
-            wire: way + Nanos::from_seconds(latency.seconds),
+            wire: way,
             work: Nanos::from_seconds(copy.seconds),
+            late: Nanos::from_seconds(latency.seconds),
         }
     }
 
@@ -242,11 +247,17 @@ impl CostModel for ProfileCost {
             let way = link.map_or(Nanos::ZERO, |link| link.latency);
             Round {
                 link: link.map_or(Nanos::ZERO, |link| link.busy(bytes)),
-                wire: way + hand_over,
+                wire: way,
                 work: Nanos::from_seconds(work.seconds),
+                late: hand_over,
             }
         };
         meeting.steps().into_iter().zip(self.work_by_round(exchange, group)).map(round).collect()
+    }
+
+    fn pauses(&self, _: &Program, _: RankId) -> Pauses {
+        let Overheads { turn, wake, .. } = &self.overheads;
+        Pauses { turn: Nanos::from_seconds(turn.seconds), wake: Nanos::from_seconds(wake.seconds) }
     }
 }
 
@@ -336,7 +347,13 @@ pub fn context_of(program: &Program) -> Option<Context> {
         Recompute::Selective => Recomputed::Some,
         Recompute::Full => Recomputed::Blocks,
     };
-    Some(Context { recomputed, shared: program.ranks.len() > program.busy_devices() as usize })
+    let mut context =
+        Context { recomputed, shared: program.ranks.len() > program.busy_devices() as usize, ..Context::default() };
+    for buffer in program.ranks.iter().flat_map(|rank| &rank.buffers) {
+        context.gathered |= matches!(buffer.tensor, Tensor::ParameterShard { .. } | Tensor::FrozenShard { .. });
+        context.reduced |= matches!(buffer.tensor, Tensor::GradientShard { .. });
+    }
+    Some(context)
 }
 
 /// All kernels that a program calls, each shape once: what a profile must know to foretell it from measurements alone.

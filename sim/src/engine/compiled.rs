@@ -3,7 +3,7 @@
 use super::EngineError;
 use super::state::State;
 use super::timeline::Timeline;
-use crate::cost::{CostModel, Exchange, Round};
+use crate::cost::{CostModel, Exchange, Pauses, Round};
 use crate::program::{OpKind, OpRef, Partners, Program, Stream, Way};
 use crate::units::{OpId, RankId};
 use smallvec::SmallVec;
@@ -90,9 +90,7 @@ impl<'p> Compiled<'p> {
                     }
                     waits.push(start + wait.0);
                 }
-                let communicates =
-                    matches!(op.kind, OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. });
-                if !communicates && op.stream != Stream::COMPUTE {
+                if !op.kind.communicates() && op.stream != Stream::COMPUTE {
                     return Err(EngineError::Stream { op: this, stream: op.stream.0 });
                 }
                 let waits = (from, waits.len() as u32);
@@ -182,6 +180,8 @@ pub(super) struct Times {
     pub compute: Vec<u64>,
     pub transfers: Vec<Round>,
     pub meetings: Vec<SmallVec<[Round; 2]>>,
+    /// By rank; empty where there are none.
+    pub pauses: Vec<Pauses>,
 }
 
 impl Times {
@@ -189,10 +189,8 @@ impl Times {
         let program = compiled.program;
         let mut compute = Vec::with_capacity(compiled.ops.len());
         for (number, rank) in (0..).zip(&program.ranks) {
-            compute.extend(rank.ops.iter().map(|op| match op.kind {
-                OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. } => 0,
-                _ => costs.compute(program, RankId(number), op).0,
-            }));
+            let cost = |op| costs.compute(program, RankId(number), op).0;
+            compute.extend(rank.ops.iter().map(|op| if op.kind.communicates() { 0 } else { cost(op) }));
         }
         let rank = |op: u32| RankId(compiled.ops[op as usize].rank);
         let transfers = compiled.transfers.iter();
@@ -210,6 +208,11 @@ impl Times {
                 _ => SmallVec::new(),
             }
         };
-        Times { compute, transfers, meetings: (0..compiled.meetings.len()).map(rounds).collect() }
+        let mut pauses: Vec<Pauses> =
+            (0..program.ranks.len()).map(|number| costs.pauses(program, RankId(number as u32))).collect();
+        if pauses.iter().all(|&pauses| pauses == Pauses::default()) {
+            pauses.clear();
+        }
+        Times { compute, transfers, meetings: (0..compiled.meetings.len()).map(rounds).collect(), pauses }
     }
 }

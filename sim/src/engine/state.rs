@@ -3,7 +3,7 @@
 use super::EngineError;
 use super::compiled::{Compiled, Role, Times};
 use super::timeline::Timeline;
-use crate::cost::Round;
+use crate::cost::{Pause, Round};
 use crate::program::Links;
 use crate::trace::WaitReason;
 use crate::units::{Nanos, OpId};
@@ -17,6 +17,8 @@ enum Event {
     Computed(u32),
     /// A device's communication work has ended.
     Worked(u32),
+    /// A thread has woken up for a device's communication work.
+    Woken(u32),
     /// A message has passed the wire.
     Passed(u32),
     /// A round of a collective has passed the wire.
@@ -33,7 +35,8 @@ impl Timed {
             Event::Computed(rank) => (0, rank),
             Event::Worked(device) => (1, device),
             Event::Passed(transfer) => (2, transfer),
-            Event::RoundPassed(meeting) => (3u128, meeting),
+            Event::RoundPassed(meeting) => (3, meeting),
+            Event::Woken(device) => (4u128, device),
         };
         Timed(u128::from(time) << 64 | kind << 32 | u128::from(number))
     }
@@ -48,7 +51,8 @@ impl Timed {
             0 => Event::Computed(number),
             1 => Event::Worked(number),
             2 => Event::Passed(number),
-            _ => Event::RoundPassed(number),
+            3 => Event::RoundPassed(number),
+            _ => Event::Woken(number),
         }
     }
 }
@@ -71,6 +75,8 @@ struct Device {
     held: bool,
     /// What holds it, if it is communication.
     work: Option<Work>,
+    /// Until then, that has not begun: nobody is awake.
+    asleep: Option<u64>,
     queue: VecDeque<Turn>,
 }
 
@@ -191,6 +197,9 @@ impl<'c, 't> State<'c, 't> {
                         None => {}
                     }
                 }
+                Event::Woken(device) if self.devices[device as usize].asleep == Some(time) => self.begin_work(device),
+                // Somebody woke up before.
+                Event::Woken(_) => {}
                 Event::Passed(transfer) => self.copy(transfer),
                 Event::RoundPassed(meeting) => self.work_on_round(meeting),
             }
@@ -312,6 +321,10 @@ impl<'c, 't> State<'c, 't> {
         let slot = &mut self.devices[device as usize];
         if slot.held {
             slot.queue.push_back(Turn::Compute(rank));
+            // Who asks is awake, and does first what was there before.
+            if slot.asleep.is_some() {
+                self.begin_work(device);
+            }
         } else {
             slot.held = true;
             self.compute(rank);
@@ -321,12 +334,15 @@ impl<'c, 't> State<'c, 't> {
     /// A rank that holds its device computes.
     fn compute(&mut self, rank: u32) {
         let op = self.ranks[rank as usize].next as usize;
-        self.line.start[op] = self.now;
-        let for_device = self.now - self.arrived[op];
-        if for_device > self.arrived[op].saturating_sub(self.line.ready[op]) {
+        let (clock, ready) = (self.line.ready[op], self.arrived[op]);
+        let for_device = self.now - ready;
+        if for_device > ready.saturating_sub(clock) {
             self.line.wait[op] = Some(WaitReason::Device);
         }
-        self.plan(self.now + self.times.compute[op], Event::Computed(rank));
+        let pauses = self.times.pauses.get(rank as usize);
+        let start = self.now + pauses.map_or(0, |pauses| pauses.of(Pause::before(clock, ready, self.now)).0);
+        self.line.start[op] = start;
+        self.plan(start + self.times.compute[op], Event::Computed(rank));
     }
 
     fn give(&mut self, device: u32, work: Work) {
@@ -335,26 +351,38 @@ impl<'c, 't> State<'c, 't> {
             slot.queue.push_back(Turn::Work(work));
         } else {
             slot.held = true;
-            self.begin_work(device, work);
+            slot.work = Some(work);
+            let late = self.round_of(work).late.0;
+            if late > 0 {
+                self.devices[device as usize].asleep = Some(self.now + late);
+                self.plan(self.now + late, Event::Woken(device));
+            } else {
+                self.begin_work(device);
+            }
         }
     }
 
-    fn begin_work(&mut self, device: u32, work: Work) {
-        let length = match work {
-            Work::Transfer(transfer) => {
-                let ends = self.compiled.transfers[transfer as usize];
-                let times = self.times.transfers[transfer as usize];
-                for op in [ends.from, ends.to] {
-                    let met = self.line.start[op as usize];
-                    self.note_cause(op, met, self.now - self.passed[transfer as usize]);
-                    self.line.start[op as usize] = self.now;
-                }
-                times.work.0
+    fn round_of(&self, work: Work) -> Round {
+        match work {
+            Work::Transfer(transfer) => self.times.transfers[transfer as usize],
+            Work::Round { meeting } => self.round(meeting),
+        }
+    }
+
+    /// A device does the communication work that holds it.
+    fn begin_work(&mut self, device: u32) {
+        let slot = &mut self.devices[device as usize];
+        slot.asleep = None;
+        let Some(work) = slot.work else { return };
+        if let Work::Transfer(transfer) = work {
+            let ends = self.compiled.transfers[transfer as usize];
+            for op in [ends.from, ends.to] {
+                let met = self.line.start[op as usize];
+                self.note_cause(op, met, self.now - self.passed[transfer as usize]);
+                self.line.start[op as usize] = self.now;
             }
-            Work::Round { meeting } => self.round(meeting).work.0,
-        };
-        self.devices[device as usize].work = Some(work);
-        self.plan(self.now + length, Event::Worked(device));
+        }
+        self.plan(self.now + self.round_of(work).work.0, Event::Worked(device));
     }
 
     /// Gives a device up to the next in line.
@@ -363,7 +391,10 @@ impl<'c, 't> State<'c, 't> {
         match slot.queue.pop_front() {
             None => slot.held = false,
             Some(Turn::Compute(rank)) => self.compute(rank),
-            Some(Turn::Work(work)) => self.begin_work(device, work),
+            Some(Turn::Work(work)) => {
+                slot.work = Some(work);
+                self.begin_work(device);
+            }
         }
     }
 

@@ -1,5 +1,5 @@
 use super::*;
-use crate::cost::{CostModel, Exchange, Round};
+use crate::cost::{CostModel, Exchange, Pauses, Round};
 use crate::program::{
     Arrangement, Buffer, Collective, Coordinates, Crossing, Device, Direction, Element, Group, Link, MemoryClass,
     Message, NetworkLevel, Op, OpKind, PROGRAM_FORMAT, Pass, Payload, RankProgram, Stage, Stream, Tensor, Unit,
@@ -16,9 +16,14 @@ struct Given {
     bw: u64,
     message: Round,
     rounds: SmallVec<[Round; 2]>,
+    pauses: Pauses,
 }
 
 impl CostModel for Given {
+    fn pauses(&self, _: &Program, _: RankId) -> Pauses {
+        self.pauses
+    }
+
     fn compute(&self, _: &Program, _: RankId, op: &Op) -> Nanos {
         match op.kind {
             OpKind::Compute { pass: Pass::F, .. } => Nanos(self.f),
@@ -138,7 +143,7 @@ fn pipeline(devices: u32) -> Program {
 
 #[test]
 fn a_pipeline_by_hand() {
-    let wire = Round { link: Nanos::ZERO, wire: Nanos(3), work: Nanos(0) };
+    let wire = Round { wire: Nanos(3), ..Round::default() };
     let trace = simulate(&pipeline(2), &Given { f: 10, bw: 20, message: wire, ..Given::default() }).unwrap();
     // The first microbatch arrives at 13, its gradient leaves at 43; the second was sent at 20 and received when the second
     // rank came to it, at 43.
@@ -173,13 +178,30 @@ fn ranks_on_one_device_take_turns() {
 }
 
 #[test]
+fn what_had_to_wait_begins_after_a_pause() {
+    // The second rank's forward waits for the message of 13, and begins 2 later; its backward follows at once.
+    let wire = Round { wire: Nanos(3), ..Round::default() };
+    let pauses = Pauses { turn: Nanos(1), wake: Nanos(2) };
+    let trace = simulate(&pipeline(2), &Given { f: 10, bw: 20, message: wire, pauses, ..Given::default() }).unwrap();
+    assert_eq!(spans(&trace, 1)[1..3], [(0, 15, 25), (25, 25, 45)]);
+    assert_eq!(spans(&trace, 0)[2], (10, 10, 20));
+    // On one device the first rank asks for its second forward at 10 and has it at once; the second rank's forward, which waits from then
+    // on, has its turn at 20 and begins at 21.
+    let trace = simulate(&pipeline(1), &Given { f: 10, bw: 20, pauses, ..Given::default() }).unwrap();
+    assert_eq!(
+        [spans(&trace, 0)[2], spans(&trace, 1)[1], spans(&trace, 1)[2]],
+        [(10, 10, 20), (0, 21, 31), (31, 31, 51)]
+    );
+}
+
+#[test]
 fn a_copy_takes_the_receivers_device() {
     // Rank 1 computes from 0 to 30; the message is there at 10 and is copied when its device is free.
     let sender = vec![op(0, compute(Pass::F, 0, 0), &[]), op(3, send(1, 1, 0), &[0])];
     let receiver =
         vec![op(2, receive(0, 1, 0), &[]), op(0, compute(Pass::BW, 1, 7), &[]), op(0, compute(Pass::F, 1, 0), &[0])];
     let program = program(2, vec![(0, sender), (1, receiver)]);
-    let message = Round { link: Nanos::ZERO, wire: Nanos(1), work: Nanos(5) };
+    let message = Round { wire: Nanos(1), work: Nanos(5), ..Round::default() };
     let trace = simulate(&program, &Given { f: 10, bw: 30, message, ..Given::default() }).unwrap();
     assert_eq!(spans(&trace, 1), [(0, 30, 35), (0, 0, 30), (30, 35, 45)]);
     assert_eq!(spans(&trace, 0)[1], (10, 30, 35));
@@ -187,6 +209,32 @@ fn a_copy_takes_the_receivers_device() {
     // On an idle device it begins when the wire is passed, and compute waits for it.
     let trace = simulate(&program, &Given { f: 10, bw: 8, message, ..Given::default() }).unwrap();
     assert_eq!(spans(&trace, 1), [(0, 11, 16), (0, 0, 8), (8, 16, 26)]);
+    // There a thread has to wake up first; a busy device comes to it in its turn, and no later.
+    let message = Round { late: Nanos(4), ..message };
+    let begins = |bw| spans(&simulate(&program, &Given { f: 10, bw, message, ..Given::default() }).unwrap(), 1)[0];
+    assert_eq!([begins(8), begins(30)], [(0, 15, 20), (0, 30, 35)]);
+    // Unless another rank of the device wakes up before, here for a collective that ends at 13: it does what is there first.
+    let mut three = program.clone();
+    three.ranks.push(RankProgram { ops: vec![], ..three.ranks[1].clone() });
+    three.ranks[1].ops.remove(1);
+    three.ranks[1].ops[1].waits = [OpId(0)].into_iter().collect();
+    three.ranks[2].ops.push(op(1, all_reduce(0), &[]));
+    three.ranks[2].ops.push(op(0, compute(Pass::F, 1, 8), &[0]));
+    // Issued before anything else.
+    let meets = |ops: &mut Vec<Op>| {
+        for op in ops.iter_mut() {
+            op.waits.iter_mut().for_each(|wait| wait.0 += 1);
+        }
+        ops.insert(0, op(1, all_reduce(0), &[]));
+    };
+    meets(&mut three.ranks[0].ops);
+    meets(&mut three.ranks[1].ops);
+    three.groups[0].ranks = (0..3).map(RankId).collect();
+    three.groups[0].size = 3;
+    let rounds = smallvec![Round { wire: Nanos(13), ..Round::default() }];
+    let trace = simulate(&three, &Given { f: 10, message, rounds, ..Given::default() }).unwrap();
+    assert_eq!(spans(&trace, 2)[1], (0, 18, 28));
+    assert_eq!(spans(&trace, 1)[1..], [(0, 13, 18), (0, 28, 38)]);
 }
 
 #[test]
@@ -200,8 +248,8 @@ fn a_collective_takes_its_rounds_on_the_devices_of_its_members() {
         ops
     };
     let rounds: SmallVec<[Round; 2]> = smallvec![
-        Round { link: Nanos::ZERO, wire: Nanos(0), work: Nanos(4) },
-        Round { link: Nanos::ZERO, wire: Nanos(2), work: Nanos(3) }
+        Round { work: Nanos(4), ..Round::default() },
+        Round { wire: Nanos(2), work: Nanos(3), ..Round::default() }
     ];
     let costs = Given { f: 10, bw: 20, rounds, ..Given::default() };
     let both = program(2, vec![(0, rank(&[Pass::F])), (1, rank(&[Pass::BW]))]);
@@ -240,7 +288,7 @@ fn messages_and_collectives_share_a_link() {
     let mut two = program(2, vec![(0, leaving), (1, entering)]);
     two.groups[0].crossing = Some(CROSSING);
     two.ranks[1].coordinates.group = 1;
-    let round = |link, wire| Round { link: Nanos(link), wire: Nanos(wire), work: Nanos::ZERO };
+    let round = |link, wire| Round { link: Nanos(link), wire: Nanos(wire), ..Round::default() };
     let costs = Given { f: 4, message: round(20, 1), rounds: smallvec![round(10, 3)], ..Given::default() };
     let trace = simulate(&two, &costs).unwrap();
     // Both messages from 4 to 24, each in its direction, and one on the way; then the collective, which takes both.
@@ -271,7 +319,7 @@ fn the_link_between_groups_serves_one_exchange_after_the_other() {
     four.groups = vec![pair(0), pair(2)];
     four.ranks[1].coordinates.group = 1;
     four.ranks[3].coordinates.group = 1;
-    let round = |link, wire| smallvec![Round { link: Nanos(link), wire: Nanos(wire), work: Nanos::ZERO }];
+    let round = |link, wire| smallvec![Round { link: Nanos(link), wire: Nanos(wire), ..Round::default() }];
     // All stand before their collective at 4. The link is busy with the first until 14 and with the second until 24; the way
     // takes 3 more and keeps nobody else waiting.
     let trace = simulate(&four, &Given { f: 4, rounds: round(10, 3), ..Given::default() }).unwrap();
@@ -284,7 +332,7 @@ fn the_link_between_groups_serves_one_exchange_after_the_other() {
 #[test]
 fn a_collective_of_one_rank_moves_nothing() {
     let alone = program(1, vec![(0, vec![op(0, compute(Pass::F, 0, 0), &[]), op(1, all_reduce(0), &[0])])]);
-    let rounds = smallvec![Round { link: Nanos::ZERO, wire: Nanos(7), work: Nanos(7) }];
+    let rounds = smallvec![Round { wire: Nanos(7), work: Nanos(7), ..Round::default() }];
     let trace = simulate(&alone, &Given { f: 10, rounds, ..Given::default() }).unwrap();
     assert_eq!(spans(&trace, 0), [(0, 0, 10), (10, 10, 10)]);
 }

@@ -406,6 +406,13 @@ impl Op {
     }
 }
 
+impl OpKind {
+    /// Whether it meets ops of other ranks; all others are the rank's own and run on its compute stream.
+    pub fn communicates(&self) -> bool {
+        matches!(self, OpKind::Send { .. } | OpKind::Recv { .. } | OpKind::Collective { .. })
+    }
+}
+
 /// What an op does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -193,6 +193,28 @@ fn the_run_in_the_middle_counts() {
     assert_eq!(calls(&three), 3 * calls(&one));
 }
 
+/// Each of three runs was slow in other kernels: no run was as fast as each kernel is in the middle.
+#[test]
+fn kernels_together_take_as_long_as_in_the_run_in_the_middle() {
+    let slow_in = |slow: &[usize]| {
+        let mut report = report();
+        slow.iter().for_each(|&n| report.kernels[n].total_seconds *= 2.0);
+        report
+    };
+    let reports = [slow_in(&[0]), slow_in(&[1]), slow_in(&[])];
+    let total = |rows: &[Row]| {
+        let kernels = rows.iter().filter(|row| matches!(row.subject, Subject::Kernel(_)));
+        kernels.map(|row| row.median_seconds * row.repetitions as f64).sum::<f64>()
+    };
+    let mut totals = reports.each_ref().map(|report| total(&rows_of_run(&program(), report, None)));
+    totals.sort_by(f64::total_cmp);
+    assert!(totals[0] < totals[1] && totals[1] < totals[2], "{totals:?}");
+    let rows = rows_of_runs(&program(), &reports, None);
+    assert!((total(&rows) / 3.0 / totals[1] - 1.0).abs() < 1e-9, "{} and {totals:?}", total(&rows) / 3.0);
+    // What is no kernel is as it was.
+    assert_eq!(seconds(&rows, reduction()), seconds(&rows_of_run(&program(), &reports[2], None), reduction()));
+}
+
 #[test]
 fn disturbed_runs_show_it() {
     let with_fastest = |seconds: f64| {

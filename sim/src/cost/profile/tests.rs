@@ -220,16 +220,16 @@ fn communication_takes_the_rounds_of_the_executor() {
         )
     };
     // Handed over as a message is.
-    let work = |seconds| Round { link: Nanos::ZERO, wire: nanos(4e-5), work: nanos(seconds) };
+    let work = |seconds| Round { late: nanos(4e-5), work: nanos(seconds), ..Round::default() };
     assert_eq!(collective(&costs, Collective::ReduceScatter, bytes)[..], [work(5e-3)]);
     assert_eq!(collective(&costs, Collective::AllReduce, 8)[..], [work(7e-3), work(9e-3)]);
     let message = |costs: &ProfileCost, program| costs.transfer(program, RankId(0), RankId(1), MESSAGE_BYTES);
-    assert_eq!(message(&costs, &two), Round { link: Nanos::ZERO, wire: nanos(4e-5), work: nanos(3e-3) });
+    assert_eq!(message(&costs, &two), Round { late: nanos(4e-5), work: nanos(3e-3), ..Round::default() });
 
     // On one device, threads take turns and wake each other in another way.
     let one = program(1);
     let shared = ProfileCost::new(&predictor, &one).unwrap();
-    assert_eq!(message(&shared, &one).wire, nanos(6e-6));
+    assert_eq!(message(&shared, &one).late, nanos(6e-6));
     assert_eq!(shared.compute(&one, RankId(1), &one.ranks[1].ops[8]), nanos(2e-4));
 }
 
