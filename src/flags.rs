@@ -162,7 +162,7 @@ pub struct JobFlags {
     #[arg(long, value_name = "BYTES|80GiB")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_limit: Option<String>,
-    /// Trainable parameters: full, a ratio, or lora:R.
+    /// Trainable parameters: full, a ratio, or lora:R, adapters of rank R (lora:8:q,v beside these matrices only).
     #[arg(long, value_name = "full|RATIO|lora:R")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trainable: Option<String>,

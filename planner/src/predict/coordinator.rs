@@ -14,7 +14,7 @@
 
 use super::stages::{PassTimes, Timer};
 use paceline_sim::cluster::memory::RankParameters;
-use paceline_sim::cluster::{Coordinator, Recompute, work};
+use paceline_sim::cluster::{Coordinator, Recompute};
 use paceline_sim::partition::exchange::Exchange;
 use std::collections::VecDeque;
 
@@ -137,7 +137,7 @@ impl Timer<'_> {
         let computing = |blocks: u64| block * blocks as f64 + vocabulary;
         let back = computing(model.layers - layout.frozen_blocks(model.layers));
         let passes = [times.forward / computing(model.layers), (times.backward + times.weights) / back];
-        let (forward, backward) = self.launched(&work::block(model, layout, 0));
+        let (forward, backward) = self.launched(0);
         let launches = [forward.host, backward.host].map(|host| host / matrices.len() as f64);
         let hook = layout.runtime.hook;
         let plain = Module { elements: 0.0, seconds: [0.0; 2], host: [hook; 2] };

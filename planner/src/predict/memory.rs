@@ -54,7 +54,7 @@ fn freed_late(timer: &Timer<'_>, rank: u64, blocks: u64) -> f64 {
         return 0.0;
     }
     let work = work::block(model, layout, 0);
-    let (forward, backward) = timer.launched(&work);
+    let (forward, backward) = timer.launched(0);
     let in_flight = layout.microbatches.min(layout.pp - rank);
     let ahead = if layout.messages == MessageBuffers::FreedLateAcrossIterations {
         if timer.pace < WAITING { (blocks * layout.microbatches) as f64 } else { 0.0 }
@@ -121,7 +121,7 @@ pub(super) fn memory(
                 work = work.max(activations::working_set(model, layout, last));
             }
             work = work.max(stages[n].head * activations::loss(model, layout));
-            if layout.sharding.parameters == Level::Whole {
+            if layout.sharding.parameters == Level::Whole && layout.adapters.is_none() {
                 embedding = embedding.max(stages[n].embedding * activations::embedding_gradient(model, layout));
             }
         }

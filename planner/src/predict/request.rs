@@ -3,8 +3,8 @@
 use crate::schedules;
 use paceline_profiles::{Cluster, ClusterError, find_cluster};
 use paceline_sim::cluster::{
-    AdapterError, Architecture, AttentionKernel, Compute, ContextExchange, Layout, LayoutError, LossKernel, Numerics,
-    Overlap, Partition, PhysicsError, Recompute, Routing, Runtime, ZooError,
+    AdapterError, Adapters, Architecture, AttentionKernel, Compute, ContextExchange, Layout, LayoutError, LossKernel,
+    Numerics, Overlap, Partition, PhysicsError, Recompute, Routing, Runtime, ZooError,
 };
 use paceline_sim::model::{Trainable, TrainableError};
 use paceline_sim::partition::{Level, PartitionError, StatePartition};
@@ -228,17 +228,16 @@ fn bucket(key: &'static str, bytes: Option<u64>) -> Result<Option<f64>, RequestE
     if bytes == Some(0) { Err(RequestError::Number { key }) } else { Ok(bytes.map(|bytes| bytes as f64)) }
 }
 
-/// The share of the parameters that is trained.
-fn trainable(text: &str, model: &Architecture) -> Result<f64, RequestError> {
+/// The share of the parameters that is trained, and the adapters that these are.
+fn trained(text: &str, model: &Architecture) -> Result<(f64, Option<Adapters>), RequestError> {
     match text.parse()? {
-        Trainable::Full => Ok(1.0),
-        Trainable::Share(share) => Ok(share),
+        Trainable::Full => Ok((1.0, None)),
+        Trainable::Share(share) => Ok((share, None)),
         Trainable::Adapters { rank, beside } => {
-            let matrices: Vec<&str> = beside.iter().map(String::as_str).collect();
-            let matrices = (!matrices.is_empty()).then_some(matrices.as_slice());
-            let share = model.adapter_parameters(rank.into(), matrices)? as f64 / model.parameters() as f64;
-            let sensible = u64::from(rank) <= model.hidden && share <= 1.0;
-            if sensible { Ok(share) } else { Err(TrainableError { text: text.to_owned() }.into()) }
+            let adapters = Adapters { rank: rank.into(), beside };
+            let share = model.adapter_parameters(&adapters)? as f64 / model.parameters() as f64;
+            let sensible = adapters.rank <= model.hidden && share <= 1.0;
+            if sensible { Ok((share, Some(adapters))) } else { Err(TrainableError { text: text.to_owned() }.into()) }
         }
     }
 }
@@ -422,6 +421,7 @@ impl ClusterRequest {
         )?;
         let fused = word("kernels", self.kernels.as_deref(), "fused", &KERNELS)?;
         let (recompute, recomputed_blocks) = recompute(self.recompute.as_deref().unwrap_or("none"))?;
+        let (trainable, adapters) = self.trainable.as_deref().map_or(Ok((1.0, None)), |text| trained(text, model))?;
         let layout = Layout {
             tp,
             sp: self.sp.unwrap_or(true) && tp > 1,
@@ -436,7 +436,8 @@ impl ClusterRequest {
             group: self.group_size,
             keep_gathered: self.keep_gathered.unwrap_or(false),
             runtime: word("runtime", self.runtime.as_deref(), "fused", &RUNTIMES)?,
-            trainable: self.trainable.as_deref().map_or(Ok(1.0), |text| trainable(text, model))?,
+            trainable,
+            adapters,
             schedule: if pp == 1 { "1f1b".into() } else { name.into() },
             microbatches: self.global_batch / part,
             partition: word("partition", self.partition.as_deref(), "even", &PARTITIONS)?,

@@ -3,7 +3,7 @@
 use paceline_sim::cluster::device::{Device, Passing};
 use paceline_sim::cluster::memory::RankParameters;
 use paceline_sim::cluster::network::{Network, Span};
-use paceline_sim::cluster::work::{self, Product, Work};
+use paceline_sim::cluster::work::{self, AdapterWork, Product, Work};
 use paceline_sim::cluster::{
     Architecture, AttentionKernel, ContextExchange, Layout, Overlap, Partition, Physics, Recompute, VocabularyPasses,
 };
@@ -231,32 +231,43 @@ struct LayerTimes {
 }
 
 impl Timer<'_> {
-    fn layer(&self, work: &Work) -> LayerTimes {
+    fn layer(&self, work: &Work, beside: &AdapterWork) -> LayerTimes {
+        let [forward, backward, weights] = self.passes(work, beside);
+        let messages = work.messages.plus(&beside.messages);
+        let calls = messages.tensor_calls.max(1.0);
+        // Slow hosts do not lengthen the messages; they are what the GPU waits for.
+        let network = Network { inter_step: self.network.inter_step - self.pace, ..self.network };
+        let tensor = if messages.tensor_all_reduce > 0.0 && messages.tensor_gather == 0.0 {
+            calls * network.all_reduce(self.groups.tensor, messages.tensor_all_reduce / calls)
+        } else {
+            calls * network.gather(self.groups.tensor, messages.tensor_gather / calls)
+        };
+        let experts = 2.0 * self.network.all_to_all(self.groups.experts, messages.experts / 2.0);
+        let context = self.context(messages.context);
+        let steps = messages.tensor_calls * self.layout.tp.saturating_sub(1) as f64 * self.pace;
+        let waiting = |passing: Passing| Passing { host: passing.host + steps, ..passing };
+        LayerTimes { forward: waiting(forward), backward: waiting(backward), weights, tensor, context, experts }
+    }
+
+    /// A layer's passes without messages: forward, backward for the input, and for what is trained of it.
+    fn passes(&self, work: &Work, beside: &AdapterWork) -> [Passing; 3] {
         let element = self.layout.numerics.activation;
         let (backward, weights) = self.device.backward(work, element);
         // Frozen weights get no gradients.
-        let weights = weights.times(self.layout.trainable);
-        let calls = work.messages.tensor_calls.max(1.0);
-        // Slow hosts do not lengthen the messages; they are what the GPU waits for.
-        let network = Network { inter_step: self.network.inter_step - self.pace, ..self.network };
-        let tensor = if work.messages.tensor_all_reduce > 0.0 && work.messages.tensor_gather == 0.0 {
-            calls * network.all_reduce(self.groups.tensor, work.messages.tensor_all_reduce / calls)
-        } else {
-            calls * network.gather(self.groups.tensor, work.messages.tensor_gather / calls)
-        };
-        let experts = 2.0 * self.network.all_to_all(self.groups.experts, work.messages.experts / 2.0);
-        let context = self.context(work.messages.context);
-        let steps = work.messages.tensor_calls * self.layout.tp.saturating_sub(1) as f64 * self.pace;
-        let waiting = |passing: Passing| Passing { host: passing.host + steps, ..passing };
-        let forward = waiting(self.device.forward(work, element));
-        LayerTimes { forward, backward: waiting(backward), weights, tensor, context, experts }
+        let own = [self.device.forward(work, element), backward, weights.times(self.layout.trained_share())];
+        let adapters = [&beside.forward, &beside.backward, &beside.weights];
+        std::array::from_fn(|n| own[n].plus(self.device.forward(adapters[n], element)))
     }
 
-    /// A layer's forward and whole backward pass without messages, with the time that the host takes to launch them.
-    pub fn launched(&self, work: &Work) -> (Passing, Passing) {
-        let element = self.layout.numerics.activation;
-        let (input, weights) = self.device.backward(work, element);
-        (self.device.forward(work, element), input.plus(weights))
+    /// A block's forward and whole backward pass without messages, with the time that the host takes to launch them.
+    pub fn launched(&self, layer: u64) -> (Passing, Passing) {
+        let (work, beside) = (work::block(self.model, self.layout, layer), self.adapters(layer));
+        let [forward, input, weights] = self.passes(&work, &beside);
+        (forward, input.plus(weights))
+    }
+
+    fn adapters(&self, layer: u64) -> AdapterWork {
+        work::adapters(self.model, self.layout, layer)
     }
 
     /// Forward exchange of the context-parallel ranks in one layer.
@@ -292,15 +303,16 @@ impl Timer<'_> {
         for (layer, count, again) in kinds {
             if let Some(layer) = layer {
                 let work = work::block(self.model, self.layout, layer);
-                self.add(&mut times, &work, [count, count * reached], again * reached);
+                let layer = self.layer(&work, &self.adapters(layer));
+                self.add(&mut times, (&work, layer), [count, count * reached], again * reached);
             }
         }
         if stage.embedding > 0.0 {
-            let back = if frozen > 0 { 0.0 } else { 1.0 };
-            self.add(&mut times, &work::embedding(self.model, self.layout), [1.0, back], 0.0);
+            let back = if frozen > 0 || self.layout.adapters.is_some() { 0.0 } else { 1.0 };
+            self.add_end(&mut times, &work::embedding(self.model, self.layout), back);
         }
         if stage.head > 0.0 {
-            self.add(&mut times, &work::head(self.model, self.layout, stage.head), [1.0, 1.0], 0.0);
+            self.add_end(&mut times, &work::head(self.model, self.layout, stage.head), 1.0);
         }
         if self.layout.partition == Partition::VocabularySpread && stage.head > 0.0 {
             self.add_vocabulary_exchanges(&mut times);
@@ -329,9 +341,13 @@ impl Timer<'_> {
         times.backward += backward;
     }
 
+    /// Adds an end of the model, beside whose matrices no adapters stand, and of the backward pass a share of it.
+    fn add_end(&self, times: &mut PassTimes, work: &Work, back: f64) {
+        self.add(times, (work, self.layer(work, &AdapterWork::default())), [1.0, back], 0.0);
+    }
+
     /// Adds `count` layers of some work, `back` of which the backward pass goes through, and `again` of which are computed once more in it.
-    fn add(&self, times: &mut PassTimes, work: &Work, [count, back]: [f64; 2], again: f64) {
-        let layer = self.layer(work);
+    fn add(&self, times: &mut PassTimes, (work, layer): (&Work, LayerTimes), [count, back]: [f64; 2], again: f64) {
         let physics = self.physics;
         let (forward, backward, weights) = (layer.forward, layer.backward, layer.weights);
         let hide_forward = if self.layout.overlap.tensor { forward.products } else { 0.0 };

@@ -32,7 +32,8 @@ const fn gain(
 }
 
 /// Section 4.3, figures 3 and 4. Of the gains with a part of the parameters trained at 65B, the text leaves open whether it states
-/// the ratio or the increase ("improved by 266 %", "up to 266 % that of ZeRO-3"); taken as the ratio.
+/// the ratio or the increase ("improved by 266 %", "up to 266 % that of ZeRO-3"); taken as the ratio. What it calls 0.3 % are, in the
+/// released script, adapters of rank 16 beside every matrix.
 pub(super) const PUBLISHED: [Gain; 8] = [
     gain("llama-7b", "full", "IIG", "GGG", 1.28),
     gain("llama-7b", "full", "NII", "NGG", 0.67),
@@ -41,7 +42,7 @@ pub(super) const PUBLISHED: [Gain; 8] = [
     gain("llama-7b", "1/16", "NIG", "NGG", 0.15),
     gain("llama-65b", "1/16", "IIG", "GGG", 1.66),
     gain("llama-65b", "1/16", "III", "GGG", 1.64),
-    gain("llama-65b", "0.003", "ING", "GGG", 0.44),
+    gain("llama-65b", "lora:16", "ING", "GGG", 0.44),
 ];
 
 /// A gain three ways.
@@ -94,6 +95,9 @@ pub fn compare_published(physics: &Physics) -> Result<Vec<GainComparison>, State
     compare(|_| true, physics)
 }
 
+/// The paper gives shares of two digits at most.
+const SAME_SHARE: f64 = 0.05;
+
 /// The published gains of a job, if it is one of those published; none otherwise.
 ///
 /// # Errors
@@ -107,7 +111,7 @@ pub fn published_of(request: &ClusterRequest) -> Result<Vec<GainComparison>, Sta
     let same = |p: &Gain| {
         let asked = ClusterRequest { trainable: Some(p.trainable.into()), ..request.clone() };
         let share = asked.resolve().map(|(_, asked, _)| asked.trainable).unwrap_or(f64::NAN);
-        p.model == request.model && (share - layout.trainable).abs() < 1e-12
+        p.model == request.model && (share / layout.trainable - 1.0).abs() < SAME_SHARE
     };
     if job && batch && network { compare(same, &Physics::default()) } else { Ok(Vec::new()) }
 }
@@ -337,7 +341,7 @@ mod tests {
         assert!(off("llama-7b", "1/16", "NII").abs() < 0.05);
         assert!(off("llama-7b", "1/16", "NIG").abs() < 0.1);
         let partly =
-            [off("llama-65b", "1/16", "IIG"), off("llama-65b", "1/16", "III"), off("llama-65b", "0.003", "ING")];
+            [off("llama-65b", "1/16", "IIG"), off("llama-65b", "1/16", "III"), off("llama-65b", "lora:16", "ING")];
         assert!((((1.0 + partly[0]) * (1.0 + partly[2])).sqrt() - 1.0).abs() < 0.12, "{partly:?}");
         // These two are not explained in full.
         assert!(off("llama-7b", "full", "IIG").abs() < 0.35 && off("llama-7b", "full", "NII").abs() < 0.25);

@@ -8,8 +8,8 @@ use crate::predict::{ClusterPrediction, PredictError, predict_cluster};
 use crate::schedules;
 use paceline_profiles::{Cluster, Fabric, Generation, find_cluster, find_gpu};
 use paceline_sim::cluster::{
-    Architecture, Attention, AttentionKernel, Compute, Experts, Layout, Numerics, Partition, Physics, PositionTable,
-    Recompute,
+    Adapters, Architecture, Attention, AttentionKernel, Compute, Experts, Layout, Numerics, Partition, Physics,
+    PositionTable, Recompute,
 };
 
 /// A run to be predicted, and what was measured.
@@ -319,6 +319,7 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
     };
     let compute = words::compute(row.text("precision"));
     let numerics = if compute == Compute::Fp32 { Numerics::FP32 } else { Numerics { compute, ..recipe.numerics } };
+    let (trainable, adapters) = trainable(row, recipe, model)?;
     let layout = Layout {
         tp,
         sp: sp && tp > 1,
@@ -335,7 +336,8 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
         micro_batch: mbs,
         microbatches,
         recompute,
-        trainable: trainable(row, model),
+        trainable,
+        adapters,
         attention,
         loss: recipe.loss,
         launches: recipe.launches,
@@ -360,15 +362,19 @@ fn layout(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<Layout, St
 /// Rank of adapters, where none is stated (the default of NeMo's and PEFT's recipes lies between 8 and 32).
 const ADAPTER_RANK: u64 = 16;
 
-/// Share of the parameters that is trained: all, or low-rank adapters beside every matrix.
-fn trainable(row: &Row, model: &Architecture) -> f64 {
+/// Share of the parameters that is trained, and the adapters that these are: beside the matrices that the notes name
+/// (`lora_beside=q v`), or those of the framework's recipe.
+fn trainable(row: &Row, recipe: &Recipe, model: &Architecture) -> Result<(f64, Option<Adapters>), String> {
     let cells = ["model", "framework", "zero_stage_or_fsdp", "precision", "notes"];
     if !cells.iter().any(|cell| letters(row.text(cell)).contains("lora")) {
-        return 1.0;
+        return Ok((1.0, None));
     }
     let rank = number_in(row, &["lora_rank", "lora rank", "rank"]).filter(|r| *r > 0).unwrap_or(ADAPTER_RANK);
-    let adapters = model.adapter_parameters(rank, None).map_or(0.0, |n| n as f64);
-    (adapters / model.parameters() as f64).clamp(1e-6, 1.0)
+    let named = row.note("lora_beside").unwrap_or(recipe.adapters_beside);
+    let beside = named.split([' ', '+', '/']).filter(|name| !name.is_empty()).map(str::to_owned).collect();
+    let adapters = Adapters { rank, beside };
+    let parameters = model.adapter_parameters(&adapters).map_err(|error| error.to_string())?;
+    Ok(((parameters as f64 / model.parameters() as f64).clamp(1e-6, 1.0), Some(adapters)))
 }
 
 /// The cluster: its GPU by name, its network from the words of `interconnect`, otherwise the usual one of its generation.

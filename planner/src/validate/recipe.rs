@@ -50,6 +50,8 @@ pub struct Recipe {
     pub launches: Launches,
     /// How context-parallel ranks exchange.
     pub context: ContextExchange,
+    /// Names of the matrices beside which adapters stand, if any are trained; nothing for all.
+    pub adapters_beside: &'static str,
 }
 
 const NONE: Overlap =
@@ -109,6 +111,8 @@ impl Told<'_> {
         let fsdp = ["fsdp", "torchtitan", "composer"].iter().any(|name| self.has(name));
         if self.has("nanotron") {
             self.nanotron()
+        } else if ["transformers", "hugging", "peft"].iter().any(|name| self.has(name)) {
+            self.hugging_face()
         } else if fsdp || self.sharding.contains("fsdp") {
             self.fsdp()
         } else if self.has("deepspeed") {
@@ -116,7 +120,8 @@ impl Told<'_> {
         } else if self.has("bridge") || self.has("nemo") {
             // Its recipes reduce gradients in 16 bits; on Blackwell they record graphs.
             let launches = if self.has("bridge") && self.blackwell { Launches::Graph } else { Launches::Fused };
-            Recipe { overlap: ALL, sequence_parallel: true, launches, ..self.base() }
+            // Its measured recipes adapt the fused matrix of queries, keys and values only.
+            Recipe { overlap: ALL, sequence_parallel: true, launches, adapters_beside: "qkv", ..self.base() }
         } else if self.has("megatron") && !self.has("intern") {
             self.megatron()
         } else {
@@ -148,6 +153,21 @@ impl Told<'_> {
             by_operator: false,
             launches: Launches::Eager,
             context: ContextExchange::ZigZag,
+            adapters_beside: "",
+        }
+    }
+
+    /// Models of Hugging Face's library as they come: rotary embedding, norms, gate and loss are operators of PyTorch one by one.
+    fn hugging_face(&self) -> Recipe {
+        let sharded = self.sharding.contains("fsdp");
+        let numerics = if sharded { Numerics::GATHERED_16_BIT } else { Numerics::MIXED };
+        Recipe {
+            numerics,
+            loss: LossKernel::Eager,
+            overlap: DATA,
+            fused_kernels: false,
+            fused_norms: false,
+            ..self.base()
         }
     }
 

@@ -28,7 +28,12 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Vec<Kept> {
     let mut keep = |tensor, bytes: f64| list.push(Kept { tensor, bytes, core: false });
 
     keep("input of the first norm", row / cut);
-    keep("input of attention", row / cut);
+    // Only what is trained keeps its input: a matrix, or an adapter beside it.
+    let inputs_of = |names: &[&str]| {
+        let kept = layout.adapters.as_ref().is_none_or(|adapters| names.iter().any(|name| adapters.stand_beside(name)));
+        if kept { 1.0 } else { 0.0 }
+    };
+    keep("input of attention", inputs_of(&["q", "k", "v", "qkv", "q_down", "kv_down"]) * row / cut);
     let (query, key, value) = model.attention.widths();
     keep("queries", element * tokens * query as f64 / tp);
     // Fewer key and value heads than ranks are repeated.
@@ -48,7 +53,7 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Vec<Kept> {
         keep("dropout mask after attention", tokens * hidden / cut);
     }
     keep("input of the second norm", row / cut);
-    keep("input of the MLP", row / cut);
+    keep("input of the MLP", inputs_of(&["gate", "up", "gate_up"]) * row / cut);
 
     if !layout.fused_norms {
         keep("32-bit copies in the norms", 2.0 * 4.0 * tokens * hidden / cut);
@@ -76,11 +81,15 @@ pub fn block(model: &Architecture, layout: &Layout, layer: u64) -> Vec<Kept> {
         _ => {
             let (before, after) = mlp(model.ffn as f64, tokens);
             keep("input of the activation", before);
-            keep("output of the activation", after);
+            keep("output of the activation", inputs_of(&["down"]) * after);
         }
     }
     if model.dropout {
         keep("dropout mask after the MLP", tokens * hidden / cut);
+    }
+    if let Some(adapters) = &layout.adapters {
+        let narrow = model.adapters_of(layout, layer).iter().map(|beside| beside.rows * beside.count).sum::<f64>();
+        keep("narrow products of adapters", element * narrow * adapters.rank as f64);
     }
 
     let heads = model.attention.heads() as f64 / tp;
@@ -255,6 +264,22 @@ mod tests {
         let layout = layout(1, false, AttentionKernel::Flash2, Recompute::Operators);
         let row = 2.0 * 2.0 * 2048.0 * 4096.0;
         assert_eq!(kept_by_block(&model, &layout, 0), 7.75 * row + 4.0 * 32.0 * 4096.0);
+    }
+
+    /// Frozen matrices keep no input: with adapters beside queries and values, neither that of the MLP nor that of its second matrix
+    /// is kept; each adapter keeps a narrow product.
+    #[test]
+    fn frozen_matrices_keep_no_input() {
+        let model = Architecture::load("llama-3-8b").unwrap();
+        let kept = |beside: Option<&[&str]>| {
+            let beside = beside.map(|names| names.iter().map(|name| (*name).to_owned()).collect());
+            let adapters = beside.map(|beside| crate::cluster::Adapters { rank: 16, beside });
+            let layout = Layout { adapters, ..layout(1, false, AttentionKernel::Flash2, Recompute::None) };
+            kept_by_block(&model, &layout, 0)
+        };
+        let (tokens, all) = (2.0 * 2048.0, kept(None));
+        assert_eq!(kept(Some(&["q", "v"])), all - 2.0 * tokens * (4096.0 + 14336.0) + 2.0 * tokens * 2.0 * 16.0);
+        assert_eq!(kept(Some(&[])), all + 7.0 * 2.0 * tokens * 16.0);
     }
 
     #[test]

@@ -4,9 +4,8 @@
 //! and the last tiles of a row reach over the edge (tile quantisation). Smaller tiles fill the GPU better but read each
 //! operand more often. Of the shapes that libraries have, the fastest counts. A product never takes less than its traffic.
 
-use super::layout::Compute;
 use super::work::{Product, Work};
-use super::{AttentionKernel, Launches, Layout, Physics};
+use super::{AttentionKernel, Compute, Launches, Layout, Physics};
 use paceline_profiles::{Generation, Gpu};
 
 /// Tiles of the products, with the share of the best rate that their reuse of operands permits.

@@ -102,8 +102,13 @@ pub fn states(layout: &Layout, rank: &RankParameters, node: u64) -> States {
     // Beside a buffer that sums microbatches, gradients as they are written stay only in the buckets that replicas reduce.
     let buckets = numerics.accumulated == 0.0 || layout.data_ranks() > 1;
     let gradient = if buckets { numerics.gradient + numerics.accumulated } else { numerics.accumulated };
+    let wire = numerics.parameter.min(numerics.activation);
     let mut states = States {
-        parameters: sum(triple.parameters, numerics.parameter),
+        parameters: match layout.adapters {
+            None => sum(triple.parameters, numerics.parameter),
+            // Frozen ones are held in the format that they are computed with; the adapters come on top.
+            Some(_) => sum(triple.parameters, wire) + trained * sum(triple.parameters, numerics.parameter),
+        },
         gradients: trained * sum(triple.gradients, gradient),
         optimizer: trained * sum(triple.optimizer, numerics.master + numerics.moments),
         communication: 0.0,
@@ -111,7 +116,6 @@ pub fn states(layout: &Layout, rank: &RankParameters, node: u64) -> States {
     let cut = |level: Level| parts(layout, level, node).0 > 1.0;
     if cut(triple.parameters) {
         // Two units gathered, one of them ahead; or all, where they stay.
-        let wire = numerics.parameter.min(numerics.activation);
         let gathered = if layout.keep_gathered { rank.total() } else { 2.0 * rank.largest_unit };
         states.communication += gathered * wire;
     }
@@ -158,6 +162,25 @@ mod tests {
             assert_eq!(part.parameters, s.parameters);
             assert_eq!(part.gradients + part.optimizer, (s.gradients + s.optimizer) / 16.0, "{triple}");
         }
+    }
+
+    /// Beside frozen parameters of 16 bits, adapters of a hundredth of them have the states: 2 + 0.01 (2 + 2 + 12) bytes, also where all
+    /// parameters would be held in 32 bits to be trained.
+    #[test]
+    fn adapters_have_the_states() {
+        let rank = RankParameters { dense: 1e9, routed: 0.0, largest_unit: 0.0 };
+        let adapters = Some(crate::cluster::Adapters { rank: 8, beside: Vec::new() });
+        let bytes = |numerics| {
+            let layout =
+                Layout { trainable: 0.01, adapters: adapters.clone(), dp: 1, ..layout(StatePartition::NONE, numerics) };
+            let s = states(&layout, &rank, 8);
+            (s.parameters + s.gradients + s.optimizer) / 1e9
+        };
+        assert!((bytes(Numerics::MIXED) - 2.16).abs() < 1e-12);
+        assert!(
+            (bytes(Numerics::GATHERED_16_BIT) - (2.0 + 0.01 * Numerics::GATHERED_16_BIT.bytes_per_parameter())).abs()
+                < 1e-12
+        );
     }
 
     /// The playbook's table: 1B, 7B, 70B, 405B take 16 and 20 bytes per parameter.

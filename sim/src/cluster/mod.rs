@@ -4,6 +4,8 @@
 //!
 //! - [`Architecture`]: models by shape, mixtures of experts and latent attention included, and their parameters.
 //! - [`Layout`]: how a model is cut, and the numerics and kernels that it runs with.
+//! - [`Numerics`]: number formats of products and states.
+//! - [`Adapters`]: what low-rank adapters beside frozen matrices are; their products are in [`work`].
 //! - [`activations`]: bytes kept per layer for the backward pass, tensor by tensor.
 //! - [`memory`]: parameters, gradients and optimizer states of one rank.
 //! - [`work`]: matrix products, attention, traffic and kernel launches of a layer.
@@ -20,18 +22,20 @@ pub mod device;
 mod layout;
 pub mod memory;
 pub mod network;
+mod numerics;
 mod physics;
 mod runtime;
 pub mod work;
 mod zoo;
 
-pub use adapters::AdapterError;
+pub use adapters::{AdapterError, Adapters, Beside};
 pub use architecture::{Architecture, Attention, Experts, PositionTable};
 pub use details::Details;
 pub use layout::{
-    AttentionKernel, Compute, ContextExchange, Launches, Layout, LayoutError, LossKernel, MessageBuffers, Numerics,
-    Overlap, Partition, Recompute, Routing, VocabularyPasses,
+    AttentionKernel, ContextExchange, Launches, Layout, LayoutError, LossKernel, MessageBuffers, Overlap, Partition,
+    Recompute, Routing, VocabularyPasses,
 };
+pub use numerics::{Compute, Numerics};
 pub use physics::{PARAMETERS, Parameter, Physics, PhysicsError};
 pub use runtime::{Coordinator, Runtime};
 pub use zoo::ZooError;

@@ -1,6 +1,7 @@
 //! What a rank computes in one layer for one microbatch: matrix products by shape, attention, traffic of memory-bound
 //! operators, kernel launches, and the messages between ranks of the same layer.
 
+use super::adapters::Beside;
 use super::{Architecture, Attention, AttentionKernel, ContextExchange, Launches, Layout};
 
 /// A matrix product `m x k` by `k x n`, `count` of them.
@@ -49,6 +50,19 @@ pub struct Messages {
     pub context: f64,
     /// What a rank sends to the experts' ranks and back.
     pub experts: f64,
+}
+
+impl Messages {
+    /// Both.
+    pub fn plus(&self, other: &Messages) -> Messages {
+        Messages {
+            tensor_all_reduce: self.tensor_all_reduce + other.tensor_all_reduce,
+            tensor_gather: self.tensor_gather + other.tensor_gather,
+            tensor_calls: self.tensor_calls + other.tensor_calls,
+            context: self.context + other.context,
+            experts: self.experts + other.experts,
+        }
+    }
 }
 
 /// One pass over a layer.
@@ -207,10 +221,8 @@ fn mlp(model: &Architecture, layout: &Layout, layer: u64, work: &mut Work) {
             if experts.shared_ffn > 0 {
                 dense(experts.shared_ffn as f64, work);
             }
-            // The busiest rank; its local experts share its rows evenly.
-            let visits = layout.routing.load() * tokens * experts.top_k as f64 / tp;
-            let local = (experts.count as f64 / layout.ep as f64).max(1.0);
-            let rows = visits / local;
+            let (rows, local) = layout.expert_rows(experts);
+            let visits = rows * local;
             let width = experts.ffn as f64;
             work.products.push(Product { m: rows, n: up * width, k: hidden, count: local });
             work.products.push(Product { m: rows, n: hidden, k: width, count: local });
@@ -265,6 +277,59 @@ pub fn embedding(model: &Architecture, layout: &Layout) -> Work {
     work
 }
 
+/// What adapters add to the passes over a block.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct AdapterWork {
+    /// To the forward pass.
+    pub forward: Work,
+    /// To the backward pass for the input.
+    pub backward: Work,
+    /// Their gradients.
+    pub weights: Work,
+    /// Of either pass, between the ranks of the layer.
+    pub messages: Messages,
+}
+
+/// The adapters of a block (LoRA, arXiv 2106.09685, section 4.1): `y += s (x A^T) B^T`, and backward `dx += s (dy B) A`. As
+/// separate operators, scaling and adding read and write whole outputs; fused kernels scale in the product, and where neighbours are
+/// fused the next one adds. Between tensor ranks the
+/// narrow product of every adapter is exchanged once each way.
+pub fn adapters(model: &Architecture, layout: &Layout, layer: u64) -> AdapterWork {
+    let Some(rank) = layout.adapters.as_ref().map(|adapters| adapters.rank as f64) else {
+        return AdapterWork::default();
+    };
+    let element = layout.numerics.activation;
+    let mut all = AdapterWork::default();
+    // Scaled, a read and a write, and added, two reads and a write; scaled by the product itself; or read by the neighbour too.
+    let (scaled, added, operators) = match (layout.launches, layout.fused_kernels) {
+        (Launches::Eager, false) => (2.0, 3.0, 2.0),
+        (Launches::Eager, true) => (0.0, 3.0, 1.0),
+        _ => (0.0, 1.0, 0.0),
+    };
+    for Beside { rows, inputs, outputs, count } in model.adapters_of(layout, layer) {
+        let by = |m, n, k| Product { m, n, k, count };
+        let cells = element * rows * count;
+        all.forward.products.extend([by(rows, rank, inputs), by(rows, outputs, rank)]);
+        all.forward.traffic += cells * outputs * (scaled + added);
+        all.forward.kernels += 2.0 * count + operators;
+        all.backward.products.extend([by(rows, rank, outputs), by(rows, inputs, rank)]);
+        all.backward.traffic += cells * (outputs * scaled + inputs * added);
+        all.backward.kernels += 2.0 * count + operators;
+        all.weights.products.extend([by(outputs, rank, rows), by(rank, inputs, rows)]);
+        all.weights.kernels += 2.0 * count;
+        if layout.tp > 1 {
+            let narrow = cells * rank;
+            if layout.sp {
+                all.messages.tensor_gather += narrow
+            } else {
+                all.messages.tensor_all_reduce += narrow
+            }
+            all.messages.tensor_calls += 1.0;
+        }
+    }
+    all
+}
+
 impl Work {
     /// The backward pass for the input: as many product FLOPs as forward, twice the traffic (gradient in, input, gradient out).
     pub fn backward_input(&self) -> Work {
@@ -287,7 +352,7 @@ impl Work {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::PositionTable;
+    use crate::cluster::{Adapters, PositionTable};
 
     fn llama() -> Architecture {
         Architecture {
@@ -322,6 +387,45 @@ mod tests {
             let expected = model.flops_per_token(4096, causal);
             assert!((per_token / expected - 1.0).abs() < 1e-9, "{tp} {cp}: {per_token} {expected}");
         }
+    }
+
+    /// `2 rows rank (inputs + outputs)` in each of three passes, over all tensor ranks; nothing without adapters.
+    #[test]
+    fn adapters_add_three_narrow_passes() {
+        let model = llama();
+        for (tp, beside) in [(1, vec![]), (4, vec![]), (2, vec!["q".to_owned(), "down".to_owned()])] {
+            let lora = Adapters { rank: 16, beside };
+            let parameters = model.adapter_parameters(&lora).unwrap() as f64 / 32.0;
+            let layout = Layout { tp, sp: true, adapters: Some(lora), ..Layout::single(4096, 2) };
+            let work = adapters(&model, &layout, 0);
+            // The sides that tensor ranks do not cut are on all of them.
+            let whole = model.adapters_of(&layout, 0).iter().map(|b| tp as f64 * (b.inputs + b.outputs)).sum::<f64>();
+            assert!(tp == 1 || whole * 16.0 > parameters);
+            for pass in [&work.forward, &work.backward, &work.weights] {
+                let flops = 2.0 * 8192.0 * 16.0 * whole;
+                assert!((tp as f64 * pass.flops() / flops - 1.0).abs() < 1e-12);
+                assert!(tp > 1 || (pass.flops() / (2.0 * 8192.0 * parameters) - 1.0).abs() < 1e-12);
+            }
+            let calls = if tp > 1 { model.adapters_of(&layout, 0).len() as f64 } else { 0.0 };
+            assert_eq!((work.messages.tensor_calls, work.messages.tensor_gather), (calls, calls * 8192.0 * 16.0 * 2.0));
+        }
+        assert_eq!(adapters(&model, &Layout::single(4096, 2), 0), AdapterWork::default());
+    }
+
+    /// Beside one matrix of 4,096 to 1,024: scaled and added apart, 2 + 3 of the output forward, 2 of the output and 3 of the input back.
+    #[test]
+    fn fused_kernels_spare_what_separate_operators_read_and_write() {
+        let model = llama();
+        let of = |fused_kernels, launches| {
+            let lora = Some(Adapters { rank: 8, beside: vec!["k".into()] });
+            let layout = Layout { fused_kernels, launches, adapters: lora, ..Layout::single(1000, 1) };
+            let work = adapters(&model, &layout, 0);
+            [work.forward.traffic, work.backward.traffic, work.forward.kernels]
+        };
+        let (k, n) = (2.0 * 1000.0 * 4096.0, 2.0 * 1000.0 * 1024.0);
+        assert_eq!(of(false, Launches::Eager), [5.0 * n, 2.0 * n + 3.0 * k, 4.0]);
+        assert_eq!(of(true, Launches::Eager), [3.0 * n, 3.0 * k, 3.0]);
+        assert_eq!(of(true, Launches::Fused), [n, k, 2.0]);
     }
 
     #[test]
