@@ -83,6 +83,9 @@ struct Document {
     taught_by: Vec<Configuration>,
     /// Runs left out because other work shared the cores.
     disturbed: u32,
+    /// Half of the range of runs of one configuration over the run in the middle, the median over those that ran more than once: what the
+    /// machine itself leaves open.
+    variation: Option<f64>,
     seconds: f64,
 }
 
@@ -94,6 +97,8 @@ struct Run {
     measured_seconds: f64,
     /// Of the fastest and the slowest of its runs.
     measured_range_seconds: [f64; 2],
+    /// How many runs these are, without those that other work disturbed.
+    measured_runs: usize,
     error_before: f64,
     error_after: f64,
     predicted_peak_bytes: Vec<u64>,
@@ -197,6 +202,7 @@ pub fn run(screen: &Screen, arguments: &Arguments) -> Result<(), Failure> {
         median_error_after: median(after.clone()),
         worst_error_after: after.into_iter().fold(0.0, f64::max),
         peak_bytes_equal: runs.iter().all(|run| run.predicted_peak_bytes == run.measured_peak_bytes),
+        variation: variation(&runs),
         runs,
         trained,
         taught_by,
@@ -256,6 +262,7 @@ fn held_against(bench: &Bench, trial: Trial, after: &Predictor) -> Result<Run, F
         predicted_seconds_after: after.iteration_seconds,
         measured_seconds,
         measured_range_seconds: [least, most],
+        measured_runs: trial.reports.len(),
         error_before: before.iteration_seconds / measured_seconds - 1.0,
         error_after: after.iteration_seconds / measured_seconds - 1.0,
         predicted_peak_bytes,
@@ -264,6 +271,14 @@ fn held_against(bench: &Bench, trial: Trial, after: &Predictor) -> Result<Run, F
         loss_last: loss(report.steps.last()),
         configuration: trial.configuration,
     })
+}
+
+fn variation(runs: &[Run]) -> Option<f64> {
+    let repeated = runs.iter().filter(|run| run.measured_runs > 1);
+    let half_range =
+        |run: &Run| (run.measured_range_seconds[1] - run.measured_range_seconds[0]) / 2.0 / run.measured_seconds;
+    let halves: Vec<f64> = repeated.map(half_range).collect();
+    (!halves.is_empty()).then(|| median(halves))
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -313,7 +328,11 @@ fn show(screen: &Screen, demo: &Document) -> Result<(), Failure> {
                 run.configuration.to_string(),
                 run.measured_peak_bytes.len().to_string(),
                 show_seconds(run.measured_seconds),
-                run.measured_range_seconds.map(|seconds| signed(seconds / run.measured_seconds - 1.0)).join(" to "),
+                if run.measured_runs > 1 {
+                    run.measured_range_seconds.map(|seconds| signed(seconds / run.measured_seconds - 1.0)).join(" to ")
+                } else {
+                    "one run".into()
+                },
                 show_seconds(run.predicted_seconds_before),
                 signed(run.error_before),
                 show_seconds(run.predicted_seconds_after),
@@ -332,5 +351,16 @@ fn show(screen: &Screen, demo: &Document) -> Result<(), Failure> {
             show_percent(demo.worst_error_after),
             if demo.peak_bytes_equal { "equal on every rank" } else { "DIFFER" }
         ),
-    ))
+    ))?;
+    let left_out = match demo.disturbed {
+        0 => String::new(),
+        n => format!(" ({n} runs left out, whose cores other work shared)"),
+    };
+    match demo.variation {
+        Some(variation) => screen.line(format!(
+            "  the same configuration varied by +-{} from round to round{left_out}; no prediction can be seen to be nearer",
+            show_percent(variation)
+        )),
+        None => Ok(()),
+    }
 }
