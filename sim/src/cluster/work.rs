@@ -87,6 +87,8 @@ const FUSED_KERNELS: f64 = 14.0;
 /// Kernels more where rotary embedding and gate are written as separate operators: casts, halves, products, sums and joins of queries
 /// and keys.
 const APART_KERNELS: f64 = 12.0;
+/// Experts from which on their products are launched together.
+const GROUPED: f64 = 8.0;
 /// Launches of one gather or reduce-scatter: the kernel, copies into and out of contiguous buffers, and the events that order it. An
 /// all-reduce in place is one.
 const KERNELS_PER_GATHER: f64 = 5.0;
@@ -228,7 +230,7 @@ fn mlp(model: &Architecture, layout: &Layout, layer: u64, work: &mut Work) {
             work.products.push(Product { m: rows, n: hidden, k: width, count: local });
             // Into the order of experts and back, each a read and a write; activation; the weighted sum.
             work.traffic += element * visits * (hidden * 6.0 + width * (up + 1.0));
-            work.kernels += 10.0 + 2.0 * local.min(8.0);
+            work.kernels += 10.0 + 2.0 * local.min(GROUPED);
             if layout.ep > 1 {
                 work.messages.experts += 2.0 * element * visits * hidden;
             }
@@ -309,14 +311,16 @@ pub fn adapters(model: &Architecture, layout: &Layout, layer: u64) -> AdapterWor
     for Beside { rows, inputs, outputs, count } in model.adapters_of(layout, layer) {
         let by = |m, n, k| Product { m, n, k, count };
         let cells = element * rows * count;
+        // Many experts' products are grouped.
+        let launches = 2.0 * count.min(GROUPED);
         all.forward.products.extend([by(rows, rank, inputs), by(rows, outputs, rank)]);
         all.forward.traffic += cells * outputs * (scaled + added);
-        all.forward.kernels += 2.0 * count + operators;
+        all.forward.kernels += launches + operators;
         all.backward.products.extend([by(rows, rank, outputs), by(rows, inputs, rank)]);
         all.backward.traffic += cells * (outputs * scaled + inputs * added);
-        all.backward.kernels += 2.0 * count + operators;
+        all.backward.kernels += launches + operators;
         all.weights.products.extend([by(outputs, rank, rows), by(rank, inputs, rows)]);
-        all.weights.kernels += 2.0 * count;
+        all.weights.kernels += launches;
         if layout.tp > 1 {
             let narrow = cells * rank;
             if layout.sp {
