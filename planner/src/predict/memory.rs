@@ -121,7 +121,7 @@ pub(super) fn memory(
                 work = work.max(activations::working_set(model, layout, last));
             }
             work = work.max(stages[n].head * activations::loss(model, layout));
-            if layout.sharding.parameters == Level::Whole && layout.adapters.is_none() {
+            if layout.sharding.parameters == Level::Whole && layout.trained_share() > 0.0 {
                 embedding = embedding.max(stages[n].embedding * activations::embedding_gradient(model, layout));
             }
         }

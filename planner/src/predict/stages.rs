@@ -233,7 +233,7 @@ struct LayerTimes {
 impl Timer<'_> {
     fn layer(&self, work: &Work, beside: &AdapterWork) -> LayerTimes {
         let [forward, backward, weights] = self.passes(work, beside);
-        let messages = work.messages.plus(&beside.messages);
+        let messages = work.messages.plus(&beside.forward.messages);
         let calls = messages.tensor_calls.max(1.0);
         // Slow hosts do not lengthen the messages; they are what the GPU waits for.
         let network = Network { inter_step: self.network.inter_step - self.pace, ..self.network };
@@ -308,7 +308,7 @@ impl Timer<'_> {
             }
         }
         if stage.embedding > 0.0 {
-            let back = if frozen > 0 || self.layout.adapters.is_some() { 0.0 } else { 1.0 };
+            let back = if frozen > 0 || self.layout.trained_share() == 0.0 { 0.0 } else { 1.0 };
             self.add_end(&mut times, &work::embedding(self.model, self.layout), back);
         }
         if stage.head > 0.0 {

@@ -116,7 +116,9 @@ impl Architecture {
             }
         };
         let mut mlp = |ffn: u64, count: u64, rows: Rows| {
-            let matrix = |name, inputs, outputs, cut| Matrix { name, inputs, outputs, count, cut, rows };
+            // Of experts the tensor ranks share the rows, not the matrices.
+            let cut = |cut| if rows == Rows::Routed { Cut::Not } else { cut };
+            let matrix = |name, inputs, outputs, by| Matrix { name, inputs, outputs, count, cut: cut(by), rows };
             if self.gated {
                 list.push(matrix("gate", self.hidden, ffn, Cut::Outputs));
             }
@@ -167,12 +169,10 @@ impl Architecture {
                     (Rows::Routed, Some(experts)) => layout.expert_rows(experts),
                     _ => (layout.tokens(), 1.0),
                 };
-                // Rows of experts are cut over the tensor ranks, their matrices are not.
-                let whole = matrix.rows == Rows::Routed;
                 Beside {
                     rows,
-                    inputs: matrix.inputs as f64 / ways(matrix.cut == Cut::Inputs && !whole),
-                    outputs: matrix.outputs as f64 / ways(matrix.cut == Cut::Outputs && !whole),
+                    inputs: matrix.inputs as f64 / ways(matrix.cut == Cut::Inputs),
+                    outputs: matrix.outputs as f64 / ways(matrix.cut == Cut::Outputs),
                     count,
                 }
             })

@@ -288,8 +288,6 @@ pub struct AdapterWork {
     pub backward: Work,
     /// Their gradients.
     pub weights: Work,
-    /// Of either pass, between the ranks of the layer.
-    pub messages: Messages,
 }
 
 /// The adapters of a block (LoRA, arXiv 2106.09685, section 4.1): `y += s (x A^T) B^T`, and backward `dx += s (dy B) A`. As
@@ -324,11 +322,11 @@ pub fn adapters(model: &Architecture, layout: &Layout, layer: u64) -> AdapterWor
         if layout.tp > 1 {
             let narrow = cells * rank;
             if layout.sp {
-                all.messages.tensor_gather += narrow
+                all.forward.messages.tensor_gather += narrow
             } else {
-                all.messages.tensor_all_reduce += narrow
+                all.forward.messages.tensor_all_reduce += narrow
             }
-            all.messages.tensor_calls += 1.0;
+            all.forward.messages.tensor_calls += 1.0;
         }
     }
     all
@@ -411,7 +409,8 @@ mod tests {
                 assert!(tp > 1 || (pass.flops() / (2.0 * 8192.0 * parameters) - 1.0).abs() < 1e-12);
             }
             let calls = if tp > 1 { model.adapters_of(&layout, 0).len() as f64 } else { 0.0 };
-            assert_eq!((work.messages.tensor_calls, work.messages.tensor_gather), (calls, calls * 8192.0 * 16.0 * 2.0));
+            let messages = work.forward.messages;
+            assert_eq!((messages.tensor_calls, messages.tensor_gather), (calls, calls * 8192.0 * 16.0 * 2.0));
         }
         assert_eq!(adapters(&model, &Layout::single(4096, 2), 0), AdapterWork::default());
     }
